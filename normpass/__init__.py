@@ -1,0 +1,39 @@
+"""A graph-level compiler pass for PyTorch that halves what conv-BatchNorm-activation networks keep for backward.
+
+    optimize   the rewritten model: same function, same gradients, same state_dict
+    explain    what optimize would do, and why not
+    restore    the original structure back
+    measure    bytes kept, peak, step time: the one definition used everywhere
+"""
+
+from normpass import measure
+from normpass._version import __version__
+from normpass.api import explain, optimize, restore
+from normpass.errors import (
+    InvalidInputError,
+    InvalidModelError,
+    ModifiedInPlaceError,
+    NormpassError,
+    NotAvailableError,
+    StaleChangeError,
+    VerificationError,
+)
+from normpass.module import Optimized
+from normpass.report import Report
+
+__all__ = [
+    "InvalidInputError",
+    "InvalidModelError",
+    "ModifiedInPlaceError",
+    "NormpassError",
+    "NotAvailableError",
+    "Optimized",
+    "Report",
+    "StaleChangeError",
+    "VerificationError",
+    "__version__",
+    "explain",
+    "measure",
+    "optimize",
+    "restore",
+]

@@ -1,0 +1,33 @@
+"""The rewrites, in the order in which they are tried: the first that matches a site is taken.
+
+Adding one: a file here, its test, a line in `ORDER` (or in `CHANGES`, if it changes the model).
+"""
+
+from __future__ import annotations
+
+from normpass.passes.derive_recipes import RECOMPUTED, DeriveRecipes
+from normpass.passes.fuse_norm_act import FuseNormAct
+from normpass.passes.inplace_abn import InplaceABN
+from normpass.passes.leaky_relu import LeakyReLU
+from normpass.passes.split_bn import SplitBN
+from normpass.rewrite import Rewrite
+
+ORDER: tuple[Rewrite, ...] = (
+    InplaceABN(),  # keeps one tensor and rebuilds nothing; lossy, so tried only when that is allowed
+    SplitBN(),  # keeps one tensor exactly
+    FuseNormAct(),  # where z cannot be rebuilt: still one tensor fewer than separate layers keep
+)
+AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
+CHANGES: dict[str, type] = {"leaky_relu": LeakyReLU}  # option objects of `changes=`, by name
+
+__all__ = [
+    "AFTER_SITES",
+    "CHANGES",
+    "ORDER",
+    "RECOMPUTED",
+    "DeriveRecipes",
+    "FuseNormAct",
+    "InplaceABN",
+    "LeakyReLU",
+    "SplitBN",
+]

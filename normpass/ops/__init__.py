@@ -1,0 +1,28 @@
+"""The operators of normpass: `torch.ops.normpass.*`, each declared in the file of its name.
+
+Importing this package registers them all. The functions below are the same operators with typed signatures.
+"""
+
+from .activation import Activation, activate, activate_, activation_backward, deactivate
+from .inplace_abn import inplace_abn
+from .inplace_abn_backward import inplace_abn_backward
+from .layout import memory_format_of
+from .moments import moments
+from .norm_act import norm_act
+from .norm_act_backward import norm_act_backward
+from .running_stats import updated_running_stats
+
+__all__ = [
+    "Activation",
+    "activate",
+    "activate_",
+    "activation_backward",
+    "deactivate",
+    "inplace_abn",
+    "inplace_abn_backward",
+    "memory_format_of",
+    "moments",
+    "norm_act",
+    "norm_act_backward",
+    "updated_running_stats",
+]

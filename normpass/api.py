@@ -1,0 +1,153 @@
+"""`optimize`, `explain`, `restore`: the steps in order.
+
+    model ──capture──► Capture ──find_sites──► Sites ──match──► Plan ──apply──► module ──verify──►
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normpass import passes
+from normpass.explain import make_report
+from normpass.errors import InvalidInputError, InvalidModelError, NotAvailableError
+from normpass.measure import untouched
+from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
+from normpass.report import Report
+from normpass.verify import verify_state
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Tensor | tuple | dict | None = None,
+    *,
+    memory_budget: float | str | None = None,
+    changes: Sequence[Any] = (),
+    allow_lossy: bool = False,
+    tune: bool = False,
+    plan: Any = None,
+) -> nn.Module:
+    """A module that computes what `model` computes and keeps about half as much for backward.
+
+    The result is an instance of the model's class and shares its parameters and buffers (the very same
+    objects: an optimizer built before stays valid); `model` itself is not touched. Only rewrites that are
+    exact up to rounding are made, unless others are asked for.
+
+    Args:
+        model: any `nn.Module`. What cannot be traced or rewritten is left as it is; `explain` says why.
+        example_inputs: a tensor, or a tuple or dict of arguments, that the model accepts. Only used to
+            check that the model runs on them.
+        memory_budget: not available yet.
+        changes: rewrites that change the model's function, by name (`"leaky_relu"`) or as option
+            objects (`normpass.passes.LeakyReLU(negative_slope=0.02)`).
+        allow_lossy: also allow in-place activated batch norm, whose backward reconstructs a value
+            from a rounded one.
+        tune: not available yet.
+        plan: not available yet.
+
+    Returns:
+        The optimised module, in the same train/eval mode.
+
+    Raises:
+        InvalidModelError: `model` is not an `nn.Module`, or is optimised already.
+        InvalidInputError: `model` does not run on `example_inputs`, or an unknown change is named.
+        NotAvailableError: an option that is not available yet is given.
+    """
+    _check_model(model)
+    options = _options(memory_budget, changes, allow_lossy, tune, plan)
+    if example_inputs is not None:
+        check_example_inputs(model, example_inputs)
+    optimised = optimise_in_place(shared_copy(model), options)
+    verify_state(model, optimised)
+    return optimised
+
+
+def restore(optimised: nn.Module) -> nn.Module:
+    """The original structure of an optimised module, with its current parameters and buffers (shared).
+
+    Raises:
+        InvalidModelError: the module was not made by `optimize`.
+    """
+    if not isinstance(optimised, Optimized):
+        raise InvalidModelError(f"{type(optimised).__name__} was not made by normpass.optimize; there is nothing to restore")
+    return plain_copy(optimised)
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: Tensor | tuple | dict | None = None,
+    *,
+    changes: Sequence[Any] = (),
+    allow_lossy: bool = False,
+) -> Report:
+    """What `optimize` would do to `model`: every norm with its rewrite or the reason it is left alone.
+
+    With `example_inputs` the bytes kept for backward and the peak over a step are measured before and
+    after, in train mode, on the device the model is on; the model is left bit for bit as it was.
+    An optimised model may be given as well.
+    """
+    if isinstance(model, Optimized):
+        model = restore(model)
+    optimised = optimize(model, example_inputs, changes=changes, allow_lossy=allow_lossy)
+    arguments = None if example_inputs is None else call_arguments(example_inputs)
+    return make_report(model, optimised, arguments)
+
+
+def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
+    """Run the plain model once, without gradients, and leave it as it was."""
+    args, kwargs = call_arguments(example_inputs)
+    try:
+        with untouched(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())]
+        raise InvalidInputError(
+            f"`example_inputs`: {type(model).__name__} does not run on inputs of shape {shapes}: {error} "
+            "Give a tensor, a tuple or a dict of arguments that the model itself accepts."
+        ) from error
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple, dict]:
+    """`example_inputs` as positional and named arguments of one call."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
+    if isinstance(model, Optimized):
+        raise InvalidModelError(
+            f"this {type(model).__name__} is optimised already; use it as it is, or optimise normpass.restore(model)"
+        )
+    if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
+        raise InvalidModelError(
+            f"`model` is a {type(model).__name__}; optimise the plain module first, then compile the result"
+        )
+    inside = next((path for path, m in model.named_modules() if isinstance(m, Optimized)), None)
+    if inside is not None:
+        raise InvalidModelError(f"`{inside}` is optimised already; optimise the whole model once, from plain parts")
+
+
+def _options(memory_budget, changes, allow_lossy, tune, plan) -> Options:
+    for name, value in (("memory_budget", memory_budget), ("plan", plan), ("tune", tune or None)):
+        if value is not None:
+            raise NotAvailableError(f"`{name}` is not available yet: the planner comes with a later version")
+    if isinstance(changes, str):
+        raise InvalidInputError(f'`changes` is a sequence of names or option objects: changes=("{changes}",)')
+    return Options(tuple(_change(c) for c in changes), bool(allow_lossy))
+
+
+def _change(change: Any) -> Any:
+    known = ", ".join(f'"{name}"' for name in passes.CHANGES)
+    if isinstance(change, str):
+        if change not in passes.CHANGES:
+            raise InvalidInputError(f'`changes`: "{change}" is not known; known are {known}')
+        return passes.CHANGES[change]()
+    if type(change) not in passes.CHANGES.values():
+        raise InvalidInputError(f"`changes`: {change!r} is neither a name ({known}) nor an option object")
+    return change

@@ -1,0 +1,44 @@
+"""Capture + Plan -> Program: the rewritten forward as a function of the module and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from normpass.capture import Capture, Guard
+from normpass.planner import Plan
+from normpass.rewrite import Rewrite
+from normpass.verify import verify_graph
+
+
+@dataclass(frozen=True)
+class Program:
+    """One rewritten forward: `run(module, *tensors)`, valid while `guard` holds."""
+
+    run: Callable
+    graph: fx.Graph
+    plan: Plan
+    guard: Guard
+    derived: dict[str, str]
+    """node name -> kind, of the nodes that became recipes beside the sites"""
+    recomputed: frozenset
+    """aten ops that torch.compile must run again in backward rather than keep"""
+
+
+def apply_plan(capture: Capture, plan: Plan, rewrites: Sequence[Rewrite], after_sites, recomputed: dict) -> Program:
+    """Rewrite the captured graph as planned and make it callable. The capture is used up."""
+    graph = capture.graph
+    inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
+    by_name = {rewrite.name: rewrite for rewrite in rewrites}
+    for choice in plan.choices:
+        if choice.match is not None:
+            by_name[choice.match.rewrite].apply(graph, choice.match)
+    derived = after_sites.apply(graph, capture.root)
+    verify_graph(inputs, graph, capture.root, plan)
+    run = type(fx.GraphModule(capture.root, graph)).forward
+    ops = frozenset(op for kind in set(derived.values()) for op in recomputed[kind])
+    ops |= {torch.ops.normpass.norm_act.default}
+    return Program(run, graph, plan, capture.guard, derived, ops)

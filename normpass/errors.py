@@ -1,0 +1,31 @@
+"""The errors normpass raises on purpose. Each message says what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class NormpassError(Exception):
+    """Base of every error that normpass raises on purpose."""
+
+
+class InvalidModelError(NormpassError, TypeError):
+    """The thing given is not a model that can be optimised (not an `nn.Module`, or optimised already)."""
+
+
+class InvalidInputError(NormpassError, ValueError):
+    """`example_inputs` do not fit the model, or an option has a value outside what is allowed."""
+
+
+class NotAvailableError(NormpassError, NotImplementedError):
+    """An option whose name is stable but whose work is not in this version yet."""
+
+
+class VerificationError(NormpassError, RuntimeError):
+    """A rewritten graph broke a rule that every rewrite must keep: a bug of normpass, nothing was changed."""
+
+
+class StaleChangeError(NormpassError, RuntimeError):
+    """A model that was changed by name (`changes=`) can no longer be run in its changed form."""
+
+
+class ModifiedInPlaceError(NormpassError, RuntimeError):
+    """A tensor that backward needs was changed in place after forward, as autograd itself would report."""

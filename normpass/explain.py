@@ -1,0 +1,76 @@
+"""The report of an optimised model: what its programs did, and what is measured before and after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from normpass.capture import NORM_BASES
+from normpass.measure import kept_bytes, peak_bytes
+from normpass.module import Part, Program, join, part_of
+from normpass.report import Memory, Report, Row
+
+
+def make_report(model: nn.Module, optimised: nn.Module, arguments: tuple[tuple, dict] | None) -> Report:
+    """Collect the rows of every part; with `arguments` measure both models in train mode."""
+    root = part_of(optimised)
+    rows: list[Row] = []
+    derived: Counter[str] = Counter()
+    for path in root.parts:
+        part: Part = part_of(optimised.get_submodule(path))
+        program = part.programs[0][1]
+        rows += _rows(path, program)
+        derived.update(program.derived.values())
+    rows += _left_out(model, {row.path for row in rows}, root.untraceable)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    rows.sort(key=lambda row: order.get(row.path, len(order)))
+    memory = _measure(model, optimised, arguments) if arguments is not None else None
+    return Report(type(model).__name__, tuple(rows), root.untraceable, dict(derived), memory)
+
+
+def _rows(path: str, program: Program) -> list[Row]:
+    rows = []
+    for choice in program.plan.choices:
+        match = choice.match
+        reason = "; ".join(dict.fromkeys(r.reason for r in choice.refusals if r.rewrite != "inplace_abn"))
+        rows.append(
+            Row(
+                join(path, choice.site.path),
+                choice.site.pattern,
+                match.rewrite if match else None,
+                match.kept if match else None,
+                reason,
+            )
+        )
+    return rows
+
+
+def _left_out(model: nn.Module, seen: set[str], untraceable: dict[str, str]) -> list[Row]:
+    """Norms that no captured graph calls."""
+    rows = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, NORM_BASES) or path in seen:
+            continue
+        owner = max((p for p in untraceable if path.startswith(p)), key=len, default=None)
+        if owner is not None:
+            reason = f"`{owner or type(model).__name__}` cannot be traced: {untraceable[owner]}"
+        else:
+            reason = "the traced forward does not call it"
+        rows.append(Row(path, type(module).__name__, None, None, reason))
+    return rows
+
+
+def _measure(model: nn.Module, optimised: nn.Module, arguments: tuple[tuple, dict]) -> Memory:
+    args, kwargs = arguments
+    modes = [(m, m.training) for m in (*model.modules(), *optimised.modules())]
+    model.train()
+    optimised.train()
+    try:
+        kept = [kept_bytes(m, *args, **kwargs) for m in (model, optimised)]
+        peak = [peak_bytes(m, *args, **kwargs) for m in (model, optimised)]
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Memory(*kept, *peak)

@@ -1,0 +1,164 @@
+"""Models and input shapes by name: what the command line and the benchmarks take as arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+
+from torch import nn
+
+_FORMS = "`torchvision:NAME`, `timm:NAME` or `package.module:callable`"
+_WHERE = {
+    "torchvision:": "`torchvision.models.list_models()` lists them",
+    "timm:": "`timm.list_models()` lists them",
+}
+_WARN_WITHOUT_INIT_WEIGHTS = ("googlenet", "inception_v3")
+
+
+class ModelSpecError(ValueError):
+    """A model's name that nothing can be built from; one line that says what to write instead."""
+
+
+def load(spec: str) -> nn.Module:
+    """Build the model that `spec` names, untrained.
+
+    * `torchvision:resnet50`: any name that `torchvision.models.list_models()` has (classification,
+      segmentation, detection, video);
+    * `timm:resnet50`: any name that `timm.list_models()` has;
+    * `package.module:callable`: imported with the current directory on the path, called without arguments.
+
+    Raises:
+        ModelSpecError: the form, the library, the name, the callable or its result is not as above.
+    """
+    source, separator, name = spec.partition(":")
+    if not separator or not source or not name:
+        raise ModelSpecError(f"`{spec}` is not a model: write {_FORMS}")
+    if source == "torchvision":
+        return _from_torchvision(name)
+    if source == "timm":
+        return _from_timm(name)
+    return _from_callable(spec, source, name)
+
+
+def parse_input(text: str) -> tuple[int, ...]:
+    """`2x3x224x224` as (2, 3, 224, 224): the shape of one input, each size at least 1.
+
+    Raises:
+        ValueError: it does not read like that.
+    """
+    sizes = text.strip().lower().split("x")
+    if not all(size.isascii() and size.isdigit() and int(size) for size in sizes):
+        several = " (several inputs go through `parse_inputs`)" if "," in text else ""
+        raise ValueError(f"`{text}` is not a shape: write its sizes joined by x, like 2x3x224x224{several}")
+    return tuple(map(int, sizes))
+
+
+def parse_inputs(text: str) -> list[tuple[int, ...]]:
+    """`2x3x224x224,2x10` as [(2, 3, 224, 224), (2, 10)]: the shapes of several inputs.
+
+    Raises:
+        ValueError: one of them does not read as a shape.
+    """
+    return [parse_input(part) for part in text.split(",")]
+
+
+def _from_torchvision(name: str) -> nn.Module:
+    zoo = _library("torchvision.models")
+    if name not in zoo.list_models():
+        raise ModelSpecError(
+            f"torchvision has no model `{name}`{_hint(name, zoo.list_models(), 'torchvision:')}"
+        )
+    builder = zoo.get_model_builder(name)
+    options: dict[str, object] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None  # a segmentation or detection net downloads its backbone otherwise
+    if name.endswith(_WARN_WITHOUT_INIT_WEIGHTS):
+        options["init_weights"] = True
+    return builder(**options)
+
+
+def _from_timm(name: str) -> nn.Module:
+    timm = _library("timm")
+    if not timm.is_model(name.partition(".")[0]) or ":" in name:
+        raise ModelSpecError(f"timm has no model `{name}`{_hint(name, timm.list_models(), 'timm:')}")
+    try:
+        return timm.create_model(name, pretrained=False)
+    except RuntimeError as error:
+        raise ModelSpecError(
+            f"timm cannot build `{name}`: {error}; leave out what follows the dot"
+        ) from error
+
+
+def _from_callable(spec: str, module_name: str, name: str) -> nn.Module:
+    with _current_directory_on_path():
+        build = _attribute(spec, _module(spec, module_name), name)
+        try:
+            inspect.signature(build).bind()
+        except TypeError as error:
+            raise ModelSpecError(
+                f"`{spec}` is called without arguments, but: {error}; name a function that needs none"
+            ) from error
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise ModelSpecError(f"`{spec}` returned a {type(model).__name__}: return a torch.nn.Module")
+    return model
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        top = name.partition(".")[0]
+        if error.name != top:
+            raise
+        raise ModelSpecError(f'{top} is not installed: pip install "normpass[nets]"') from error
+
+
+def _module(spec: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        raise ModelSpecError(
+            f"`{spec}`: no module `{error.name}` in the current directory or installed; write {_FORMS}"
+        ) from error
+    except TypeError as error:
+        raise ModelSpecError(f"`{spec}`: {error}; write {_FORMS}") from error
+
+
+def _attribute(spec: str, module: ModuleType, name: str) -> Callable[[], object]:
+    try:
+        found = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        hint = _hint(name, public, f"{module.__name__}:")
+        raise ModelSpecError(f"`{spec}`: module `{module.__name__}` has no `{name}`{hint}") from error
+    if not callable(found):
+        raise ModelSpecError(
+            f"`{spec}` is a {type(found).__name__}: name a function or class that builds the model"
+        )
+    return found
+
+
+def _hint(name: str, names: Iterable[str], prefix: str) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3)
+    if not close:
+        return f"; {_WHERE.get(prefix, 'name a function or class that it defines')}"
+    return f"; did you mean {' or '.join(f'`{prefix}{match}`' for match in close)}?"
+
+
+@contextlib.contextmanager
+def _current_directory_on_path() -> Iterator[None]:
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove("")

@@ -1,0 +1,266 @@
+"""The optimised module: an instance of the model's own class whose forward runs rewritten programs.
+
+`optimise_in_place(clone, options)` gives the clone, and each part of it that is rewritten, a class
+derived from its own: same attributes, same methods, same `state_dict`; only `forward` differs. It picks
+the program whose guard holds (one per combination of training flags that forward reads, of arguments
+given, …) and traces a new one where none does. What cannot be traced runs as the plain model would.
+
+Pickling and copying store the plain structure and the options, and optimise again when loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from normpass import passes, recipe
+from normpass.apply import Program, apply_plan
+from normpass.capture import TENSOR, Capture, CaptureError, capture, find_parts, join, parameters_of
+from normpass.errors import StaleChangeError
+from normpass.planner import Plan, make_plan
+from normpass.sites import find_sites
+
+_STATE = "_normpass"
+_MOST_PROGRAMS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `optimize` was asked for; enough to do it again."""
+
+    changes: tuple[Any, ...] = ()
+    allow_lossy: bool = False
+
+
+@dataclass
+class Part:
+    """What an optimised module knows about itself; lives in its `__dict__`, not among its submodules."""
+
+    options: Options
+    is_root: bool
+    names: list[str] | None
+    """parameter names of the plain forward; None where it is never traced"""
+    defaults: list[Any] = field(default_factory=list)
+    programs: list[tuple[tuple, Program | None]] = field(default_factory=list)
+    """(arguments' key, program), the last used first; None where tracing failed"""
+    untraceable: dict[str, str] = field(default_factory=dict)
+    """for the root: path -> why that module's own forward is left as it is"""
+    replaced: dict[str, nn.Module] = field(default_factory=dict)
+    """for the root: path -> the layer that a change replaced"""
+    parts: tuple[str, ...] = ()
+    """for the root: paths of the rewritten parts"""
+
+
+class Optimized:
+    """Marks modules made by `normpass.optimize`; `isinstance(m, normpass.Optimized)`."""
+
+    _normpass_plain_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        part: Part = self.__dict__[_STATE]
+        plain = plain_copy(self)
+        return (_optimise_again, (plain, part.options)) if part.is_root else (_identity, (plain,))
+
+
+def part_of(optimised: nn.Module) -> Part:
+    """What an optimised module knows about itself."""
+    return optimised.__dict__[_STATE]
+
+
+def _identity(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _optimise_again(plain: nn.Module, options: Options) -> nn.Module:
+    return optimise_in_place(plain, options)
+
+
+@functools.cache
+def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The class of optimised instances of `plain`, with its name."""
+
+    @functools.wraps(plain.forward)
+    def forward(self, *args, **kwargs):
+        return run(self, args, kwargs)
+
+    namespace = {"forward": forward, "_normpass_plain_class": plain, "__module__": plain.__module__}
+    return type(plain.__name__, (Optimized, plain), namespace)
+
+
+# --- making and unmaking --------------------------------------------------------------------------
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module structure that shares every parameter, buffer and tensor attribute."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+        shared.update((id(t), t) for t in tensors if isinstance(t, Tensor))
+    return copy.deepcopy(model, shared)
+
+
+def plain_copy(optimised: nn.Module) -> nn.Module:
+    """The original structure of an optimised module, sharing its parameters and buffers."""
+    changed: list[tuple[nn.Module, type, dict]] = []
+    part: Part = optimised.__dict__[_STATE]
+    try:
+        for module in optimised.modules():
+            if isinstance(module, Optimized):
+                changed.append((module, type(module), module.__dict__.pop(_STATE)))
+                module.__class__ = module._normpass_plain_class
+        plain = shared_copy(optimised)
+    finally:
+        for module, cls, state in changed:
+            module.__class__ = cls
+            module.__dict__[_STATE] = state
+    for path, layer in part.replaced.items():
+        parent, _, name = path.rpartition(".")
+        owner = plain.get_submodule(parent)
+        if type(getattr(owner, name, None)) is nn.LeakyReLU:
+            setattr(owner, name, copy.deepcopy(layer).train(getattr(owner, name).training))
+    return plain
+
+
+def optimise_in_place(model: nn.Module, options: Options) -> nn.Module:
+    """Turn `model` (a copy that nobody else holds) into its optimised form."""
+    replaced: dict[str, nn.Module] = {}
+    for change in options.changes:
+        replaced.update(change.change_modules(model))
+    parts = find_parts(model)
+    for path, captured in parts.captures.items():
+        module = model.get_submodule(path)
+        names = [p.name for p in parameters_of(module)]
+        defaults = [p.default for p in parameters_of(module)]
+        part = Part(options, path == "", names, defaults)
+        key = tuple(TENSOR if d is parameters_of(module)[0].empty else d for d in defaults)
+        part.programs.append((key, build_program(captured, options)))
+        _attach(module, part)
+    if "" not in parts.captures:
+        _attach(model, Part(options, True, None))
+    root: Part = model.__dict__[_STATE]
+    root.untraceable, root.replaced, root.parts = parts.untraceable, replaced, tuple(parts.captures)
+    return model
+
+
+def _attach(module: nn.Module, part: Part) -> None:
+    module.__class__ = optimized_class(type(module))
+    module.__dict__[_STATE] = part
+
+
+def build_program(captured: Capture, options: Options) -> Program:
+    """The rewritten form of one captured graph."""
+    for change in options.changes:
+        change.change_graph(captured.graph)
+    plan = plan_capture(captured, options)
+    return apply_plan(captured, plan, passes.ORDER, passes.AFTER_SITES, passes.RECOMPUTED)
+
+
+def plan_capture(captured: Capture, options: Options) -> Plan:
+    return make_plan(find_sites(captured), passes.ORDER, options.allow_lossy)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """One forward of an optimised module."""
+    part: Part = module.__dict__[_STATE]
+    program, tensors = None, ()
+    if part.names is not None:
+        key, tensors = _bind(part, args, kwargs)
+        if key is not None:
+            program = _program_for(module, part, key)
+    forward: Callable = module._normpass_plain_class.forward
+    if program is None:
+        if part.options.changes and part.names is not None:
+            raise StaleChangeError(_stale_message(module))
+        body, arguments, named = forward, args, kwargs
+    else:
+        body, arguments, named = program.run, tensors, {}
+    if torch.compiler.is_compiling():
+        return _run_compiled(program, body, module, arguments, named)
+    with recipe.recording():
+        result = body(module, *arguments, **named)
+    if not recipe.is_recording():
+        recipe.untag(result)
+    return result
+
+
+def _bind(part: Part, args: tuple, kwargs: dict) -> tuple[tuple | None, tuple]:
+    """The key of a call (TENSOR or the constant, by parameter) and its tensors; None if it does not fit."""
+    names, values = part.names or [], list(args)
+    if len(args) > len(names):
+        return None, ()
+    used = 0
+    for name, default in zip(names[len(args) :], part.defaults[len(args) :], strict=True):
+        values.append(kwargs.get(name, default))
+        used += name in kwargs
+    if used != len(kwargs):
+        return None, ()
+    is_tensor = [_holds_tensor(value) for value in values]
+    key = tuple(TENSOR if tensor else value for value, tensor in zip(values, is_tensor, strict=True))
+    return key, tuple(value for value, tensor in zip(values, is_tensor, strict=True) if tensor)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return False
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _program_for(module: nn.Module, part: Part, key: tuple) -> Program | None:
+    for index, (known, program) in enumerate(part.programs):
+        if known == key and (program is None or program.guard.holds()):
+            if index and not torch.compiler.is_compiling():
+                part.programs.insert(0, part.programs.pop(index))
+            return program
+    return _trace_anew(module, part, key)
+
+
+@torch._dynamo.assume_constant_result
+def _trace_anew(module: nn.Module, part: Part, key: tuple) -> Program | None:
+    """Trace for a call that no program fits; None, remembered, where that fails."""
+    try:
+        if len(part.programs) >= _MOST_PROGRAMS:
+            raise CaptureError(f"it was traced {_MOST_PROGRAMS} times for different flags or arguments")
+        arguments = dict(zip(part.names or [], key, strict=True))
+        program = build_program(capture(module, arguments), part.options)
+    except CaptureError as error:
+        name = module._normpass_plain_class.__name__
+        warnings.warn(f"normpass: {name} runs unoptimised for this call: {error}", stacklevel=6)
+        program = None
+    part.programs.insert(0, (key, program))
+    return program
+
+
+def _stale_message(module: nn.Module) -> str:
+    return (
+        f"{module._normpass_plain_class.__name__} was optimised with `changes=`, and this call cannot be traced, "
+        "so its changed form cannot be run. Call it as it was called before, or optimise again."
+    )
+
+
+def _run_compiled(program: Program | None, body: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """Under torch.compile saved-tensor hooks are not allowed; a selective checkpoint says what to run again."""
+    if program is None or not torch.is_grad_enabled():
+        return body(module, *args, **kwargs)
+    context = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, program.recomputed))
+    return checkpoint(body, module, *args, use_reentrant=False, context_fn=context)
+
+
+def _policy(recomputed: frozenset, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if op in recomputed else CheckpointPolicy.MUST_SAVE
+
+
+__all__ = ["Optimized", "Options", "Part", "Program", "join", "optimise_in_place", "part_of", "plain_copy", "shared_copy"]

@@ -1,0 +1,89 @@
+"""What was chosen and measured, as a table, JSON and text. Computes nothing."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from normpass.measure import format_bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One norm of the model."""
+
+    path: str
+    pattern: str
+    rewrite: str | None
+    """the rewrite that was applied; None if the norm is left alone"""
+    kept: str | None
+    """which of x (the norm's input) and z (the activation's output) is kept for backward"""
+    reason: str
+    """why it is left alone, or why a rewrite that keeps less was refused"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in train mode on the example inputs."""
+
+    kept_before: int
+    kept_after: int
+    peak_before: int
+    peak_after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every norm of a model with what is done to it; prints as a table."""
+
+    model: str
+    rows: tuple[Row, ...]
+    untraceable: dict[str, str] = field(default_factory=dict)
+    """path -> why that module's own forward is left as it is"""
+    derived: dict[str, int] = field(default_factory=dict)
+    """kind of cheap function -> how many of its results are rebuilt instead of kept"""
+    memory: Memory | None = None
+
+    @property
+    def rewritten(self) -> int:
+        """How many norms are rewritten."""
+        return sum(row.rewrite is not None for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120, force_terminal=False, color_system=None).print(self)
+        return text.getvalue().rstrip("\n")
+
+    def __rich__(self) -> Group:
+        table = Table("norm", "pattern", "rewrite", "kept", "reason", title=f"normpass: {self.model}")
+        for row in self.rows:
+            table.add_row(row.path, row.pattern, row.rewrite or "left alone", row.kept or "", row.reason)
+        return Group(table, *(Text(line) for line in self.summary()))
+
+    def summary(self) -> list[str]:
+        """The lines below the table."""
+        lines = [f"{self.rewritten} of {len(self.rows)} norms rewritten"]
+        if self.derived:
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.derived.items()))
+            lines.append(f"also rebuilt instead of kept: {counts}")
+        for path, why in self.untraceable.items():
+            lines.append(f"{path or 'the model itself'}: its own forward is left as it is: {why}")
+        if self.memory is not None:
+            m = self.memory
+            lines.append(_compared("kept for backward", m.kept_before, m.kept_after))
+            lines.append(_compared("peak over a step", m.peak_before, m.peak_after))
+        return lines
+
+
+def _compared(what: str, before: int, after: int) -> str:
+    ratio = f" ({after / before:.2f})" if before else ""
+    return f"{what}: {format_bytes(before)} plain, {format_bytes(after)} optimised{ratio}"

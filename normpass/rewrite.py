@@ -1,0 +1,100 @@
+"""The contract of a rewrite.
+
+A rewrite is a frozen dataclass with a `name`, its `semantics`, and two methods:
+
+    match(site) -> Match | Refusal       pure; looks, changes nothing
+    apply(graph, match)                  rewrites the nodes of that site
+
+`passes/` holds one a file. A Refusal is data and is shown in the report: nothing is skipped silently.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch.nn.functional as F
+from torch import fx
+
+from normpass.functional import FunctionalBatchNorm
+from normpass.graph import bound
+from normpass.sites import Site, input_of, other_operand, sums_in_place
+
+
+class Semantics(enum.Enum):
+    """What a rewrite does to the model's function."""
+
+    EXACT = "exact"
+    """the same function of real numbers; differs by rounding only"""
+    LOSSY = "lossy"
+    """the same function, but backward reconstructs a value from a rounded one (`allow_lossy=True`)"""
+    CHANGES_MODEL = "changes the model"
+    """another function; only when asked for by name (`changes=`)"""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rewrite that may be applied at a site."""
+
+    rewrite: str
+    site: Site
+    kept: str
+    """which tensor of the site is kept for backward: `x`, `z` or `x and z`"""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rewrite does not apply at a site."""
+
+    rewrite: str
+    path: str
+    reason: str
+
+
+@runtime_checkable
+class Rewrite(Protocol):
+    """What `passes/` provides."""
+
+    name: str
+    semantics: Semantics
+
+    def match(self, site: Site) -> Match | Refusal: ...
+
+    def apply(self, graph: fx.Graph, match: Match) -> None: ...
+
+
+def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool = True) -> fx.Node:
+    """Put one call of `function(norm, x, residual, activation, args)` where the site's nodes stood.
+
+    Without a residual the call stands at the norm's place, so that running statistics move in the same
+    order as before; with one it stands at the addition's, where the residual exists.
+    """
+    anchor = site.add if site.add is not None else site.norm
+    activation = (site.activation.name, site.activation.args)
+    # Read from the nodes, not from the site: an earlier replacement may have put another node there.
+    x = input_of(site.norm)
+    residual = other_operand(site.add, site.norm) if site.add is not None else None
+    with graph.inserting_before(anchor):
+        norm = _norm_node(graph, site)
+        if with_residual:
+            in_place = site.add is not None and sums_in_place(site.add)
+            args: tuple = (norm, x, residual, *activation, in_place)
+        else:
+            args = (norm, x, *activation)
+        fused = graph.call_function(function, args)
+    fused.meta["site"] = site.path
+    site.out.replace_all_uses_with(fused)
+    for node in dict.fromkeys((site.out, site.add, site.norm)):
+        if node is not None and not node.users:
+            graph.erase_node(node)
+    return fused
+
+
+def _norm_node(graph: fx.Graph, site: Site) -> fx.Node:
+    """The norm as a value: the module itself, or the arguments of an `F.batch_norm` call."""
+    if site.norm.op == "call_module":
+        return graph.get_attr(str(site.norm.target))
+    arguments = bound(F.batch_norm, site.norm)
+    del arguments["input"]
+    return graph.call_function(FunctionalBatchNorm, (), arguments)

@@ -1,0 +1,64 @@
+"""ReLU  ⇒  leaky ReLU with slope 0.01  (changes the model)
+
+    max(y, 0)  ⇒  max(y, 0.01·y)
+
+What the in-place ABN paper (arXiv 1712.02616) does to make the activation invertible. Only by name:
+`changes=("leaky_relu",)`. Layers (`nn.ReLU`) are replaced in the optimised model, so that every part of it
+agrees; functional spellings are replaced in the graph. A functional ReLU in a module that cannot be traced
+stays as it is, and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from normpass.graph import is_in_place_call
+
+_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
+_RELU_METHODS = ("relu", "relu_")
+
+
+@dataclass(frozen=True)
+class LeakyReLU:
+    """Option object of `changes=`."""
+
+    negative_slope: float = 0.01
+    """slope for negative input, > 0"""
+
+    def __post_init__(self) -> None:
+        if not self.negative_slope > 0:
+            raise ValueError(f"`negative_slope` must be > 0, it is {self.negative_slope}")
+
+    def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Replace every `nn.ReLU` of `model`; returns path -> the layer that stood there."""
+        replaced: dict[str, nn.Module] = {}
+        for parent_path, parent in list(model.named_modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.ReLU:
+                    new = nn.LeakyReLU(self.negative_slope, child.inplace)
+                    setattr(parent, name, new.train(child.training))
+                    replaced[f"{parent_path}.{name}" if parent_path else name] = child
+        return replaced
+
+    def change_graph(self, graph: fx.Graph) -> None:
+        """Replace every functional ReLU of `graph`."""
+        for node in list(graph.nodes):
+            if not _is_functional_relu(node):
+                continue
+            in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or is_in_place_call(node)
+            with graph.inserting_before(node):
+                new = graph.call_function(
+                    F.leaky_relu, (node.all_input_nodes[0], self.negative_slope, in_place)
+                )
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+
+def _is_functional_relu(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in _RELU_FUNCTIONS
+    return node.op == "call_method" and node.target in _RELU_METHODS

@@ -1,0 +1,38 @@
+"""norm → (add) → activation → consumers  ⇒  keep x, rebuild z in backward
+
+    forward    z = act(a·x + b + residual)        x kept, z not
+    backward   z again, bit for bit, by the same op from the same x, mean and variance
+
+This is the memory side of BN fission and fusion (arXiv 1807.01702): the statistics belong to the
+producer's output, normalisation and activation to the consumer's input. What a consumer would save of z
+is replaced by a recipe (`normpass.recipe`); a residual is part of the recipe, and may be a recipe itself.
+
+Refuses: what the site refuses; a z that is changed in place later (the consumer would read the changed
+one). Changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from normpass.functional import split_norm_act
+from normpass.rewrite import Match, Refusal, Semantics, replace_site
+from normpass.sites import Site
+
+
+@dataclass(frozen=True)
+class SplitBN:
+    name: str = "split_bn"
+    semantics: Semantics = Semantics.EXACT
+
+    def match(self, site: Site) -> Match | Refusal:
+        if site.refused is not None:
+            return Refusal(self.name, site.path, site.refused)
+        if site.written is not None:
+            return Refusal(self.name, site.path, f"its result is changed in place later, by `{site.written}`")
+        return Match(self.name, site, kept="x")
+
+    def apply(self, graph: fx.Graph, match: Match) -> None:
+        replace_site(graph, match.site, split_norm_act)

@@ -1,0 +1,434 @@
+"""Every figure is checked where it is known in closed form; nothing asserts how long anything takes."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from normpass import measure
+
+B, IN, H = 16, 8, 64
+HIDDEN = B * H * 4  # bytes of one hidden activation in fp32
+
+
+def linear_chain(activation: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(IN, H), activation, nn.Linear(H, 4))
+
+
+def conv_chain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+    )
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16)
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(B, IN)
+
+
+class Lambda(nn.Module):
+    """A layer with one weight, whose forward is a function of (module, x)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.layer = nn.Linear(IN, H)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@dataclasses.dataclass
+class Prediction:
+    hidden: torch.Tensor
+    name: str = "prediction"
+
+
+# --- kept_bytes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "activation, kept",
+    [
+        (nn.ReLU(), HIDDEN),  # the result serves relu and the next linear
+        (nn.ReLU(inplace=True), HIDDEN),
+        (nn.Sigmoid(), HIDDEN),
+        (nn.GELU(), 2 * HIDDEN),  # needs its input; the next linear needs its result
+        (nn.Identity(), HIDDEN),
+    ],
+)
+def test_kept_of_a_linear_chain(activation, kept):
+    assert measure.kept_bytes(linear_chain(activation), rows()) == kept
+
+
+def test_kept_of_conv_norm_relu():
+    activation, statistics = 2 * 8 * 16 * 16 * 4, 2 * 8 * 4
+    # conv1's result (norm 1), relu's result (conv 2), conv 2's result (norm 2), two pairs of statistics
+    assert measure.kept_bytes(conv_chain(), images()) == 3 * activation + 2 * statistics
+
+
+def test_frozen_statistics_keep_no_batch_statistics():
+    assert measure.kept_bytes(conv_chain().eval(), images()) == 3 * 2 * 8 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize("activation, kept", [(nn.Sigmoid(), 0), (nn.Identity(), 0), (nn.GELU(), HIDDEN)])
+def test_the_output_is_not_counted(activation, kept):
+    model = nn.Sequential(nn.Linear(IN, H), activation)
+    assert measure.kept_bytes(model, rows()) == kept
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x,
+        lambda m, x: x.view(-1)[:3],
+        lambda m, x: m.layer.weight,
+        lambda m, x: {"given": x, "weight": m.layer.weight.t(), "new": m.layer(x)},
+        lambda m, x: (m.layer(x), [x[0], None, "text"]),
+        lambda m, x: Prediction(m.layer(x)),
+        lambda m, x: m.layer(x)[:, :2],
+        lambda m, x: x.argmax(1),
+    ],
+)
+def test_aliases_and_nested_outputs_keep_nothing(function):
+    assert measure.kept_bytes(Lambda(function), rows()) == 0
+
+
+def test_a_no_op_keeps_nothing_even_when_its_input_requires_grad():
+    assert measure.kept_bytes(nn.Identity(), rows().requires_grad_()) == 0
+
+
+def test_what_a_model_stores_on_itself_counts():
+    def stash(module, x):
+        module.last = module.layer(x).detach() + 1
+        return module.layer(x)
+
+    assert measure.kept_bytes(Lambda(stash), rows()) == HIDDEN
+
+
+def test_a_stored_output_is_still_the_output():
+    def stash(module, x):
+        module.last = module.layer(x)
+        return module.last
+
+    assert measure.kept_bytes(Lambda(stash), rows()) == 0
+
+
+def test_hooks_of_the_model_itself_are_respected():
+    def halved(module, x):
+        def pack(t):
+            return t.half() if t.shape == (B, H) else t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.float()):
+            return nn.functional.gelu(module.layer(x))
+
+    assert measure.kept_bytes(Lambda(halved), rows()) == HIDDEN // 2
+
+
+def test_checkpoint_keeps_only_the_random_state():
+    chain = linear_chain(nn.GELU())
+    model = Lambda(lambda m, x: checkpoint(chain, x, use_reentrant=False))
+    assert measure.kept_bytes(model, rows()) == torch.get_rng_state().nbytes
+
+
+def test_autocast_counts_the_cast_weights():
+    model = nn.Sequential(nn.Linear(IN, H), nn.Linear(H, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = [measure.kept_bytes(model, rows()) for _ in range(2)]
+    cast = 2 * (
+        B * IN + B * H + 4 * H
+    )  # x, the hidden activation and the weight that gets a gradient through
+    assert kept[0] == kept[1]
+    assert cast <= kept[0] <= cast + 2 * (IN * H + H + 4)
+
+
+def test_keyword_arguments_reach_the_model():
+    class Gated(nn.Linear):
+        def forward(self, x, *, gate):
+            return super().forward(x) * gate
+
+    # the product needs both factors: the linear's result is new, the gate was there
+    assert measure.kept_bytes(Gated(IN, H), rows(), gate=torch.ones(H)) == 0
+    assert measure.kept_bytes(Gated(IN, H), rows(), gate=torch.ones(H, requires_grad=True)) == HIDDEN
+
+
+# --- kept_by_layer ------------------------------------------------------------------------------------
+
+
+def test_kept_by_layer_names_the_layer_that_saves_first():
+    activation, statistics = 2 * 8 * 16 * 16 * 4, 2 * 8 * 4
+    kept = measure.kept_by_layer(conv_chain(), images())
+    assert kept == {"1": activation + statistics, "2": activation, "4": activation + statistics}
+
+
+@pytest.mark.parametrize(
+    "model, make",
+    [
+        (linear_chain(nn.GELU()), rows),
+        (conv_chain(), images),
+        (Lambda(lambda m, x: m.layer(x).exp().sin()), rows),
+    ],
+)
+def test_kept_by_layer_sums_to_kept_bytes(model, make):
+    x = make()
+    assert sum(measure.kept_by_layer(model, x).values()) == measure.kept_bytes(model, x)
+
+
+def test_kept_by_layer_leaves_no_hooks():
+    model = Lambda(lambda m, x: m.layer(x).exp().sin())  # both need the result of exp
+    assert measure.kept_by_layer(model, rows()) == {"": HIDDEN}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- peak_bytes and memory_timeline -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_peak_of_a_chain_of_tanh(depth):
+    x = torch.randn(64, 64, requires_grad=True)
+    peak = measure.peak_bytes(nn.Sequential(*[nn.Tanh() for _ in range(depth)]), x, loss=torch.sum)
+    # every result is alive at the end of forward; backward then holds one gradient more, from end to start
+    # it swaps a result for a gradient, and the sum and its gradient are a number each
+    assert (depth + 1) * x.nbytes <= peak <= (depth + 1) * x.nbytes + 64
+
+
+def test_in_place_relu_lowers_memory_within_forward():
+    tops = {}
+    for inplace in (False, True):
+        line = measure.memory_timeline(linear_chain(nn.ReLU(inplace)), rows())
+        tops[inplace] = max(line.bytes[: line.forward_end + 1])
+    assert tops == {False: 2 * HIDDEN, True: HIDDEN + B * 4 * 4}
+
+
+def test_timeline():
+    model, x = conv_chain(), images()
+    line = measure.memory_timeline(model, x)
+    assert len(line.seconds) == len(line.bytes)
+    assert list(line.seconds) == sorted(line.seconds)
+    assert (line.seconds[0], line.bytes[0], line.bytes[-1]) == (0.0, 0, 0)
+    assert 0 < line.forward_end < len(line.bytes) - 1
+    assert line.bytes[line.forward_end] == measure.kept_bytes(model, x) + model(x).nbytes
+    assert line.peak == max(line.bytes) == measure.peak_bytes(model, x)
+
+
+def test_gradients_that_exist_do_not_count():
+    model = nn.Linear(512, 1, bias=False)
+    x = torch.randn(1, 512)
+    peak = measure.peak_bytes(model, x, loss=torch.sum)
+    assert model.weight.nbytes <= peak <= model.weight.nbytes + 64  # the gradient on its way, not its place
+
+
+def test_loss_may_read_a_dict():
+    model = Lambda(lambda m, x: {"a": m.layer(x), "b": [x]})
+    own = measure.peak_bytes(
+        model, rows(), loss=lambda output: output["a"].square().mean() + output["b"][0].sum()
+    )
+    assert own > 0
+    assert measure.peak_bytes(model, rows()) > 0
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "warm"])
+def test_optimizer_is_undone(warm):
+    model, x = linear_chain(nn.ReLU()), rows()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    if warm:
+        model(x).sum().backward()
+        optimizer.step()
+    parameters = [p.clone() for p in model.parameters()]
+    state = {p: {k: v.clone() for k, v in values.items()} for p, values in optimizer.state.items()}
+    peak = measure.peak_bytes(model, x, optimizer=optimizer)
+    assert peak >= measure.peak_bytes(model, x)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters(), strict=True))
+    assert state.keys() == optimizer.state.keys()
+    assert all(torch.equal(state[p][k], v) for p in state for k, v in optimizer.state[p].items())
+
+
+# --- nothing changes ----------------------------------------------------------------------------------
+
+CALLS = {
+    "kept_bytes": measure.kept_bytes,
+    "kept_by_layer": measure.kept_by_layer,
+    "peak_bytes": measure.peak_bytes,
+    "memory_timeline": measure.memory_timeline,
+    "step_time": lambda model, x: measure.step_time({"a": model, "same": model}, x, rounds=2),
+}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().flatten().view(torch.uint8).tolist())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_model_is_untouched(name):
+    model = nn.Sequential(conv_chain(), nn.Dropout(), nn.Flatten(), nn.Linear(8 * 256, 3))
+    model[0][1].eval()
+    x = images().requires_grad_()
+    model(x).sum().backward()
+    model[3].bias.grad = None
+    before = {k: bits(v) for k, v in model.state_dict().items()}
+    grads = [(p, p.grad, None if p.grad is None else bits(p.grad)) for p in [*model.parameters(), x]]
+    buffers = {k: id(v) for k, v in model.named_buffers()}
+    flags = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+
+    CALLS[name](model, x)
+
+    assert {k: bits(v) for k, v in model.state_dict().items()} == before
+    assert {k: id(v) for k, v in model.named_buffers()} == buffers
+    assert all(p.grad is grad and (grad is None or bits(grad) == value) for p, grad, value in grads)
+    assert [m.training for m in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_untouched_restores_replaced_expanded_and_nan_buffers_after_an_error():
+    model = nn.Module()
+    model.register_buffer("odd", torch.tensor([float("nan"), -0.0, 1.0]))
+    model.register_buffer("wide", torch.ones(1).expand(4))
+    model.register_buffer("none", None)
+    odd, value = model.odd, bits(model.odd)
+    with pytest.raises(KeyError), measure.untouched(model):
+        model.odd.zero_()
+        model.odd = torch.ones(5)
+        model.wide[:1].fill_(7)
+        model.none = torch.ones(2)
+        model.eval()
+        torch.rand(3)
+        raise KeyError
+    assert model.odd is odd
+    assert bits(odd) == value
+    assert model.wide.tolist() == [1.0] * 4
+    assert model.none is None
+    assert model.training
+
+
+def test_a_failing_model_is_restored_too():
+    def fails(module, x):
+        module.seen.add_(1)
+        raise RuntimeError("too large")
+
+    model = Lambda(fails)
+    model.register_buffer("seen", torch.zeros(()))
+    for call in CALLS.values():
+        with pytest.raises(RuntimeError, match="too large"):
+            call(model, rows())
+    assert model.seen == 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- step_time, ratios, format_bytes ------------------------------------------------------------------
+
+
+def test_step_time_takes_turns():
+    log = []
+
+    def named(name, times):
+        def forward(module, x):
+            log.append(name)
+            return sum(module.layer(x) for _ in range(times))
+
+        return Lambda(forward)
+
+    times = measure.step_time(
+        {"once": named("once", 1), "twice": named("twice", 2)}, rows(), rounds=3, warmup=1
+    )
+    assert log == ["twice", "once"] + ["once", "twice"] + ["twice", "once"] + ["once", "twice"]
+    for entry in times.values():
+        assert len(entry.times) == 3
+        assert 0 < entry.low <= entry.median <= entry.high
+    by_once = measure.ratios(times, "once")
+    assert by_once["once"] == measure.Ratio(1.0, 1.0, 1.0)
+    assert by_once["twice"].low <= by_once["twice"].median <= by_once["twice"].high
+
+
+def test_one_round_is_its_own_quartile():
+    entry = measure.step_time({"a": nn.Linear(IN, H)}, rows(), rounds=1)["a"]
+    assert entry.times == (entry.median,) == (entry.low,) == (entry.high,)
+
+
+def test_ratios_are_taken_round_by_round():
+    base = measure.StepTime(2.0, 1.5, 3.0, (1.0, 2.0, 4.0))
+    other = measure.StepTime(4.0, 3.0, 6.0, (2.0, 6.0, 16.0))
+    assert measure.ratios({"a": base, "b": other}, "a")["b"] == measure.Ratio(3.0, 2.5, 3.5)
+
+
+def test_ratios_need_their_base():
+    with pytest.raises(ValueError, match="no entry `c`.*a, b"):
+        entry = measure.StepTime(1.0, 1.0, 1.0, (1.0,))
+        measure.ratios({"a": entry, "b": entry}, "c")
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (2**20 - 1, "1.0 MiB"),
+        (170827264, "162.9 MiB"),
+        (-3 * 2**29, "-1.5 GiB"),
+        (5 * 2**50, "5120.0 TiB"),
+    ],
+)
+def test_format_bytes(count, text):
+    assert measure.format_bytes(count) == text
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_grad_is_refused(name):
+    with torch.no_grad(), pytest.raises(ValueError, match="gradients are off"):
+        CALLS[name](nn.Linear(IN, H), rows())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_devices_are_refused(name):
+    with pytest.raises(ValueError, match="only `cpu` and `cuda` are measured.*`meta`"):
+        CALLS[name](nn.Linear(IN, H, device="meta"), rows())
+
+
+@pytest.mark.parametrize(
+    "loss, error, message",
+    [
+        (lambda y: 1.0, TypeError, "not float"),
+        (lambda y: y, TypeError, "one number"),
+        (lambda y: y.detach().sum(), ValueError, "is the model frozen"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_on(loss, error, message):
+    with pytest.raises(error, match=message):
+        measure.peak_bytes(nn.Linear(IN, H), rows(), loss=loss)
+
+
+def test_an_output_without_floats_needs_a_loss():
+    with pytest.raises(ValueError, match="pass `loss`"):
+        measure.peak_bytes(Lambda(lambda m, x: x.argmax(1)), rows())
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"warmup": -1}])
+def test_step_time_refuses_its_options(options):
+    with pytest.raises(ValueError, match="`rounds` >= 1"):
+        measure.step_time({"a": nn.Linear(IN, H)}, rows(), **options)
+    with pytest.raises(ValueError, match="needs models"):
+        measure.step_time({}, rows())
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    model, x = linear_chain(nn.GELU()).cuda(), rows().cuda()
+    state = torch.cuda.get_rng_state()
+    assert measure.kept_bytes(model, x) == 2 * HIDDEN
+    assert measure.peak_bytes(model, x) >= 2 * HIDDEN
+    assert len(measure.step_time({"a": model}, x, rounds=2)["a"].times) == 2
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    with pytest.raises(ValueError, match="on the CPU"):
+        measure.memory_timeline(model, x)
