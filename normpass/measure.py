@@ -21,6 +21,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +81,7 @@ def kept_bytes(model: nn.Module, *inputs: object, **kwargs: object) -> int:
             device other than the CPU or CUDA.
     """
     device = _checked_device(model, inputs, kwargs)
-
-    def forward() -> object:
-        return _forward(model, inputs, kwargs)
-
+    forward = partial(_forward, model, inputs, kwargs)
     with untouched(model, inputs, kwargs):
         _warm_up(forward())
         before = _existing(model, inputs, kwargs)  # kept alive, so that what replaces them counts in full
@@ -131,41 +129,44 @@ def peak_bytes(
     *inputs: object,
     loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    **kwargs: object,
 ) -> int:
     """The highest memory in bytes above the start, over one training step of a warm model.
 
-    The step is forward, `loss(output)` (by default the mean square, summed over the floating outputs),
-    backward and, if given, `optimizer.step()`. Parameters, gradients and the optimizer's state exist
-    before it starts, so they do not count; temporaries on the way to them do.
+    The step is `model(*inputs, **kwargs)`, `loss(output)` (by default the mean square, summed over the
+    floating outputs), backward and, if given, `optimizer.step()`. Parameters, gradients and the optimizer's
+    state exist before it starts, so they do not count; temporaries on the way to them do.
 
     Raises:
         ValueError: gradients are off, no output depends on anything that requires one, or the device is
             neither the CPU nor CUDA.
         TypeError: `loss` returned something other than one number in a tensor.
     """
-    device = _checked_device(model, inputs)
+    device = _checked_device(model, inputs, kwargs)
     if device.type == "cpu":
-        return _timeline(model, inputs, loss, optimizer).peak
-    with _warm(model, inputs, loss, optimizer):
+        return _timeline(model, inputs, kwargs, loss, optimizer).peak
+    with _warm_step(model, inputs, kwargs, loss, optimizer) as step:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         start = torch.cuda.memory_allocated(device)
-        _step(model, inputs, loss, optimizer)
+        step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start
 
 
-def memory_timeline(model: nn.Module, *inputs: object, loss: Loss | None = None) -> Timeline:
+def memory_timeline(
+    model: nn.Module, *inputs: object, loss: Loss | None = None, **kwargs: object
+) -> Timeline:
     """Memory along one training step on the CPU; its `peak` is `peak_bytes`.
 
     Raises:
         ValueError: as for `peak_bytes`, and on CUDA, where the allocator reports only the peak.
         TypeError: as for `peak_bytes`.
     """
-    device = _checked_device(model, inputs)
+    device = _checked_device(model, inputs, kwargs)
     if device.type != "cpu":
         raise ValueError(f"memory_timeline needs a model on the CPU, not on `{device}`; use peak_bytes there")
-    return _timeline(model, inputs, loss, None)
+    return _timeline(model, inputs, kwargs, loss, None)
 
 
 def step_time(
@@ -328,17 +329,14 @@ def _warm_up(output: object) -> None:
 
 
 def _step(
-    model: nn.Module,
-    inputs: Sequence[object],
-    loss: Loss | None,
-    optimizer: torch.optim.Optimizer | None = None,
+    forward: Callable[[], object], loss: Loss | None, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    output = _forward(model, inputs, {})
+    output = forward()
     with torch.profiler.record_function(_FORWARD_END):
         value = (loss or _mean_square)(output)
     del output
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise TypeError(f"`loss` must return one number in a tensor, not {type(value).__name__}")
+        raise TypeError(f"`loss` must return one number in a tensor, not {_what(value)}")
     if not value.requires_grad:
         raise ValueError("the loss depends on nothing that requires a gradient: is the model frozen?")
     value.backward()
@@ -346,17 +344,26 @@ def _step(
         optimizer.step()
 
 
+def _what(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 @contextlib.contextmanager
-def _warm(
-    model: nn.Module, inputs: Sequence[object], loss: Loss | None, optimizer: torch.optim.Optimizer | None
-) -> Iterator[None]:
-    """Everything a step leaves behind for good is there: compiled code, gradients, the optimizer's state."""
-    with untouched(model, inputs), _undone(optimizer):
-        _step(model, inputs, loss, optimizer)
-        for leaf in _leaves(model, inputs):
+def _warm_step(
+    model: nn.Module,
+    inputs: Sequence[object],
+    kwargs: Mapping[str, object],
+    loss: Loss | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> Iterator[Callable[[], None]]:
+    """A step whose lasting results are there already: compiled code, gradients, the optimizer's state."""
+    step = partial(_step, partial(_forward, model, inputs, kwargs), loss, optimizer)
+    with untouched(model, inputs, kwargs), _undone(optimizer):
+        step()
+        for leaf in _leaves(model, (inputs, kwargs)):
             leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
         gc.collect()
-        yield
+        yield step
 
 
 @contextlib.contextmanager
@@ -396,10 +403,14 @@ def _recorded() -> Iterator[list[tuple[float, int | None]]]:
 
 
 def _timeline(
-    model: nn.Module, inputs: Sequence[object], loss: Loss | None, optimizer: torch.optim.Optimizer | None
+    model: nn.Module,
+    inputs: Sequence[object],
+    kwargs: Mapping[str, object],
+    loss: Loss | None,
+    optimizer: torch.optim.Optimizer | None,
 ) -> Timeline:
-    with _warm(model, inputs, loss, optimizer), _recorded() as events:
-        _step(model, inputs, loss, optimizer)
+    with _warm_step(model, inputs, kwargs, loss, optimizer) as step, _recorded() as events:
+        step()
     seconds, running, forward_end = [0.0], [0], 0
     for when, change in events:
         if change is None:
@@ -455,7 +466,7 @@ def _seconds(model: nn.Module, inputs: Sequence[object], loss: Loss | None, devi
         leaf.grad = None
     _wait_for(device)
     start = time.perf_counter()
-    _step(model, inputs, loss)
+    _step(partial(_forward, model, inputs, {}), loss)
     _wait_for(device)
     return time.perf_counter() - start
 

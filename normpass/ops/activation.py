@@ -153,7 +153,7 @@ class Activation:
 
 
 def rule_for(where: str, name: str, args: Sequence[float]) -> Rule:
-    """The table's entry for `name`; ValueError, saying what is allowed, if name or count of `args` is wrong."""
+    """The table's entry for `name`; ValueError, saying what is allowed, if `name` or `args` is wrong."""
     rule = RULES.get(name)
     if rule is None:
         raise ValueError(f"{where}: unknown activation `{name}`; allowed are {', '.join(RULES)}")

@@ -13,7 +13,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
     `channels_last` (4-d) or `channels_last_3d` (5-d) where `x` is stored so, otherwise `contiguous_format`,
     also for strides that are neither. Where both hold, as for a map of 1×1, the strides decide as they do in
-    ATen.
+    ATen; a stride along a dimension of size 1 means nothing and is ATen's to choose.
     """
     candidate = _CHANNELS_LAST.get(x.dim())
     if candidate is None or not x.is_contiguous(memory_format=candidate):
@@ -40,7 +40,8 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def in_statistics_dtype(values: Tensor | None, x: Tensor) -> Tensor | None:
     """A per-channel tensor in the dtype of `x`'s statistics (ATen wants no other); None stays None."""
-    return None if values is None else values.to(statistics_dtype(x))
+    dtype = statistics_dtype(x)
+    return values if values is None or values.dtype == dtype else values.to(dtype)
 
 
 def or_empty(gradient: Tensor | None, grad: Tensor) -> Tensor:
