@@ -1,6 +1,6 @@
 """`optimize`, `explain`, `restore`: the steps in order.
 
-    model ──capture──► Capture ──find_sites──► Sites ──match──► Plan ──apply──► module ──verify──►
+model ──capture──► Capture ──find_sites──► Sites ──match──► Plan ──apply──► module ──verify──►
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from normpass import passes
-from normpass.explain import make_report
 from normpass.errors import InvalidInputError, InvalidModelError, NotAvailableError
+from normpass.explain import make_report
 from normpass.measure import untouched
 from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
 from normpass.report import Report
@@ -72,7 +72,9 @@ def restore(optimised: nn.Module) -> nn.Module:
         InvalidModelError: the module was not made by `optimize`.
     """
     if not isinstance(optimised, Optimized):
-        raise InvalidModelError(f"{type(optimised).__name__} was not made by normpass.optimize; there is nothing to restore")
+        raise InvalidModelError(
+            f"{type(optimised).__name__} was not made by normpass.optimize; there is nothing to restore"
+        )
     return plain_copy(optimised)
 
 
@@ -103,7 +105,9 @@ def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
         with untouched(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())]
+        shapes = [
+            tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())
+        ]
         raise InvalidInputError(
             f"`example_inputs`: {type(model).__name__} does not run on inputs of shape {shapes}: {error} "
             "Give a tensor, a tuple or a dict of arguments that the model itself accepts."
@@ -114,7 +118,9 @@ def call_arguments(example_inputs: Any) -> tuple[tuple, dict]:
     """`example_inputs` as positional and named arguments of one call."""
     if isinstance(example_inputs, dict):
         return (), example_inputs
-    return (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
+    return (
+        (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
+    )
 
 
 def _check_model(model: Any) -> None:
@@ -122,7 +128,8 @@ def _check_model(model: Any) -> None:
         raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
     if isinstance(model, Optimized):
         raise InvalidModelError(
-            f"this {type(model).__name__} is optimised already; use it as it is, or optimise normpass.restore(model)"
+            f"this {type(model).__name__} is optimised already; "
+            "use it as it is, or optimise normpass.restore(model)"
         )
     if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
         raise InvalidModelError(
@@ -130,7 +137,9 @@ def _check_model(model: Any) -> None:
         )
     inside = next((path for path, m in model.named_modules() if isinstance(m, Optimized)), None)
     if inside is not None:
-        raise InvalidModelError(f"`{inside}` is optimised already; optimise the whole model once, from plain parts")
+        raise InvalidModelError(
+            f"`{inside}` is optimised already; optimise the whole model once, from plain parts"
+        )
 
 
 def _options(memory_budget, changes, allow_lossy, tune, plan) -> Options:

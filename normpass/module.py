@@ -144,11 +144,30 @@ def optimise_in_place(model: nn.Module, options: Options) -> nn.Module:
         key = tuple(TENSOR if d is parameters_of(module)[0].empty else d for d in defaults)
         part.programs.append((key, build_program(captured, options)))
         _attach(module, part)
+        if any(name == "training" for _, name, _ in captured.guard.reads):
+            _trace_other_mode(module, part, key)
     if "" not in parts.captures:
         _attach(model, Part(options, True, None))
     root: Part = model.__dict__[_STATE]
     root.untraceable, root.replaced, root.parts = parts.untraceable, replaced, tuple(parts.captures)
     return model
+
+
+def _trace_other_mode(module: nn.Module, part: Part, key: tuple) -> None:
+    """Trace for eval mode what was traced in train mode, or the reverse.
+
+    Ahead of time, because under torch.compile nothing can be traced anew.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    module.train(not module.training)
+    try:
+        program = build_program(capture(module, dict(zip(part.names or [], key, strict=True))), part.options)
+        part.programs.append((key, program))
+    except CaptureError:
+        pass  # tried again, with a warning, when it is called in that mode
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def _attach(module: nn.Module, part: Part) -> None:
@@ -225,10 +244,11 @@ def _program_for(module: nn.Module, part: Part, key: tuple) -> Program | None:
             if index and not torch.compiler.is_compiling():
                 part.programs.insert(0, part.programs.pop(index))
             return program
+    if torch.compiler.is_compiling():
+        return None
     return _trace_anew(module, part, key)
 
 
-@torch._dynamo.assume_constant_result
 def _trace_anew(module: nn.Module, part: Part, key: tuple) -> Program | None:
     """Trace for a call that no program fits; None, remembered, where that fails."""
     try:

@@ -184,7 +184,9 @@ def is_add(node: fx.Node) -> bool:
     spelled = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
         node.op == "call_method" and node.target in _ADD_METHODS
     )
-    return spelled and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+    return (
+        spelled and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+    )
 
 
 def other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:
@@ -229,7 +231,7 @@ def activation_of(node: fx.Node, root: nn.Module) -> Activation | None:
 
 
 def activation_of_module(module: nn.Module) -> Activation | None:
-    """The activation that a layer is; None for any other layer, subclasses with a forward of their own too."""
+    """The activation that a layer is; None for any other layer and for subclasses."""
     known = next((k for k in _MODULES if type(module) is k), None)
     if known is not None:
         return _MODULES[known](module)

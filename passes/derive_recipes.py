@@ -34,7 +34,11 @@ CAT = frozenset({torch.cat, torch.concat, torch.concatenate, torch.stack})
 MUL = frozenset({operator.mul, torch.mul, product_as_first})
 PAD = frozenset({F.pad})
 UPSAMPLE = frozenset({F.interpolate, F.upsample, F.pixel_shuffle, torch.pixel_shuffle, torch.channel_shuffle})
-_PAD_MODULES = (nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd)
+_PAD_MODULES = (
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+)
 _POOL_MODULES = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 _POOL_FUNCTIONS = frozenset({F.max_pool2d, F.avg_pool2d, torch.max_pool2d, F.max_pool1d, F.max_pool3d})
 _KEEPING_MODULES = (
@@ -45,17 +49,21 @@ _KEEPING_MODULES = (
     nn.LayerNorm,
     *_POOL_MODULES,
 )
-_KEEPING_FUNCTIONS = MUL | _POOL_FUNCTIONS | {
-    F.linear,
-    torch.matmul,
-    operator.matmul,
-    torch.bmm,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose2d,
-    torch.conv2d,
-}
+_KEEPING_FUNCTIONS = (
+    MUL
+    | _POOL_FUNCTIONS
+    | {
+        F.linear,
+        torch.matmul,
+        operator.matmul,
+        torch.bmm,
+        F.conv1d,
+        F.conv2d,
+        F.conv3d,
+        F.conv_transpose2d,
+        torch.conv2d,
+    }
+)
 _SAVES_RESULT = ("relu", "sigmoid", "tanh")
 _SMOOTH_OR_INPUT_SAVING = (
     "relu",
@@ -183,9 +191,22 @@ def _kind_of_module(node: fx.Node, root: nn.Module) -> str | None:
 
 def _kind_of_method(node: fx.Node, root: nn.Module) -> str | None:
     name = str(node.target)
-    if name in VIEW_METHODS and name not in ("type_as", "to", "float", "half", "bfloat16", "double", "detach"):
+    if name in VIEW_METHODS and name not in (
+        "type_as",
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "detach",
+    ):
         return "view"
-    if name in ("mul", "add") and len(node.args) == 2 and isinstance(node.args[1], fx.Node) and not node.kwargs:
+    if (
+        name in ("mul", "add")
+        and len(node.args) == 2
+        and isinstance(node.args[1], fx.Node)
+        and not node.kwargs
+    ):
         return name
     return _kind_of_activation(node, root)
 

@@ -198,6 +198,7 @@ TIMM = (
     _timm("coat_lite_tiny", 64, img_size=64),
 )
 
+
 def _tiny_densenet() -> nn.Module:
     """torchvision's DenseNet with two short blocks."""
     return torchvision.models.DenseNet(8, (3, 3), num_init_features=16, bn_size=2, num_classes=10)

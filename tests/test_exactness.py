@@ -89,7 +89,9 @@ def test_finds_a_buffer_updated_twice() -> None:
 
 
 def test_finds_a_missing_gradient() -> None:
-    failures = faulty(lambda model: model.head.bias.register_post_accumulate_grad_hook(drop_gradient)).failures
+    failures = faulty(
+        lambda model: model.head.bias.register_post_accumulate_grad_hook(drop_gradient)
+    ).failures
     assert "gradients: step 0: `head.bias`: None, plain gives float64[4]" in failures
 
 
@@ -155,7 +157,9 @@ def test_a_plain_run_that_is_not_finite_fails() -> None:
         lambda step: (torch.full((4, 3), torch.inf if step == 2 else 1.0),),
         copy.deepcopy,
     )
-    assert any(failure.startswith("eval outputs: eval: output is not finite") for failure in comparison.failures)
+    assert any(
+        failure.startswith("eval outputs: eval: output is not finite") for failure in comparison.failures
+    )
 
 
 def test_the_row_has_every_kind() -> None:
@@ -171,5 +175,8 @@ def test_parameters_and_buffers_are_shared() -> None:
     model = entry.build()
     optimized = normpass.optimize(model)
     assert optimized is not model
-    for given, result in ((model.named_parameters(), optimized.named_parameters()), (model.named_buffers(), optimized.named_buffers())):
+    for given, result in (
+        (model.named_parameters(), optimized.named_parameters()),
+        (model.named_buffers(), optimized.named_buffers()),
+    ):
         assert {name: id(tensor) for name, tensor in given} == {name: id(tensor) for name, tensor in result}

@@ -1,0 +1,107 @@
+"""An optimised module under torch.compile: one graph, the same numbers, the same memory."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normpass
+from normpass.measure import kept_bytes
+
+
+class Net(nn.Module):
+    """A residual block, a concatenation, a gate, a dropout: one of each thing that is rebuilt."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.a, self.norm_a = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu(self.norm_a(self.a(x)) + x)
+        y = F.silu(self.norm_b(self.b(torch.cat((x, y), 1))))
+        y = y * self.gate(F.adaptive_avg_pool2d(y, 1)).sigmoid()
+        return self.head(F.dropout(y, 0.5, self.training)).mean((2, 3))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def models():
+    torch.manual_seed(0)
+    plain = Net().double()
+    return copy.deepcopy(plain), normpass.optimize(plain)
+
+
+def train(model, forward, steps=2):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    outputs = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch itself warns of while it compiles
+            y = forward(x)
+        optimizer.zero_grad()
+        y.square().mean().backward()
+        optimizer.step()
+        outputs.append(y.detach())
+    return outputs, dict(model.state_dict())
+
+
+def test_aot_eager_trains_the_same_in_one_graph(models):
+    plain, optimised = models
+    expected = train(plain, plain)
+    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(train(optimised, compiled), expected, rtol=0, atol=1e-12)
+
+
+def test_compiled_keeps_what_eager_keeps(models):
+    plain, optimised = models
+    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    eager = kept_bytes(optimised, x)
+    assert kept_bytes(compiled, x) <= 1.12 * eager
+    assert eager < 0.6 * kept_bytes(plain, x)
+
+
+def test_eval_mode_and_a_switch_of_modes(models):
+    plain, optimised = models
+    train(plain, plain)
+    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
+    train(optimised, compiled)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    plain.eval(), optimised.eval()
+    torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-12)
+
+
+def test_no_recompilation_between_steps(models):
+    _, optimised = models
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(optimised, backend=counter, fullgraph=True)
+    train(optimised, compiled, steps=4)
+    assert counter.frame_count == 1
+
+
+def test_channels_last_survives(models):
+    _, optimised = models
+    optimised = optimised.to(memory_format=torch.channels_last)
+    block = torch.compile(optimised.stem, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert block(x).is_contiguous(memory_format=torch.channels_last)

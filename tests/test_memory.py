@@ -1,0 +1,48 @@
+"""What is kept for backward, and the peak over a step, as fractions of plain eager mode."""
+
+import copy
+
+import pytest
+import torch
+from memory import TEN_BLOCKS, image, ten_blocks
+
+import normpass
+from normpass.measure import kept_bytes, peak_bytes
+
+
+@pytest.mark.parametrize("name", TEN_BLOCKS)
+def test_ten_blocks_keep_one_tensor_each(name):
+    activation, bar = TEN_BLOCKS[name]
+    plain = ten_blocks(activation)
+    optimised = normpass.optimize(plain)
+    x = image()
+    kept = kept_bytes(optimised, x) / kept_bytes(plain, x)
+    peak = peak_bytes(optimised, x) / peak_bytes(plain, x)
+    print(f"ten conv-BN-{name}: kept {kept:.3f}, peak {peak:.3f} of plain")
+    assert kept <= bar
+    assert peak <= 1.0
+
+
+def test_lossy_in_place_abn_keeps_as_little():
+    plain = ten_blocks(TEN_BLOCKS["leaky_relu"][0])
+    optimised = normpass.optimize(plain, allow_lossy=True)
+    assert kept_bytes(optimised, image(64)) / kept_bytes(plain, image(64)) <= 0.52
+
+
+def test_nothing_is_kept_without_gradients():
+    optimised = normpass.optimize(ten_blocks(TEN_BLOCKS["relu"][0]))
+    x = image(32)
+    with torch.no_grad():
+        y = optimised(x)
+    assert y.grad_fn is None
+
+
+@pytest.mark.parametrize("frozen", ["convs", "norms", "first half"])
+def test_frozen_parameters_never_cost_more_than_plain(frozen):
+    plain = ten_blocks(TEN_BLOCKS["relu"][0])
+    for index, layer in enumerate(plain):
+        is_norm = isinstance(layer, torch.nn.BatchNorm2d)
+        if index < 15 if frozen == "first half" else is_norm == (frozen == "norms"):
+            layer.requires_grad_(False)
+    optimised = normpass.optimize(copy.deepcopy(plain))
+    assert kept_bytes(optimised, image(64)) <= kept_bytes(plain, image(64))
