@@ -159,7 +159,8 @@ def _trace_other_mode(module: nn.Module, part: Part, key: tuple) -> None:
     Ahead of time, because under torch.compile nothing can be traced anew.
     """
     modes = [(m, m.training) for m in module.modules()]
-    module.train(not module.training)
+    for m, _ in modes:
+        m.training = not module.training
     try:
         program = build_program(capture(module, dict(zip(part.names or [], key, strict=True))), part.options)
         part.programs.append((key, program))

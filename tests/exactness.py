@@ -45,10 +45,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
 from nets.identity import Identity, Layout
 from nets.nested import leaves, map_tensors, move_by_one_ulp, structure
+from torch import Tensor, nn
 
 KINDS = ("outputs", "gradients", "parameters", "buffers", "eval outputs")
 SCALE_LIMIT = 1e-9

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
-
 from nets import small
+from torch import Tensor, nn
 
 SEED = 0
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
@@ -143,19 +142,19 @@ TORCHVISION = (
     _torchvision("resnet18", 64, zero_init_residual=True),
     _torchvision("resnet50", 64),
     _torchvision("resnext50_32x4d", 64),
-    _torchvision("wide_resnet50_2", 64, batch=3, zero_init_residual=True),
+    _torchvision("wide_resnet50_2", 32, zero_init_residual=True),
     _torchvision("densenet121", 64),
     _torchvision("mobilenet_v2", 64),
     _torchvision("mobilenet_v3_small", 64),
     _torchvision("efficientnet_b0", 64),
-    _torchvision("efficientnet_v2_s", 64),
+    _torchvision("efficientnet_v2_s", 64, batch=2),
     _torchvision("googlenet", 64, init_weights=False),
     Network("inception_v3", "torchvision", _inception_v3, random_inputs(4, 3, 107, 107)),
     _torchvision("shufflenet_v2_x1_0", 64),
     _torchvision("mnasnet1_0", 64),
     _torchvision("regnet_y_400mf", 64),
     Network("vgg16_bn", "torchvision", _vgg16_bn, random_inputs(4, 3, 32, 32)),
-    _segmentation("deeplabv3_resnet50", 48),
+    _segmentation("deeplabv3_resnet50", 32),
     _segmentation("lraspp_mobilenet_v3_large", 64),
     Network(
         "r3d_18",
@@ -167,18 +166,18 @@ TORCHVISION = (
 )
 
 TIMM = (
-    _timm("darknet53", 64),
+    _timm("darknet53", 64, batch=2),
     _timm("cspdarknet53", 64),
     _timm("cspresnet50", 64),
-    _timm("seresnet50", 64),
+    _timm("seresnet50", 64, batch=2),
     _timm("resnetv2_50", 64),
     _timm("dla34", 64),
     _timm("hrnet_w18_small", 64),
     _timm("ghostnet_100", 64),
     _timm("repvgg_a0", 64),
     _timm("dpn68", 64),
-    _timm("res2net50_26w_4s", 64),
-    _timm("selecsls42", 64, batch=8),
+    _timm("res2net50_26w_4s", 64, batch=2),
+    _timm("selecsls42", 64),
     _timm("hardcorenas_a", 64),
     _timm("mixnet_s", 64),
     _timm("tf_efficientnet_b0", 64),

@@ -9,8 +9,8 @@ mean) = 0:
 ATen's own BatchNorm statistics are used where they are that good. Its CPU code for channels_last keeps one
 running sum per channel, which at mean/std = 1000 and 5e4 values leaves 6e-5 of the variance and 9e-3 standard
 deviations of the mean; blocks of rows, each recentred on a pairwise mean and merged with Chan's formula
-(Chan, Golub, LeVeque 1979), leave 2e-6 and 1e-4 for at most twice the time of a pass that is a small part of
-a step.
+(Chan, Golub, LeVeque 1979), leave 2e-6 and 1e-4. That takes two to three times as long as ATen's pass over
+a tensor of 16×64×56×56, which is itself a small part of a step.
 """
 
 from __future__ import annotations
