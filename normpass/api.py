@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normpass import passes
 from normpass.errors import InvalidInputError, InvalidModelError, NotAvailableError
 from normpass.explain import make_report
-from normpass.measure import untouched
+from normpass.untouched import untouched
 from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
 from normpass.report import Report
 from normpass.verify import verify_state

@@ -7,17 +7,15 @@ The graph keeps `call_module` nodes at the original paths. Norms are never trace
 their counter update). A module whose own forward cannot be traced becomes one opaque call, and its
 children are looked at as parts of their own.
 
-Tracing fixes what forward *read*: `self.training`, a flag, an attribute that is None. Every such read is
-recorded as a guard, so that a later call that would have read something else is traced anew instead of
-silently running the old graph. Hooks registered later and submodules replaced later are guarded too.
+`normpass.tracing` refuses what a graph cannot say, `normpass.guard` knows when a graph no longer holds.
 """
 
 from __future__ import annotations
 
+import enum
 import inspect
 import operator
-import threading
-from collections import OrderedDict
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,44 +23,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 from normpass.functional import is_norm_act_module, product_as_first, sum_as_first, survival_noise
-from normpass.graph import FRESH_MODULES, hooks_of, module_of
+from normpass.graph import hooks_of, owns_result
+from normpass.guard import SIMPLE, Guard, make_guard
+from normpass.tracing import CaptureError, Tracer, watched
 
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
-_BOOKKEEPING = frozenset({"_is_full_backward_hook", "_compiled_call_impl", "_version"})
 NORM_BASES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 TENSOR = "<tensor>"
-
-
-class CaptureError(Exception):
-    """Why a module could not be traced, in one line; `module` is the innermost one being traced."""
-
-    def __init__(self, reason: str, module: nn.Module | None = None):
-        super().__init__(reason)
-        self.module = module
-
-
-@dataclass(frozen=True)
-class Guard:
-    """What a graph relies on; `holds()` is run before every call, so it is a few dictionary look-ups."""
-
-    reads: tuple[tuple[dict, str, Any], ...]
-    children: tuple[tuple[dict, str, nn.Module | None], ...]
-    hooks: tuple[dict, ...]
-
-    def holds(self) -> bool:
-        if any(self.hooks):
-            return False
-        for modules, name, child in self.children:
-            if modules.get(name) is not child:
-                return False
-        for attributes, name, value in self.reads:
-            if attributes.get(name) is not value and attributes.get(name) != value:
-                return False
-        return True
+_CONSTANTS = (*SIMPLE, enum.Enum, type, types.FunctionType, types.BuiltinFunctionType)
 
 
 @dataclass(frozen=True)
@@ -138,30 +110,78 @@ def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
     return parameters
 
 
+@dataclass(frozen=True)
+class Tree:
+    """A list, tuple or dict that is an argument: its structure, and what each leaf is."""
+
+    structure: pytree.TreeSpec
+    leaves: tuple
+
+
 def required_arguments(module: nn.Module) -> dict[str, Any]:
     """Parameter name -> TENSOR, or its default where it has one: a call with tensors and nothing else."""
-    return {
-        p.name: TENSOR if p.default is inspect.Parameter.empty else p.default for p in parameters_of(module)
-    }
+    arguments = {}
+    for p in parameters_of(module):
+        arguments[p.name] = TENSOR if p.default is inspect.Parameter.empty else described(p.default)
+        if arguments[p.name] is None:
+            raise CaptureError(f"its argument `{p.name}` is a {type(p.default).__name__}", module)
+    return arguments
+
+
+def described(value: Any) -> Any:
+    """What a graph is traced for: TENSOR, `(type, constant)` or a Tree of these; None for anything else."""
+    if isinstance(value, Tensor):
+        return TENSOR
+    if isinstance(value, _CONSTANTS):
+        return None if value is inspect.Parameter.empty else (type(value), value)
+    if not isinstance(value, (list, tuple, dict)):
+        return None
+    leaves, structure = pytree.tree_flatten(value)
+    if len(leaves) == 1 and leaves[0] is value:  # a subclass that pytree does not look into
+        return None
+    found = tuple(described(leaf) for leaf in leaves)
+    return None if None in found else Tree(structure, found)
+
+
+def tensors_of(value: Any, description: Any) -> list[Tensor]:
+    """The tensors of an argument, in the order of its description."""
+    if description is TENSOR:
+        return [value]
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)] if type(description) is Tree else []
+
+
+def _rebuilt(description: Any, tensors: Iterator[Any]) -> Any:
+    """The argument of that description, with the next of `tensors` wherever there is one."""
+    if description is TENSOR:
+        return next(tensors)
+    if type(description) is Tree:
+        return pytree.tree_unflatten([_rebuilt(leaf, tensors) for leaf in description.leaves], description.structure)
+    return description[1]
 
 
 # --- tracing --------------------------------------------------------------------------------------
 
 
 def capture(module: nn.Module, arguments: dict[str, Any]) -> Capture:
-    """Trace the module's own forward. `arguments` maps each parameter to TENSOR or to a constant.
+    """Trace the module's own forward. `arguments` has each parameter as `described`.
 
     Raises CaptureError where the forward itself cannot be traced. Submodules that cannot be traced are
     left opaque, all of one class at once.
     """
     opaque: dict[type, str] = {}
+
+    def is_kept_whole(m: nn.Module) -> bool:
+        if type(m) in opaque or isinstance(m, NORM_BASES) or reason_to_keep_whole(m) is not None:
+            return True
+        return hasattr(type(m), "_normpass_plain_class")  # a part with a program of its own
+
     while True:
-        tracer = _Tracer(opaque)
+        tracer = Tracer(is_kept_whole)
         try:
-            with _entry(module, arguments), _recorded_reads(module) as reads:
+            with _entry(module, arguments), watched(module, tracer) as recorded:
                 graph = tracer.trace(module)
         except Exception as error:  # whatever the model's own code raises on a proxy
-            culprit = tracer.innermost
+            culprit = tracer.failed
             reason = _one_line(error)
             if culprit is None or culprit is module or type(culprit) in opaque:
                 raise CaptureError(reason, culprit) from error
@@ -169,48 +189,8 @@ def capture(module: nn.Module, arguments: dict[str, Any]) -> Capture:
             continue
         break
     _normalise(graph, module)
-    return Capture(module, graph, _opaque_paths(graph, module, tracer), _guard(module, tracer, reads))
-
-
-class _Tracer(fx.Tracer):
-    """fx tracing that stops at norms, hooked, parametrised and untraceable modules, and knows where it is."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, opaque: dict[type, str]):
-        super().__init__()
-        self.opaque = opaque
-        self.stack: list[nn.Module] = []
-        self.failed: nn.Module | None = None
-        self.entered: list[nn.Module] = []
-
-    @property
-    def innermost(self) -> nn.Module | None:
-        return self.failed
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m) in self.opaque or isinstance(m, NORM_BASES) or reason_to_keep_whole(m):
-            return True
-        if hasattr(type(m), "_normpass_plain_class"):  # a part with a program of its own
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m, forward, args, kwargs):
-        leaf = self.is_leaf_module(m, "")
-        if not leaf:
-            self.entered.append(m)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            if self.failed is None:
-                self.failed = m
-            raise
-
-    def create_arg(self, a: Any):
-        if isinstance(a, OrderedDict):  # fx would make it a plain dict
-            items = [(key, self.create_arg(value)) for key, value in a.items()]
-            return self.create_node("call_function", OrderedDict, (items,), {})
-        return super().create_arg(a)
+    guard = make_guard(module, recorded, tracer.entered, tracer.is_leaf_module)
+    return Capture(module, graph, _opaque_paths(graph, module, opaque), guard)
 
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:
@@ -226,15 +206,17 @@ def reason_to_keep_whole(module: nn.Module) -> str | None:
 
 @contextmanager
 def _entry(module: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
-    """Give `module` a class whose forward takes the tensors alone, so that constants are fixed."""
-    forward = plain_class(module).forward
-    tensors = [name for name, value in arguments.items() if value is TENSOR]
-    constants = {name: value for name, value in arguments.items() if value is not TENSOR}
-    passed = "".join(f", {name}={name}" for name in tensors)
-    source = f"def forward(self{''.join(', ' + name for name in tensors)}):\n"
-    source += f"    return plain(self{passed}, **constants)\n"
-    scope: dict[str, Any] = {"plain": forward, "constants": constants}
-    exec(source, scope)  # only identifiers taken from a signature are in the text
+    """Give `module` a class whose forward takes the tensors alone, one by one, so that constants are fixed."""
+    names = [slot for name, description in arguments.items() for slot in _slots(name, description)]
+
+    def call(self, *tensors):
+        remaining = iter(tensors)
+        given = {name: _rebuilt(description, remaining) for name, description in arguments.items()}
+        return plain(self, **given)
+
+    scope: dict[str, Any] = {"call": call}
+    plain = plain_class(module).forward
+    exec(f"def forward(self, {', '.join(names)}):\n    return call(self, {', '.join(names)})\n", scope)
     original = type(module)
     module.__class__ = type(original.__name__, (original,), {"forward": scope["forward"]})
     try:
@@ -243,38 +225,12 @@ def _entry(module: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
         module.__class__ = original
 
 
-_patch_lock = threading.RLock()
-
-
-@contextmanager
-def _recorded_reads(root: nn.Module) -> Iterator[dict]:
-    """Record the plain values that modules of `root` read from themselves; refuse that they write any."""
-    members = {id(m): m for m in root.modules()}
-    reads: dict[tuple[int, str], tuple[dict, str, Any]] = {}
-    get = object.__getattribute__
-
-    def getattribute(self, name):
-        value = get(self, name)
-        if isinstance(value, _SIMPLE) and id(self) in members and name not in _BOOKKEEPING:
-            attributes = get(self, "__dict__")
-            if name in attributes:
-                reads.setdefault((id(self), name), (attributes, name, value))
-        return value
-
-    def setattribute(self, name, value):
-        if id(self) in members:
-            raise CaptureError(f"its forward sets `self.{name}`", self)
-        plain_set(self, name, value)
-
-    with _patch_lock:
-        plain_set = nn.Module.__setattr__
-        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
-        nn.Module.__setattr__ = setattribute  # type: ignore[method-assign]
-        try:
-            yield reads
-        finally:
-            del nn.Module.__getattribute__
-            nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
+def _slots(name: str, description: Any) -> list[str]:
+    """A name for each tensor of the argument `name`."""
+    if type(description) is Tree:
+        inner = (_slots(f"{name}_{index}", leaf) for index, leaf in enumerate(description.leaves))
+        return [slot for slots in inner for slot in slots]
+    return [name] if description is TENSOR else []
 
 
 def _one_line(error: Exception) -> str:
@@ -324,9 +280,7 @@ def _overwrites_unshared(node: fx.Node, root: nn.Module) -> bool:
     first = node.args[0]
     if not isinstance(first, fx.Node) or len(first.users) != 1 or len(node.args) != 2 or node.kwargs:
         return False
-    if first.op == "call_module":
-        return isinstance(module_of(first, root), FRESH_MODULES)
-    return first.target in (operator.add, operator.mul, torch.add, torch.cat, F.batch_norm, sum_as_first)
+    return owns_result(first, root, frozenset({sum_as_first, product_as_first}))
 
 
 def _is_no_op(node: fx.Node, root: nn.Module) -> bool:
@@ -347,7 +301,7 @@ def stochastic_depth_arguments(node: fx.Node) -> tuple[float, str, bool]:
     return given["p"], given["mode"], given.get("training", True)
 
 
-def _opaque_paths(graph: fx.Graph, root: nn.Module, tracer: _Tracer) -> dict[str, str]:
+def _opaque_paths(graph: fx.Graph, root: nn.Module, opaque: dict[type, str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for node in graph.nodes:
         if node.op != "call_module":
@@ -355,25 +309,6 @@ def _opaque_paths(graph: fx.Graph, root: nn.Module, tracer: _Tracer) -> dict[str
         module = root.get_submodule(str(node.target))
         if isinstance(module, NORM_BASES) or not any(isinstance(m, NORM_BASES) for m in module.modules()):
             continue
-        why = tracer.opaque.get(type(module)) or reason_to_keep_whole(module)
+        why = opaque.get(type(module)) or reason_to_keep_whole(module)
         paths[str(node.target)] = why or f"{type(module).__name__} is called as one layer"
     return paths
-
-
-def _guard(root: nn.Module, tracer: _Tracer, reads: dict) -> Guard:
-    traced = {id(m): m for m in (root, *tracer.entered)}
-    for path, module in root.named_modules():  # containers on the way are not called but walked through
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or is_norm_act_module(module):
-            traced[id(module)] = module
-    children = [
-        (m._modules, name, child) for m in traced.values() for name, child in m._modules.items()
-    ]
-    # Whoever is hooked already is called whole; the root's own hooks run around its forward anyway.
-    watched = {id(m): m for m in root.modules() if m is not root and not any(hooks_of(m))}
-    hooks = [d for m in watched.values() if _is_dissolvable(m, traced) for d in hooks_of(m)]
-    return Guard(tuple(reads.values()), tuple(children), tuple(hooks))
-
-
-def _is_dissolvable(module: nn.Module, traced: dict[int, nn.Module]) -> bool:
-    """Modules that no longer run themselves: traced into, or an activation that a rewrite may absorb."""
-    return id(module) in traced or not any(True for _ in module.parameters(recurse=False))

@@ -44,6 +44,11 @@ FRESH_MODULES = (
     nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.Upsample,
 )
+FRESH_FUNCTIONS = frozenset(
+    {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, F.interpolate, F.linear}
+    | {F.batch_norm, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, torch.cat, torch.add, torch.mul}
+    | {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.conv2d, torch.stack, torch.matmul}
+)
 IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in "iadd isub imul itruediv ifloordiv ipow iand ior ixor imatmul".split()
 )
@@ -52,6 +57,17 @@ IN_PLACE_OPERATORS = frozenset(
 def hooks_of(module: nn.Module) -> list[dict]:
     """The hook dictionaries of `module` that a plain call consults."""
     return [module.__dict__[name] for name in HOOK_DICTS if name in module.__dict__]
+
+
+def global_hooks() -> list[dict]:
+    """The hook dictionaries that every module's call consults (`register_module_forward_hook` and its like)."""
+    hooks = nn.modules.module
+    return [
+        hooks._global_forward_pre_hooks,
+        hooks._global_forward_hooks,
+        hooks._global_backward_pre_hooks,
+        hooks._global_backward_hooks,
+    ]
 
 
 def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
@@ -136,6 +152,13 @@ class Storage:
             if start < position < stop and self._find(target) is self._find(node):
                 return writer
         return None
+
+
+def owns_result(node: fx.Node, root: nn.Module, also: frozenset = frozenset()) -> bool:
+    """Whether the value of `node` certainly has storage of its own; `also` names more such functions."""
+    if node.op == "call_module":
+        return isinstance(module_of(node, root), FRESH_MODULES)
+    return node.op == "call_function" and (node.target in FRESH_FUNCTIONS or node.target in also)
 
 
 def _may_alias(node: fx.Node, root: nn.Module) -> bool:

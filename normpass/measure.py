@@ -20,13 +20,15 @@ import gc
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 from torch.utils._pytree import tree_leaves
+
+from normpass.untouched import leaves_of, storage_key, tensors_in, undone, untouched
 
 Loss = Callable[..., Tensor]
 
@@ -86,8 +88,10 @@ def kept_bytes(model: nn.Module, *inputs: object, **kwargs: object) -> int:
         _warm_up(forward())
         before = _existing(model, inputs, kwargs)  # kept alive, so that what replaces them counts in full
         growth, output = _growth(forward, device)
-        known = {_key(tensor) for tensor in before}
-        own = {_key(tensor): tensor for tensor in _tensors(output) if _key(tensor) not in known}
+        known = {storage_key(tensor) for tensor in before}
+        own = {
+            storage_key(tensor): tensor for tensor in tensors_in(output) if storage_key(tensor) not in known
+        }
         return growth - sum(_allocated(tensor, device) for tensor in own.values())
 
 
@@ -114,12 +118,12 @@ def kept_by_layer(model: nn.Module, *inputs: object) -> dict[str, int]:
     with untouched(model, inputs), _names_of_running(model, running):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
             output = _forward(model, inputs, {})
-        seen = {_key(tensor) for tensor in [*_existing(model, inputs), *_tensors(output)]}
+        seen = {storage_key(tensor) for tensor in [*_existing(model, inputs), *tensors_in(output)]}
         kept: dict[str, int] = {}
         for reference, layer in saved:
             tensor = reference()
-            if tensor is not None and _key(tensor) not in seen:
-                seen.add(_key(tensor))
+            if tensor is not None and storage_key(tensor) not in seen:
+                seen.add(storage_key(tensor))
                 kept[layer] = kept.get(layer, 0) + tensor.untyped_storage().nbytes()
     return kept
 
@@ -226,40 +230,11 @@ def format_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module, *values: object) -> Iterator[None]:
-    """Whatever runs inside, afterwards the model is as before, bit for bit.
-
-    That is: buffers, training flags, random number generators (CPU and CUDA), and `.grad` of the
-    parameters and of the leaf tensors among `values`. Inside, every `.grad` starts as None. Parameters are
-    not copied: what writes to them (an optimizer) has to undo that itself.
-    """
-    flags = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    buffers = _copies(model.buffers())
-    grads = [(leaf, leaf.grad) for leaf in _leaves(model, values)]
-    random = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    for leaf, _ in grads:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for module, training, registered in flags:
-            module.training = training
-            module._buffers.update(registered)
-        _put_back(buffers)
-        for leaf, grad in grads:
-            leaf.grad = grad
-        torch.set_rng_state(random)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-
 def _checked_device(model: nn.Module, *values: object) -> torch.device:
     """The device to measure on: CUDA where anything is on it, else the CPU."""
     if not torch.is_grad_enabled():
         raise ValueError("gradients are off, so nothing is kept for backward: measure outside `no_grad`")
-    devices = sorted({tensor.device for tensor in [*model.parameters(), *_tensors(values)]}, key=str)
+    devices = sorted({tensor.device for tensor in [*model.parameters(), *tensors_in(values)]}, key=str)
     for device in devices:
         if device.type not in ("cpu", "cuda"):
             raise ValueError(
@@ -268,42 +243,10 @@ def _checked_device(model: nn.Module, *values: object) -> torch.device:
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
 
-def _tensors(tree: object) -> list[Tensor]:
-    """The tensors in a nest of dicts, tuples, lists, dataclasses."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors(vars(leaf))
-    return found
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def _existing(model: nn.Module, *values: object) -> list[Tensor]:
     """Every tensor that is there before the call: in the model, as an attribute too, and in its arguments."""
     attributes = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
-    return [leaf for leaf in attributes if isinstance(leaf, Tensor)] + _tensors(values)
-
-
-def _leaves(model: nn.Module, values: object) -> list[Tensor]:
-    """What backward accumulates a gradient into."""
-    given = [tensor for tensor in _tensors(values) if tensor.is_leaf and tensor.requires_grad]
-    return list({id(leaf): leaf for leaf in [*model.parameters(), *given]}.values())
-
-
-def _copies(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, torch.UntypedStorage]]:
-    """Distinct storages and their copies: bytes, so strides, shared views and NaNs need no care."""
-    storages = {_key(tensor): tensor.untyped_storage() for tensor in tensors}
-    return [(storage, storage.clone()) for storage in storages.values()]
-
-
-def _put_back(copies: Iterable[tuple[torch.UntypedStorage, torch.UntypedStorage]]) -> None:
-    for storage, copy in copies:
-        storage.copy_(copy)
+    return [leaf for leaf in attributes if isinstance(leaf, Tensor)] + tensors_in(values)
 
 
 def _forward(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[str, object]) -> object:
@@ -315,7 +258,7 @@ def _forward(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[str, ob
 
 
 def _mean_square(output: object) -> Tensor:
-    parts = [t.float().square().mean() for t in _tensors(output) if t.is_floating_point()]
+    parts = [t.float().square().mean() for t in tensors_in(output) if t.is_floating_point()]
     if not parts:
         raise ValueError("the output holds no floating tensor to make a loss of: pass `loss`")
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
@@ -323,7 +266,7 @@ def _mean_square(output: object) -> Tensor:
 
 def _warm_up(output: object) -> None:
     """Run a backward for compiled code's sake, where there is one."""
-    outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+    outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     if outputs:
         _mean_square(outputs).backward()
 
@@ -358,29 +301,12 @@ def _warm_step(
 ) -> Iterator[Callable[[], None]]:
     """A step whose lasting results are there already: compiled code, gradients, the optimizer's state."""
     step = partial(_step, partial(_forward, model, inputs, kwargs), loss, optimizer)
-    with untouched(model, inputs, kwargs), _undone(optimizer):
+    with untouched(model, inputs, kwargs), undone(optimizer):
         step()
-        for leaf in _leaves(model, (inputs, kwargs)):
+        for leaf in leaves_of(model, (inputs, kwargs)):
             leaf.grad = torch.zeros_like(leaf) if leaf.requires_grad else None
         gc.collect()
         yield step
-
-
-@contextlib.contextmanager
-def _undone(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Parameters and state of the optimizer are afterwards as before."""
-    if optimizer is None:
-        yield
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {parameter: dict(values) for parameter, values in optimizer.state.items()}
-    copies = _copies([*parameters, *_tensors(list(state.values()))])
-    try:
-        yield
-    finally:
-        _put_back(copies)
-        optimizer.state.clear()
-        optimizer.state.update(state)
 
 
 @contextlib.contextmanager
@@ -462,7 +388,7 @@ def _names_of_running(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 def _seconds(model: nn.Module, inputs: Sequence[object], loss: Loss | None, device: torch.device) -> float:
-    for leaf in _leaves(model, inputs):
+    for leaf in leaves_of(model, inputs):
         leaf.grad = None
     _wait_for(device)
     start = time.perf_counter()

@@ -19,13 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from normpass import passes, recipe
 from normpass.apply import Program, apply_plan
-from normpass.capture import TENSOR, Capture, CaptureError, capture, find_parts, join, parameters_of
-from normpass.errors import StaleChangeError
+from normpass.capture import (
+    Capture,
+    CaptureError,
+    capture,
+    described,
+    find_parts,
+    join,
+    parameters_of,
+    required_arguments,
+    tensors_of,
+)
+from normpass.errors import InvalidModelError, StaleChangeError
+from normpass.graph import global_hooks
 from normpass.planner import Plan, make_plan
 from normpass.sites import find_sites
 
@@ -52,6 +62,8 @@ class Part:
     defaults: list[Any] = field(default_factory=list)
     programs: list[tuple[tuple, Program | None]] = field(default_factory=list)
     """(arguments' key, program), the last used first; None where tracing failed"""
+    is_exhausted: bool = False
+    """whether it was traced as often as it may be"""
     untraceable: dict[str, str] = field(default_factory=dict)
     """for the root: path -> why that module's own forward is left as it is"""
     replaced: dict[str, nn.Module] = field(default_factory=dict)
@@ -105,7 +117,13 @@ def shared_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         tensors = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
         shared.update((id(t), t) for t in tensors if isinstance(t, Tensor))
-    return copy.deepcopy(model, shared)
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:
+        raise InvalidModelError(
+            f"this {type(model).__name__} cannot be copied with copy.deepcopy ({type(error).__name__}: {error}), "
+            "and the given model must stay as it is; give the class a `__deepcopy__`, or take the attribute off it"
+        ) from error
 
 
 def plain_copy(optimised: nn.Module) -> nn.Module:
@@ -141,7 +159,7 @@ def optimise_in_place(model: nn.Module, options: Options) -> nn.Module:
         names = [p.name for p in parameters_of(module)]
         defaults = [p.default for p in parameters_of(module)]
         part = Part(options, path == "", names, defaults)
-        key = tuple(TENSOR if d is parameters_of(module)[0].empty else d for d in defaults)
+        key = tuple(required_arguments(module).values())
         part.programs.append((key, build_program(captured, options)))
         _attach(module, part)
         if any(name == "training" for _, name, _ in captured.guard.reads):
@@ -195,7 +213,7 @@ def run(module: nn.Module, args: tuple, kwargs: dict) -> Any:
     """One forward of an optimised module."""
     part: Part = module.__dict__[_STATE]
     program, tensors = None, ()
-    if part.names is not None:
+    if part.names is not None and not any(global_hooks()):  # those want to see every layer
         key, tensors = _bind(part, args, kwargs)
         if key is not None:
             program = _program_for(module, part, key)
@@ -216,7 +234,7 @@ def run(module: nn.Module, args: tuple, kwargs: dict) -> Any:
 
 
 def _bind(part: Part, args: tuple, kwargs: dict) -> tuple[tuple | None, tuple]:
-    """The key of a call (TENSOR or the constant, by parameter) and its tensors; None if it does not fit."""
+    """The key of a call (each argument as `described`) and its tensors; None if it does not fit."""
     names, values = part.names or [], list(args)
     if len(args) > len(names):
         return None, ()
@@ -226,17 +244,10 @@ def _bind(part: Part, args: tuple, kwargs: dict) -> tuple[tuple | None, tuple]:
         used += name in kwargs
     if used != len(kwargs):
         return None, ()
-    is_tensor = [_holds_tensor(value) for value in values]
-    key = tuple(TENSOR if tensor else value for value, tensor in zip(values, is_tensor, strict=True))
-    return key, tuple(value for value, tensor in zip(values, is_tensor, strict=True) if tensor)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return False
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    key = tuple(described(value) for value in values)
+    if None in key:
+        return None, ()
+    return key, tuple(t for value, what in zip(values, key, strict=True) for t in tensors_of(value, what))
 
 
 def _program_for(module: nn.Module, part: Part, key: tuple) -> Program | None:
@@ -252,17 +263,24 @@ def _program_for(module: nn.Module, part: Part, key: tuple) -> Program | None:
 
 def _trace_anew(module: nn.Module, part: Part, key: tuple) -> Program | None:
     """Trace for a call that no program fits; None, remembered, where that fails."""
+    if len(part.programs) >= _MOST_PROGRAMS:
+        if not part.is_exhausted:
+            part.is_exhausted = True
+            _warn(module, f"it was traced {_MOST_PROGRAMS} times for different flags or arguments")
+        return None
     try:
-        if len(part.programs) >= _MOST_PROGRAMS:
-            raise CaptureError(f"it was traced {_MOST_PROGRAMS} times for different flags or arguments")
         arguments = dict(zip(part.names or [], key, strict=True))
         program = build_program(capture(module, arguments), part.options)
     except CaptureError as error:
-        name = module._normpass_plain_class.__name__
-        warnings.warn(f"normpass: {name} runs unoptimised for this call: {error}", stacklevel=6)
+        _warn(module, str(error))
         program = None
     part.programs.insert(0, (key, program))
     return program
+
+
+def _warn(module: nn.Module, reason: str) -> None:
+    name = module._normpass_plain_class.__name__
+    warnings.warn(f"normpass: {name} runs unoptimised for this call: {reason}", stacklevel=7)
 
 
 def _stale_message(module: nn.Module) -> str:

@@ -22,8 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normpass.functional import fused_norm_act, inplace_abn, product_as_first, split_norm_act
-from normpass.graph import VIEW_FUNCTIONS, VIEW_METHODS, Storage, module_of, written_nodes
+from normpass.functional import fused_norm_act, inplace_abn, product_as_first, split_norm_act, sum_as_first
+from normpass.graph import (
+    VIEW_FUNCTIONS,
+    VIEW_METHODS,
+    Storage,
+    module_of,
+    owns_result,
+    written_nodes,
+)
 from normpass.ops.activation import activate
 from normpass.recipe import derived, derived_function, method_function
 from normpass.sites import activation_of, is_add
@@ -50,8 +57,7 @@ _KEEPING_MODULES = (
     *_POOL_MODULES,
 )
 _KEEPING_FUNCTIONS = (
-    MUL
-    | _POOL_FUNCTIONS
+    _POOL_FUNCTIONS
     | {
         F.linear,
         torch.matmul,
@@ -64,6 +70,7 @@ _KEEPING_FUNCTIONS = (
         torch.conv2d,
     }
 )
+_OWN = frozenset({split_norm_act, fused_norm_act, inplace_abn, sum_as_first, product_as_first})
 _SAVES_RESULT = ("relu", "sigmoid", "tanh")
 _SMOOTH_OR_INPUT_SAVING = (
     "relu",
@@ -140,7 +147,10 @@ class DeriveRecipes:
             kind = kind_of(node, root)
             if kind is None or not _is_worth_it(node, kind, rebuilt, kept):
                 continue
-            if storage.writer_after(node, node) is not None or not _may_be_functional(node, root):
+            read = [node, *(n for n in node.all_input_nodes if n not in rebuilt)]
+            if any(storage.writer_after(n, node) is not None for n in read):
+                continue  # what is kept must not change between forward and backward
+            if not _may_be_functional(node, root):
                 continue
             chosen[node] = kind
             rebuilt.add(node)
@@ -247,6 +257,8 @@ def _keeps(user: fx.Node, node: fx.Node, root: nn.Module) -> bool:
         return user.args[1] is node or user.args[2] is node
     elif user.target is inplace_abn:
         return False
+    elif user.target in MUL:  # an operand is saved for the gradient of the other
+        return any(n is not node and n.op != "placeholder" for n in user.all_input_nodes)
     elif user.target in _KEEPING_FUNCTIONS:
         return True
     activation = activation_of(user, root)
@@ -280,7 +292,9 @@ def _is_item_of_tuple(node: fx.Node) -> bool:
 
 def _may_be_functional(node: fx.Node, root: nn.Module) -> bool:
     """An in-place activation may run out of place where nobody else sees what it overwrites."""
-    return all(len(target.users) == 1 for target in written_nodes(node, root))
+    return all(
+        len(target.users) == 1 and owns_result(target, root, _OWN) for target in written_nodes(node, root)
+    )
 
 
 def _replace(graph: fx.Graph, node: fx.Node, kind: str, root: nn.Module) -> fx.Node:

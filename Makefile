@@ -1,0 +1,62 @@
+# One command for each thing a developer does; each sets up what it needs. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= build/gpu
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Freed memory stays with the process, so that no step pays for page faults that the one before did not.
+ALLOCATOR := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-nets check bench gpu clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+demo: $(VENV)/.installed  ## train a network plain and optimised, side by side (under 3 minutes)
+	$(PY) -m normpass demo
+
+test: $(VENV)/.installed  ## run the tests, without the long sweeps over networks
+	$(PY) -m pytest -m "not nets"
+
+test-nets: $(VENV)/.installed  ## run the long sweeps over networks and record the results
+	$(PY) -m pytest -m nets tests/nets --results tests/bench/results
+
+check: $(VENV)/.checkers  ## ruff, types, layers
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
+	$(call link_tree,build/typing)
+	MYPYPATH=build/typing $(VENV)/bin/mypy --package normpass
+	$(PY) -m pytest --quiet tests/test_layers.py
+
+bench: $(VENV)/.installed  ## time, kept and peak bytes of four networks against eager; ARGS="--batch 8"
+	$(ALLOCATOR) $(PY) -m normpass.bench $(ARGS)
+
+# For a machine that has torch, pytest and the package's other needs, and no network: nothing is installed.
+gpu:  ## on a machine with a GPU, with its own Python: the tests and the benchmark; OUT=folder
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU here")'
+	@mkdir -p $(OUT)
+	$(call link_tree,build/link)
+	cd build/link && $(PYTHON) -m pytest -c $(CURDIR)/pyproject.toml -m "not nets" $(CURDIR)/tests
+	cd build/link && $(PYTHON) -m normpass.bench --device cuda --json $(abspath $(OUT))/bench.json $(ARGS)
+
+clean:  ## remove what the other commands made, the environment too
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis normpass-demo.png
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the other packages into $(VENV), once: some gigabytes, a minute or more"
+	$(PIP) --editable ".[test,demo]"
+	@touch $@
+
+$(VENV)/.checkers: $(VENV)/.installed
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+# A throw-away package of links, as an installed one looks: `normpass` with `passes` and `kernels` in it.
+define link_tree
+@rm -rf $(1) && mkdir -p $(1)/normpass && ln -s $(CURDIR)/normpass/* $(CURDIR)/passes $(CURDIR)/kernels $(1)/normpass
+endef

@@ -1,0 +1,8 @@
+"""`python -m normpass`: the same as the command `normpass`."""
+
+import sys
+
+from normpass.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""torch.fx tracing that refuses what a graph cannot say.
+
+fx runs forward once with proxies for tensors and writes down the operations. What else happens meanwhile is
+lost, so it is watched here: a part that runs without gradients or under saved-tensor hooks (`no_grad`,
+`torch.utils.checkpoint`), autocast switched inside, random numbers drawn by Python or fixed as constants,
+attributes and lists that are written, questions about the type of a value. Each raises `CaptureError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normpass.graph import FRESH_MODULES
+from normpass.guard import BOOKKEEPING, SIMPLE, fingerprint, is_plain_attribute_of_class
+
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size, fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)
+_lock = threading.RLock()
+
+
+class CaptureError(Exception):
+    """Why a module could not be traced, in one line; `module` is the innermost one being traced."""
+
+    def __init__(self, reason: str, module: nn.Module | None = None):
+        super().__init__(reason)
+        self.module = module
+
+
+class Recorded:
+    """What the modules of `root` read from themselves while forward was traced."""
+
+    def __init__(self, root: nn.Module):
+        self.members = {id(m) for m in root.modules()}
+        self.reads: dict[tuple[int, str], tuple[dict, str, Any]] = {}
+        self.contents: dict[tuple[int, str], tuple[dict, str, Any]] = {}
+        self.inherited: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
+        self._before: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def note(self, module: nn.Module, attributes: dict, name: str, value: Any) -> None:
+        key = (id(module), name)
+        if name not in attributes:
+            if is_plain_attribute_of_class(module, name):
+                self.inherited.setdefault(key, (module, name, value))
+        elif isinstance(value, SIMPLE):
+            self.reads.setdefault(key, (attributes, name, value))
+        elif key not in self.contents and not isinstance(value, (nn.Module, Tensor)):
+            self.contents[key] = (attributes, name, fingerprint(value))
+            kept = type(value) in (list, dict, set)
+            self._before[key] = (value, value.copy() if kept else None)
+
+    def refuse_changes(self) -> None:
+        """CaptureError if forward changed a list, a dict or an object that it had read; lists are put back."""
+        changed = [key for key, (at, name, content) in self.contents.items() if fingerprint(at.get(name)) != content]
+        for value, before in (self._before[key] for key in changed):
+            if isinstance(value, list) and before is not None:
+                value[:] = before
+            elif before is not None:
+                value.clear()
+                value.update(before)
+        if changed:
+            raise CaptureError(f"its forward changes `self.{changed[0][1]}`")
+
+
+class TensorProxy(fx.Proxy):
+    """A proxy that says it is a tensor where it is known to be one, and that nobody may ask where it is not."""
+
+    _is_param = False
+    _is_buffer = False
+
+    @property
+    def __class__(self) -> type:
+        if self.node.op in ("placeholder", "get_attr") or self.node.meta.get("is_tensor", False):
+            return Tensor
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if asking.partition(".")[0] in ("torch", "normpass"):
+            return TensorProxy
+        raise CaptureError(f"its forward asks for the type of `{self.node.name}`")
+
+
+class Tracer(fx.Tracer):
+    """fx tracing that stops at the modules `is_kept_whole` names, and knows where it failed."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, is_kept_whole: Callable[[nn.Module], Any]):
+        super().__init__()
+        self.is_kept_whole = is_kept_whole
+        self.failed: nn.Module | None = None
+        """the innermost module whose forward raised"""
+        self.entered: list[nn.Module] = []
+        self._attributes: dict[Tensor, fx.Proxy] = {}
+        self._hooks = _top_hooks(False)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return bool(self.is_kept_whole(m)) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m, forward, args, kwargs):
+        if not self.is_leaf_module(m, ""):
+            self.entered.append(m)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = m
+            raise
+        if isinstance(m, FRESH_MODULES) and type(result) is TensorProxy:
+            result.node.meta["is_tensor"] = True
+        return result
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return TensorProxy(node, self)
+
+    def create_node(self, kind, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            raise CaptureError("it runs a part of its forward without gradients (`no_grad`, a reentrant checkpoint)")
+        if _top_hooks(False) is not self._hooks and _top_hooks(False) != self._hooks:
+            raise CaptureError("it runs a part of its forward under `checkpoint` or other saved-tensor hooks")
+        return super().create_node(kind, *args, **kwargs)
+
+    def create_arg(self, a: Any):
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a) is OrderedDict:  # fx would make it a plain dict
+            items = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        if isinstance(a, (dict, list, tuple)) and type(a) not in _CONTAINERS and not hasattr(a, "_fields"):
+            raise CaptureError(f"it makes a {type(a).__name__}, which a graph would turn into something else")
+        return super().create_arg(a)
+
+    def attribute(self, tensor: Tensor) -> Any:
+        """The proxy of a tensor that is a plain attribute of a module (not a parameter or buffer)."""
+        if tensor not in getattr(self, "tensor_attrs", ()):
+            return tensor
+        if tensor not in self._attributes:
+            self._attributes[tensor] = self.create_proxy("get_attr", self.tensor_attrs[tensor], (), {})
+        return self._attributes[tensor]
+
+
+@contextmanager
+def watched(root: nn.Module, tracer: Tracer) -> Iterator[Recorded]:
+    """Everything that forward does to the world while it is traced: recorded, refused or undone."""
+    recorded = Recorded(root)
+    with _lock, torch.inference_mode(False), torch.enable_grad(), _reads(recorded, tracer), _no_switches(), _no_draws():
+        yield recorded
+        recorded.refuse_changes()
+
+
+@contextmanager
+def _reads(recorded: Recorded, tracer: Tracer) -> Iterator[None]:
+    """Record the plain values that modules read from themselves; refuse that they write any."""
+    thread = threading.get_ident()
+    get, plain_set = object.__getattribute__, nn.Module.__setattr__
+
+    def getattribute(self, name):
+        value = get(self, name)
+        if name in BOOKKEEPING or name.startswith("__") or threading.get_ident() != thread:
+            return value
+        if id(self) not in recorded.members or isinstance(value, _METHODS):
+            return value
+        attributes = get(self, "__dict__")
+        if isinstance(value, Tensor) and name in attributes:
+            return tracer.attribute(value)
+        recorded.note(self, attributes, name, value)
+        return value
+
+    def setattribute(self, name, value):
+        if id(self) in recorded.members and threading.get_ident() == thread:
+            raise CaptureError(f"its forward sets `self.{name}`", self)
+        plain_set(self, name, value)
+
+    nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
+    nn.Module.__setattr__ = setattribute  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
+
+
+_METHODS = (type(nn.Module.forward), type(nn.Module().forward), type(len), functools.partial, type)
+_SWITCHES = (
+    (torch.amp.autocast_mode.autocast, "__enter__", "switches autocast"),
+    (torch, "is_grad_enabled", "asks whether gradients are on"),
+    (torch, "is_autocast_enabled", "asks whether autocast is on"),
+)
+
+
+@contextmanager
+def _no_switches() -> Iterator[None]:
+    """Refuse that the model's own code switches autocast, or asks for a state that may differ at another call."""
+    thread = threading.get_ident()
+
+    def refusing(function: Callable, what: str) -> Callable:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            asking = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+            by_model = asking not in ("torch", "normpass") or function.__name__ == "__enter__"
+            if threading.get_ident() == thread and by_model:
+                raise CaptureError(f"its forward {what}")
+            return function(*args, **kwargs)
+
+        return call
+
+    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in _SWITCHES]
+    for (owner, name, function), (_, _, what) in zip(plain, _SWITCHES, strict=True):
+        setattr(owner, name, refusing(function, what))
+    try:
+        yield
+    finally:
+        for owner, name, function in plain:
+            setattr(owner, name, function)
+
+
+@contextmanager
+def _no_draws() -> Iterator[None]:
+    """Refuse random numbers, which a graph would repeat for ever, and put the generators back."""
+    before, of_python = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    of_numpy = numpy.random.get_state() if numpy is not None else None
+    try:
+        yield
+        drawn = not torch.equal(before, torch.get_rng_state()) or of_python != random.getstate()
+        if of_numpy is not None:
+            now = numpy.random.get_state()
+            drawn = drawn or now[2:] != of_numpy[2:] or bool((now[1] != of_numpy[1]).any())
+        if drawn:
+            raise CaptureError("its forward draws random numbers that do not come from its tensors")
+    finally:
+        torch.set_rng_state(before)
+        random.setstate(of_python)
+        if of_numpy is not None:
+            numpy.random.set_state(of_numpy)

@@ -1,0 +1,38 @@
+"""Every file in `examples/` runs, in small; a new one needs its entry here."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+
+
+def losses_are_finite(losses):
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def memory_shrinks(found):
+    for before, after in found.values():
+        assert 0 < after < before
+    before, after = found["kept for backward"]
+    assert after < before / 2
+
+
+# name -> (the sizes to run it with, what must hold of its result)
+EXAMPLES = {
+    "train_resnet": ({"steps": 3, "batch_size": 4, "size": 32}, losses_are_finite),
+    "densenet_memory": ({"blocks": (2, 2), "batch_size": 2, "size": 32}, memory_shrinks),
+}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_example(path):
+    assert path.stem in EXAMPLES, f"examples/{path.name} is new: give it an entry in {Path(__file__).name}"
+    sizes, check = EXAMPLES[path.stem]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    check(example.main(**sizes))
