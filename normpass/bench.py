@@ -75,13 +75,24 @@ def bench(network: str, shape: tuple[int, ...], device: str = "cpu", rounds: int
     x = torch.randn(shape, device=device)
     optimised = optimize(plain, x)
     pair = {"plain": plain, "optimised": optimised}
-    kept = [measure.kept_bytes(model, x) for model in pair.values()]
-    peak = [measure.peak_bytes(model, x) for model in pair.values()]
     total, most = count_rebuilds(optimised, x)
     times = measure.step_time(pair, x, rounds=rounds)
     ratio = measure.ratios(times, "plain")["optimised"]
-    seconds = [times[name].median for name in pair]
-    return Row(network, shape, *kept, *peak, *seconds, ratio.median, ratio.low, ratio.high, total, most)
+    return Row(
+        network=network,
+        input=shape,
+        kept_plain=measure.kept_bytes(plain, x),
+        kept_optimised=measure.kept_bytes(optimised, x),
+        peak_plain=measure.peak_bytes(plain, x),
+        peak_optimised=measure.peak_bytes(optimised, x),
+        seconds_plain=times["plain"].median,
+        seconds_optimised=times["optimised"].median,
+        ratio=ratio.median,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        rebuilds=total,
+        most_rebuilds=most,
+    )
 
 
 def count_rebuilds(optimised: nn.Module, x: torch.Tensor) -> tuple[int, int]:
@@ -159,7 +170,7 @@ def _bytes(plain: int, optimised: int) -> tuple[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in ("torchvision", "timm"):
         try:
             found[package] = version(package)

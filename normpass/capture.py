@@ -214,9 +214,9 @@ def _entry(module: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
         given = {name: _rebuilt(description, remaining) for name, description in arguments.items()}
         return plain(self, **given)
 
-    scope: dict[str, Any] = {"call": call}
+    scope: dict[str, Any] = {"_normpass_call": call}
     plain = plain_class(module).forward
-    exec(f"def forward(self, {', '.join(names)}):\n    return call(self, {', '.join(names)})\n", scope)
+    exec(f"def forward(self, {', '.join(names)}):\n    return _normpass_call(self, {', '.join(names)})\n", scope)
     original = type(module)
     module.__class__ = type(original.__name__, (original,), {"forward": scope["forward"]})
     try:

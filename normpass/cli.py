@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,8 +131,8 @@ def _shapes(text: str) -> list[tuple[int, ...]]:
 def _output(text: str) -> Path:
     """A file to write to; refused before the work where its folder is missing."""
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike `Path.is_dir`, never raises
         raise argparse.ArgumentTypeError(f"`{text}` is a folder: name a file in it")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise argparse.ArgumentTypeError(f"no folder `{path.parent}`: create it first")
     return path

@@ -34,7 +34,9 @@ _NEEDS = {"torchvision": "torchvision", "sklearn": "scikit-learn", "matplotlib":
 _CLASSES = 10
 _TOLERANCE = 1e-6  # of the loss; what float64 leaves of the amplification described above
 _ROUNDS = 5
-_MEASURED = 2 * (2 + 2 + _ROUNDS + 1)  # steps it takes: kept, timeline, time with one to warm up, of two networks
+_MEASURED = 2 * (
+    2 + 2 + _ROUNDS + 1
+)  # steps it takes: kept, timeline, time with one to warm up, of two networks
 
 
 class DemoError(NormpassError, ValueError):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from normpass import ops
 from normpass.graph import hooks_of
 from normpass.ops.activation import Activation, activate
-from normpass.recipe import is_recording, tag
+from normpass.recipe import is_recording, tag, under_other_derivatives
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -162,6 +162,8 @@ def _update_running_statistics(norm, mean: Tensor, var: Tensor, count: int) -> N
 
 
 def _is_fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> bool:
+    if under_other_derivatives():
+        return False
     if type(norm) is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
         return False
     if x.dim() not in _DIMS.get(type(norm), (2, 3, 4, 5)) or not _dtypes_fit(norm, x):

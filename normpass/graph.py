@@ -75,6 +75,11 @@ def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def called(node: fx.Node) -> str:
+    """What a report calls `node`: the path of the layer it calls, or its own name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
 def bound(function: Callable, node: fx.Node) -> dict[str, Any] | None:
     """The arguments of `node` by the names of `function`'s signature; None where they cannot be bound."""
     try:

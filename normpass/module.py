@@ -60,6 +60,8 @@ class Part:
     names: list[str] | None
     """parameter names of the plain forward; None where it is never traced"""
     defaults: list[Any] = field(default_factory=list)
+    positional: int = 0
+    """how many of the parameters may be given by position"""
     programs: list[tuple[tuple, Program | None]] = field(default_factory=list)
     """(arguments' key, program), the last used first; None where tracing failed"""
     is_exhausted: bool = False
@@ -158,7 +160,8 @@ def optimise_in_place(model: nn.Module, options: Options) -> nn.Module:
         module = model.get_submodule(path)
         names = [p.name for p in parameters_of(module)]
         defaults = [p.default for p in parameters_of(module)]
-        part = Part(options, path == "", names, defaults)
+        positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters_of(module))
+        part = Part(options, path == "", names, defaults, positional)
         key = tuple(required_arguments(module).values())
         part.programs.append((key, build_program(captured, options)))
         _attach(module, part)
@@ -236,7 +239,7 @@ def run(module: nn.Module, args: tuple, kwargs: dict) -> Any:
 def _bind(part: Part, args: tuple, kwargs: dict) -> tuple[tuple | None, tuple]:
     """The key of a call (each argument as `described`) and its tensors; None if it does not fit."""
     names, values = part.names or [], list(args)
-    if len(args) > len(names):
+    if len(args) > part.positional:
         return None, ()
     used = 0
     for name, default in zip(names[len(args) :], part.defaults[len(args) :], strict=True):

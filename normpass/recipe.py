@@ -113,7 +113,9 @@ class Recipe:
 
     def read(self) -> Tensor:
         """The tensor, rebuilt at most once per backward."""
-        value = self.value if self.value is not None else self._build()
+        value = self.value  # once: another thread's backward may take it away
+        if value is None:
+            value = self._build()
         self.waiting -= 1
         if self.waiting <= 0:
             self.value = None
@@ -143,11 +145,17 @@ class Recipe:
 @contextmanager
 def recording() -> Iterator[None]:
     """Saved-tensor hooks that replace tagged tensors by their recipes, unless hooks are in place already."""
-    if not torch.is_grad_enabled() or not _hooks_enabled() or _top_hooks(False) is not None:
+    taken = _top_hooks(False) is not None or not _hooks_enabled() or under_other_derivatives()
+    if taken or not torch.is_grad_enabled():
         yield
         return
     with saved_tensors_hooks(_pack, _unpack):
         yield
+
+
+def under_other_derivatives() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is active: only plain layers support these."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_recording() -> bool:
@@ -301,10 +309,18 @@ def _forget_after_backward(recipe: Recipe) -> bool:
     if task < 0:
         return False
     if task not in _unfinished:
+        _clear_failed()
         _unfinished[task] = []
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _finish(task))
     _unfinished[task].append(weakref.ref(recipe))
     return True
+
+
+def _clear_failed() -> None:
+    """Drop what backwards that raised left: those run no callback when they end."""
+    for task, references in list(_unfinished.items()):
+        if all(reference() is None for reference in references):
+            _unfinished.pop(task, None)
 
 
 def _finish(task: int) -> None:

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from normpass.capture import NORM_BASES, Capture, reason_to_keep_whole
 from normpass.functional import is_norm_act_module, is_supported_norm, sum_as_first
-from normpass.graph import Storage, bound, module_of
+from normpass.graph import Storage, bound, called, module_of
 from normpass.ops.activation import Activation
 
 IDENTITY = Activation("identity")
@@ -98,7 +98,7 @@ class _Finder:
             add, residual = None, None
             activation, out = self._activation(module, norm)
         writer = self.storage.writer_after(out, out)
-        written = writer.name if writer is not None else None
+        written = called(writer) if writer is not None else None
         gamma = getattr(module, "weight", None)
         return Site(path, kind, norm, x, producer, residual, add, activation, out, written, gamma)
 
@@ -124,7 +124,7 @@ class _Finder:
         if len(norm.args) + len(norm.kwargs) != 1:
             return "it is called with more than its input"
         writer = self.storage.writer_after(x, norm)
-        return f"its input is changed in place later, by `{writer.name}`" if writer is not None else None
+        return f"its input is changed in place later, by `{called(writer)}`" if writer is not None else None
 
     def _functional_refusal(self, norm: fx.Node) -> str | None:
         if norm.target is not F.batch_norm:
@@ -133,7 +133,7 @@ class _Finder:
         if arguments is None or not isinstance(arguments["training"], bool):
             return "its `training` argument is computed"
         writer = self.storage.writer_after(arguments["input"], norm)
-        return f"its input is changed in place later, by `{writer.name}`" if writer is not None else None
+        return f"its input is changed in place later, by `{called(writer)}`" if writer is not None else None
 
     def _producer(self, x: fx.Node | None) -> str:
         if x is None:

@@ -23,7 +23,7 @@ def image(*shape: int, seed: int = 0, requires_grad: bool = False) -> Tensor:
     """Normal fp64 values of `shape`, (2, 3, 8, 8) if none is given."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape or (2, 3, 8, 8), generator=generator, dtype=torch.float64)
-    return values.requires_grad_(requires_grad)
+    return values.requires_grad_() if requires_grad else values
 
 
 def spread(model: nn.Module) -> nn.Module:

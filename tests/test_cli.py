@@ -1,0 +1,174 @@
+"""The command line: what it prints, and that bad input gets one line and status 2."""
+
+import errno
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normpass
+from normpass import bench, cli, demo
+
+NETWORK = """
+from torch import nn
+from torch.nn import functional as F
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.hooked = nn.BatchNorm2d(8)
+        self.hooked.register_forward_hook(lambda *_: None)
+        self.unused = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(self.bn(self.conv(x)) + x)
+        return self.hooked(x).mean((2, 3))
+
+def frozen():
+    return Tiny().requires_grad_(False)
+"""
+
+TABLE = """
+                                             normpass: Tiny
+┏━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━┳━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┓
+┃ norm   ┃ pattern                           ┃ rewrite    ┃ kept ┃ reason                              ┃
+┡━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━╇━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┩
+│ stem.1 │ Conv2d → BatchNorm2d → relu       │ split_bn   │ x    │                                     │
+│ bn     │ Conv2d → BatchNorm2d → add → relu │ split_bn   │ x    │                                     │
+│ hooked │ relu → BatchNorm2d                │ left alone │      │ it has hooks                        │
+│ unused │ BatchNorm2d                       │ left alone │      │ the traced forward does not call it │
+└────────┴───────────────────────────────────┴────────────┴──────┴─────────────────────────────────────┘
+2 of 4 norms rewritten
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A current directory with a module of the user's, `tinynet`."""
+    (tmp_path / "tinynet.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path
+    sys.modules.pop("tinynet", None)
+
+
+def run(capsys, command: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one command."""
+    try:
+        status = cli.main(command.split())
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, "\n".join(line.rstrip() for line in out.splitlines()), err
+
+
+def test_explain(workspace, capsys):
+    status, out, err = run(capsys, "explain tinynet:Tiny")
+    assert (status, out, err) == (0, TABLE.strip("\n"), "")
+
+
+def test_explain_measures_and_writes_json(workspace, capsys):
+    status, out, _ = run(capsys, "explain tinynet:Tiny --input 2x3x16x16 --json report.json")
+    assert status == 0
+    assert re.search(
+        r"^kept for backward: 64\.\d KiB plain, 32\.\d KiB optimised \(0\.50\)$", out, re.MULTILINE
+    )
+    report = json.loads((workspace / "report.json").read_text())
+    assert [row["rewrite"] for row in report["rows"]] == ["split_bn", "split_bn", None, None]
+    assert report["memory"]["kept_after"] < report["memory"]["kept_before"]
+
+
+def test_explain_in_another_dtype_keeps_half_as_much(workspace, capsys):
+    run(capsys, "explain tinynet:Tiny --input 2x3x16x16 --json float32.json")
+    run(capsys, "explain tinynet:Tiny --input 2x3x16x16 --json bfloat16.json --dtype bfloat16")
+    wide, narrow = (
+        json.loads((workspace / f"{dtype}.json").read_text())["memory"] for dtype in ("float32", "bfloat16")
+    )
+    assert 0.5 <= narrow["kept_before"] / wide["kept_before"] < 0.55
+
+
+def test_explain_changes_and_lossy(workspace, capsys):
+    _, out, _ = run(capsys, "explain tinynet:Tiny --change leaky_relu --allow-lossy")
+    assert "Conv2d → BatchNorm2d → leaky_relu" in out
+    assert "inplace_abn" in out
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("fry", "invalid choice: 'fry'"),
+        ("explain", "required: MODEL"),
+        ("explain tinynet", "`tinynet` is not a model: write `torchvision:NAME`"),
+        ("explain tinynet:Tinny", "has no `Tinny`; did you mean `tinynet:Tiny`?"),
+        ("explain nowhere:Net", "no module `nowhere`"),
+        ("explain torchvision:resnet1", "did you mean `torchvision:resnet18`"),
+        ("explain tinynet:Tiny --input 2x3xa", "`2x3xa` is not a shape"),
+        ("explain tinynet:Tiny --input 2x4x16x16", "does not run on inputs of shape [(2, 4, 16, 16)]"),
+        ("explain tinynet:Tiny --change swish", '"swish" is not known; known are "leaky_relu"'),
+        ("explain tinynet:Tiny --dtype int8", "invalid choice: 'int8'"),
+        ("explain tinynet:Tiny --json no/folder/r.json", "no folder `no/folder`: create it first"),
+        ("explain tinynet:Tiny --json .", "`.` is a folder: name a file in it"),
+        ("explain tinynet:frozen --input 2x3x16x16", "is the model frozen?"),
+        ("demo --steps 0", "`0` is not a whole number above 0"),
+        ("demo --out no/folder/plot.png", "no folder `no/folder`"),
+        ("demo --batch 1798", "must be 1 to 1797"),
+        ("demo --model tinynet:Tiny --size 16 --batch 2", "not one score for each class"),
+        ("demo --model tinynet --size 16", "is not a model"),
+        ("demo --model torchvision:resnet18 --size 16 --batch 1", "try another --size or --batch"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(workspace, capsys, command, message):
+    status, out, err = run(capsys, command)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("command", ["explain tinynet:Tiny --json out", "demo --out out"])
+def test_file_that_cannot_be_written(workspace, capsys, monkeypatch, command):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "out")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(demo, "run", lambda *_: None)
+    monkeypatch.setattr(demo, "plot", refuse)
+    status, _, err = run(capsys, command)
+    assert status == 2
+    assert err.startswith("normpass: error: cannot write `out`: Permission denied; name another file with --")
+
+
+def test_version(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0
+    assert out.startswith(f"normpass {normpass.__version__} (torch ")
+
+
+def test_as_a_module(workspace):
+    command = [sys.executable, "-m", "normpass", "explain", "tinynet:Missing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("normpass: error: `tinynet:Missing`")
+    assert "Traceback" not in done.stderr
+
+
+def test_bench(workspace, capsys):
+    arguments = "--model tinynet:Tiny --input 2x3x16x16 --batch 3 --rounds 2 --json results/bench.json"
+    assert bench.main(arguments.split()) == 0
+    found = json.loads((workspace / "results" / "bench.json").read_text())
+    assert found["command"] == f"python -m normpass.bench {arguments}"
+    [row] = found["rows"]
+    assert row["input"] == [3, 3, 16, 16]
+    assert row["kept_optimised"] < row["kept_plain"]
+    assert row["most_rebuilds"] == 1
+    assert "tinynet:Tiny" in capsys.readouterr().out
