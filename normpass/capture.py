@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import inspect
 import operator
+import traceback
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,6 +237,9 @@ def _slots(name: str, description: Any) -> list[str]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, CaptureError):
         return str(error)
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame, _ in frames):
+        return "it runs a part of its forward under `checkpoint`"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -246,6 +250,9 @@ _OUT_OF_PLACE = {
     "add_": sum_as_first,
     "mul_": product_as_first,
 }
+
+
+_ACTIVATIONS = (F.relu, F.silu, F.gelu, F.leaky_relu, F.elu, F.hardtanh, F.relu6, F.hardswish, F.mish, torch.relu)
 
 
 def _normalise(graph: fx.Graph, root: nn.Module) -> None:
@@ -277,10 +284,21 @@ def _expand_stochastic_depth(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _overwrites_unshared(node: fx.Node, root: nn.Module) -> bool:
-    first = node.args[0]
-    if not isinstance(first, fx.Node) or len(first.users) != 1 or len(node.args) != 2 or node.kwargs:
+    return len(node.args) == 2 and not node.kwargs and _is_unshared(node.args[0], root)
+
+
+def _is_unshared(node: Any, root: nn.Module) -> bool:
+    """Whether the value of `node` is new memory that its one user alone sees."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
         return False
-    return owns_result(first, root, frozenset({sum_as_first, product_as_first}))
+    module = module_of(node, root)
+    if isinstance(module, FRESH_MODULES):
+        return True
+    if type(module).__module__ == "torch.nn.modules.activation":
+        return not getattr(module, "inplace", False) or _is_unshared(node.args[0], root)
+    if node.target in _ACTIVATIONS:
+        return not is_in_place_call(node) or _is_unshared(node.args[0], root)
+    return node.target in (operator.add, operator.mul, torch.add, torch.cat, F.batch_norm, sum_as_first)
 
 
 def _is_no_op(node: fx.Node, root: nn.Module) -> bool:

@@ -143,7 +143,7 @@ def _statistics(norm, x: Tensor) -> Statistics:
     if not norm.training and norm.running_mean is not None:
         return Statistics(norm.running_mean, norm.running_var, of_batch=False)
     mean, var = torch.ops.normpass.moments.default(x.detach())
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+    if norm.training and norm.track_running_stats:
         _update_running_statistics(norm, mean, var, x.numel() // x.size(1))
     return Statistics(mean, var, of_batch=True)
 
@@ -154,6 +154,8 @@ def _update_running_statistics(norm, mean: Tensor, var: Tensor, count: int) -> N
         norm.num_batches_tracked.add_(1)
     if momentum is None:  # the cumulative average, as nn.BatchNorm does it
         momentum = 1.0 / float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
+    if norm.running_mean is None:
+        return
     new = torch.ops.normpass.updated_running_stats.default(
         norm.running_mean, norm.running_var, mean, var, momentum, count
     )

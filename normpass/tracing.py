@@ -9,6 +9,7 @@ attributes and lists that are written, questions about the type of a value. Each
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import sys
 import threading
@@ -72,19 +73,50 @@ class Recorded:
 
 
 class TensorProxy(fx.Proxy):
-    """A proxy that says it is a tensor where it is known to be one, and that nobody may ask where it is not."""
+    """A proxy that says it is a tensor where it is known to be one, and that nobody may ask where it is not.
+
+    `a += b` is recorded as what it is: fx makes `a = a + b` of it, and who else holds `a` would miss the change.
+    """
 
     _is_param = False
     _is_buffer = False
 
     @property
+    def is_known(self) -> bool:
+        return self.node.op in ("placeholder", "get_attr") or self.node.meta.get("is_tensor", False)
+
+    @property
     def __class__(self) -> type:
-        if self.node.op in ("placeholder", "get_attr") or self.node.meta.get("is_tensor", False):
+        if self.is_known:
             return Tensor
         asking = sys._getframe(1).f_globals.get("__name__", "")
         if asking.partition(".")[0] in ("torch", "normpass"):
             return TensorProxy
         raise CaptureError(f"its forward asks for the type of `{self.node.name}`")
+
+    def __getattr__(self, name: str) -> Any:
+        if self.is_known and not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise CaptureError(f"its forward sets `{name}` of a tensor")
+        super().__setattr__(name, value)
+
+
+def _in_place(name: str) -> Callable:
+    function = getattr(operator, name)
+
+    def method(self: TensorProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in fx.graph.inplace_methods:
+    if _name != "setitem":
+        setattr(TensorProxy, f"__{_name}__", _in_place(_name))
 
 
 class Tracer(fx.Tracer):

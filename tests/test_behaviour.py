@@ -324,6 +324,7 @@ def test_functional_call(pair) -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 def test_other_ways_to_differentiate(pair) -> None:
     x, tangent = image(), image(seed=1)
     results = []

@@ -356,8 +356,8 @@ REFUSED = {
     NoGrad: "without gradients",
     NoGradMethod: "without gradients",
     Checkpointed: "under `checkpoint`",
-    CheckpointedReentrant: "without gradients",
-    CheckpointedSequential: "control flow",
+    CheckpointedReentrant: "`no_grad`, a reentrant checkpoint",
+    CheckpointedSequential: "under `checkpoint`",
     SavesOnCpu: "saved-tensor hooks",
     AsksGradMode: "asks whether gradients are on",
     PythonRandom: "draws random numbers",
@@ -503,6 +503,17 @@ class TakesBatch(Net):
             return self.b(h) if batch.get("mask") is None else self.b(h) * batch["mask"]
         x, *others = batch
         return self.b(self.a(x)) * (1 + len(others)) * (2 if None in others else 1)
+
+
+class AsksWhatItHas(Net):
+    def run(self, x):
+        return self.b(self.a(x.values_of if hasattr(x, "values_of") else x * 2))
+
+
+def test_a_tensor_has_what_a_tensor_has() -> None:
+    model = AsksWhatItHas()
+    assert normpass.explain(model).untraceable == {}
+    assert_trains_alike(model, image())
 
 
 @pytest.mark.parametrize(

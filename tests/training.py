@@ -84,7 +84,7 @@ def assert_equal(plain: Numbers, other: Numbers) -> None:
     """The same names in the same order, None where there is None, every number within TOLERANCE."""
     assert list(plain) == list(other)
     floats = [t for t in plain.values() if t is not None and t.is_floating_point() and t.numel()]
-    scale = max((float(t.abs().max()) for t in floats), default=0.0)
+    scale = max((float(t.nan_to_num(0, 0, 0).abs().max()) for t in floats), default=0.0)
     for name, expected in plain.items():
         found = other[name]
         assert (expected is None) == (found is None), f"{name}: {found}, plain gives {expected}"
