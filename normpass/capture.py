@@ -18,7 +18,6 @@ import operator
 import traceback
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from normpass.functional import is_norm_act_module, product_as_first, sum_as_first, survival_noise
-from normpass.graph import hooks_of, owns_result
+from normpass.graph import VIEW_FUNCTIONS, VIEW_METHODS, hooks_of, is_in_place_call, module_of, owns_result
 from normpass.guard import SIMPLE, Guard, make_guard
 from normpass.tracing import CaptureError, Tracer, watched
 
@@ -179,8 +178,9 @@ def capture(module: nn.Module, arguments: dict[str, Any]) -> Capture:
     while True:
         tracer = Tracer(is_kept_whole)
         try:
-            with _entry(module, arguments), watched(module, tracer) as recorded:
-                graph = tracer.trace(module)
+            root = _entry(module, arguments)
+            with watched(root, tracer) as recorded:
+                graph = tracer.trace(root)
         except Exception as error:  # whatever the model's own code raises on a proxy
             culprit = tracer.failed
             reason = _one_line(error)
@@ -205,10 +205,13 @@ def reason_to_keep_whole(module: nn.Module) -> str | None:
     return None
 
 
-@contextmanager
-def _entry(module: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
-    """Give `module` a class whose forward takes the tensors alone, one by one, so that constants are fixed."""
+def _entry(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+    """`module` with a forward that takes the tensors alone, one by one, so that constants are fixed.
+
+    It is another object with the very same `__dict__`: a thread that runs `module` meanwhile sees nothing of it.
+    """
     names = [slot for name, description in arguments.items() for slot in _slots(name, description)]
+    plain = plain_class(module).forward
 
     def call(self, *tensors):
         remaining = iter(tensors)
@@ -216,14 +219,10 @@ def _entry(module: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
         return plain(self, **given)
 
     scope: dict[str, Any] = {"_normpass_call": call}
-    plain = plain_class(module).forward
     exec(f"def forward(self, {', '.join(names)}):\n    return _normpass_call(self, {', '.join(names)})\n", scope)
-    original = type(module)
-    module.__class__ = type(original.__name__, (original,), {"forward": scope["forward"]})
-    try:
-        yield
-    finally:
-        module.__class__ = original
+    traced: nn.Module = object.__new__(type(type(module).__name__, (type(module),), {"forward": scope["forward"]}))
+    traced.__dict__ = module.__dict__
+    return traced
 
 
 def _slots(name: str, description: Any) -> list[str]:
@@ -252,6 +251,7 @@ _OUT_OF_PLACE = {
 }
 
 
+_OWN_RESULT = frozenset({operator.add, operator.mul, torch.add, torch.cat, F.batch_norm, sum_as_first})
 _ACTIVATIONS = (F.relu, F.silu, F.gelu, F.leaky_relu, F.elu, F.hardtanh, F.relu6, F.hardswish, F.mish, torch.relu)
 
 
@@ -284,21 +284,33 @@ def _expand_stochastic_depth(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _overwrites_unshared(node: fx.Node, root: nn.Module) -> bool:
-    return len(node.args) == 2 and not node.kwargs and _is_unshared(node.args[0], root)
+    if len(node.args) != 2 or node.kwargs:
+        return False
+    return _is_unshared(node.args[0], root, of_activation=node.target in (operator.iadd, operator.imul))
 
 
-def _is_unshared(node: Any, root: nn.Module) -> bool:
+def _is_unshared(node: Any, root: nn.Module, of_activation: bool) -> bool:
     """Whether the value of `node` is new memory that its one user alone sees."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return False
-    module = module_of(node, root)
-    if isinstance(module, FRESH_MODULES):
+    if owns_result(node, root, also=_OWN_RESULT):
         return True
+    if not of_activation:
+        return False
+    if _is_view_of_one(node):
+        return _is_unshared(node.args[0], root, of_activation)
+    module = module_of(node, root)
     if type(module).__module__ == "torch.nn.modules.activation":
-        return not getattr(module, "inplace", False) or _is_unshared(node.args[0], root)
+        return not getattr(module, "inplace", False) or _is_unshared(node.args[0], root, of_activation)
     if node.target in _ACTIVATIONS:
-        return not is_in_place_call(node) or _is_unshared(node.args[0], root)
-    return node.target in (operator.add, operator.mul, torch.add, torch.cat, F.batch_norm, sum_as_first)
+        return not is_in_place_call(node) or _is_unshared(node.args[0], root, of_activation)
+    return False
+
+
+def _is_view_of_one(node: fx.Node) -> bool:
+    """Whether `node` is a part or another shape of one tensor."""
+    spelled = node.target in VIEW_FUNCTIONS or (node.op == "call_method" and node.target in VIEW_METHODS)
+    return spelled and len(node.all_input_nodes) == 1 and node.args[0] is node.all_input_nodes[0]
 
 
 def _is_no_op(node: fx.Node, root: nn.Module) -> bool:
@@ -315,7 +327,8 @@ def _is_no_op(node: fx.Node, root: nn.Module) -> bool:
 
 def stochastic_depth_arguments(node: fx.Node) -> tuple[float, str, bool]:
     """(p, mode, training) of a call of `torchvision.ops.stochastic_depth(input, p, mode, training=True)`."""
-    given = dict(zip(("input", "p", "mode", "training"), node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(("input", "p", "mode", "training"), node.args, strict=False))
+    given |= node.kwargs
     return given["p"], given["mode"], given.get("training", True)
 
 

@@ -67,27 +67,31 @@ def is_supported_norm(norm: Any) -> bool:
     return type(norm) in _DIMS or type(norm) is FunctionalBatchNorm or is_norm_act_module(norm)
 
 
-def plain_norm_act(norm, x, residual, activation, activation_args, sum_in_place) -> Tensor:
-    """The same layers one after the other, as the model had them."""
+def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> Tensor:
+    """The same layers one after the other, as the model had them.
+
+    `sum_into` says which term gives the sum its dtype, as in `term += other`: "norm", "residual" or "" for none.
+    """
     y = norm(x)
     if is_norm_act_module(norm):
         return y
     if residual is not None:
-        y = sum_as_first(y, residual) if sum_in_place else y + residual
+        first, second = (residual, y) if sum_into == "residual" else (y, residual)
+        y = sum_as_first(first, second) if sum_into else first + second
     return activate(y, activation, activation_args)
 
 
-def fused_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_in_place=False):
+def fused_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x. x: (N, C, *); residual like x."""
     if not _is_fusible(norm, x, residual, activation):
-        return plain_norm_act(norm, x, residual, activation, activation_args, sum_in_place)
+        return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     return torch.ops.normpass.norm_act.default(*_op_args(norm, x, residual, activation, activation_args))
 
 
-def split_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_in_place=False):
+def split_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x; who saves the result saves its recipe instead."""
     if not _is_fusible(norm, x, residual, activation):
-        return plain_norm_act(norm, x, residual, activation, activation_args, sum_in_place)
+        return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     args = _op_args(norm, x, residual, activation, activation_args)
     z = torch.ops.normpass.norm_act.default(*args)
     if not torch.compiler.is_compiling() and is_recording():
@@ -98,7 +102,7 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
 def inplace_abn(norm, x, activation="identity", activation_args=()):
     """act(norm(x)) that keeps only its result. The activation must be invertible."""
     if not _is_fusible(norm, x, None, activation):
-        return plain_norm_act(norm, x, None, activation, activation_args, False)
+        return plain_norm_act(norm, x, None, activation, activation_args, "")
     args = _op_args(norm, x, None, activation, activation_args)
     return torch.ops.normpass.inplace_abn.default(args[0], *args[2:])
 

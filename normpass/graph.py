@@ -120,9 +120,10 @@ def is_in_place_call(node: fx.Node) -> bool:
     """Whether a function such as `F.relu` is called with `inplace=True`, by name or by position."""
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
-    if getattr(node.target, "__module__", None) != F.__name__ or len(node.args) < 2:
+    function = node.target
+    if isinstance(function, str) or getattr(function, "__module__", None) != F.__name__ or len(node.args) < 2:
         return False
-    arguments = bound(node.target, node)
+    arguments = bound(function, node)
     return bool(arguments and arguments.get("inplace", False))
 
 

@@ -15,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class Optimized:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         part: Part = self.__dict__[_STATE]
-        plain = plain_copy(self)
+        plain = plain_copy(cast(nn.Module, self))
         return (_optimise_again, (plain, part.options)) if part.is_root else (_identity, (plain,))
 
 
@@ -136,7 +136,7 @@ def plain_copy(optimised: nn.Module) -> nn.Module:
         for module in optimised.modules():
             if isinstance(module, Optimized):
                 changed.append((module, type(module), module.__dict__.pop(_STATE)))
-                module.__class__ = module._normpass_plain_class
+                module.__class__ = module._normpass_plain_class  # type: ignore[assignment]
         plain = shared_copy(optimised)
     finally:
         for module, cls, state in changed:
@@ -193,7 +193,7 @@ def _trace_other_mode(module: nn.Module, part: Part, key: tuple) -> None:
 
 
 def _attach(module: nn.Module, part: Part) -> None:
-    module.__class__ = optimized_class(type(module))
+    module.__class__ = optimized_class(type(module))  # type: ignore[arg-type]
     module.__dict__[_STATE] = part
 
 

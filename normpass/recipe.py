@@ -35,7 +35,7 @@ from normpass.errors import ModifiedInPlaceError
 from normpass.graph import hooks_of
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled
+_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 _graph_task = torch._C._current_graph_task_id
 
 _TAG = "_normpass_recipe"

@@ -56,8 +56,11 @@ class Refusal:
 class Rewrite(Protocol):
     """What `passes/` provides."""
 
-    name: str
-    semantics: Semantics
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def semantics(self) -> Semantics: ...
 
     def match(self, site: Site) -> Match | Refusal: ...
 
@@ -78,8 +81,7 @@ def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool =
     with graph.inserting_before(anchor):
         norm = _norm_node(graph, site)
         if with_residual:
-            in_place = site.add is not None and sums_in_place(site.add)
-            args: tuple = (norm, x, residual, *activation, in_place)
+            args: tuple = (norm, x, residual, *activation, _sum_into(site))
         else:
             args = (norm, x, *activation)
         fused = graph.call_function(function, args)
@@ -89,6 +91,13 @@ def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool =
         if node is not None and not node.users:
             graph.erase_node(node)
     return fused
+
+
+def _sum_into(site: Site) -> str:
+    """Which term the addition is written into: "norm", "residual", or "" where it makes a new tensor."""
+    if site.add is None or not sums_in_place(site.add):
+        return ""
+    return "norm" if site.add.args[0] is site.norm else "residual"
 
 
 def _norm_node(graph: fx.Graph, site: Site) -> fx.Node:

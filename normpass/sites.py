@@ -94,7 +94,7 @@ class _Finder:
             return Site(path, kind, norm, x, producer, None, None, IDENTITY, norm, None, None, refused)
         add, residual = (None, None) if is_norm_act_module(module) else self._residual(norm)
         activation, out = self._activation(module, add if add is not None else norm)
-        if residual is not None and self.storage.writer_after(x, norm, until=out) is not None:
+        if x is not None and residual is not None and self.storage.writer_after(x, norm, until=out):
             add, residual = None, None
             activation, out = self._activation(module, norm)
         writer = self.storage.writer_after(out, out)
@@ -156,7 +156,7 @@ class _Finder:
         residual = other_operand(add, norm)
         if residual is norm or self._is_norm_of_another_site(residual, norm):
             return None, None
-        if sums_in_place(add) and first is not norm:
+        if sums_in_place(add) and add.target is not sum_as_first and first is not norm:
             return None, None  # it is the other operand that is written
         if self.storage.writer_after(residual, add) is not None:
             return None, None  # kept as the residual, it must not change later
@@ -170,7 +170,7 @@ class _Finder:
 
     def _activation(self, module: nn.Module | None, last: fx.Node) -> tuple[Activation, fx.Node]:
         """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
-        if is_norm_act_module(module):
+        if module is not None and is_norm_act_module(module):
             return _norm_act_activation(module) or IDENTITY, last
         if len(last.users) != 1:
             return IDENTITY, last
@@ -192,7 +192,9 @@ def is_add(node: fx.Node) -> bool:
 def other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:
     """The operand of the addition that is not `operand` (itself, where both are)."""
     first, second = add.args
-    return second if first is operand else first
+    other = second if first is operand else first
+    assert isinstance(other, fx.Node)  # `is_add` has looked
+    return other
 
 
 def sums_in_place(add: fx.Node) -> bool:
@@ -206,7 +208,7 @@ def input_of(norm: fx.Node) -> fx.Node | None:
     return x if isinstance(x, fx.Node) else None
 
 
-def _norm_act_activation(module: nn.Module) -> Activation | None:
+def _norm_act_activation(module: Any) -> Activation | None:
     """The activation inside timm's `BatchNormAct2d`; None if it cannot be fused or dropout is on."""
     if type(module.drop) is not nn.Identity:
         return None

@@ -8,6 +8,7 @@ attributes and lists that are written, questions about the type of a value. Each
 
 from __future__ import annotations
 
+import builtins
 import functools
 import operator
 import random
@@ -15,13 +16,13 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from normpass.graph import FRESH_MODULES
 from normpass.guard import BOOKKEEPING, SIMPLE, fingerprint, is_plain_attribute_of_class
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -73,26 +74,14 @@ class Recorded:
 
 
 class TensorProxy(fx.Proxy):
-    """A proxy that says it is a tensor where it is known to be one, and that nobody may ask where it is not.
+    """A proxy that has what a tensor has, where it is known to be one (and not a tuple, a size, a number).
 
     `a += b` is recorded as what it is: fx makes `a = a + b` of it, and who else holds `a` would miss the change.
     """
 
-    _is_param = False
-    _is_buffer = False
-
     @property
     def is_known(self) -> bool:
-        return self.node.op in ("placeholder", "get_attr") or self.node.meta.get("is_tensor", False)
-
-    @property
-    def __class__(self) -> type:
-        if self.is_known:
-            return Tensor
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking.partition(".")[0] in ("torch", "normpass"):
-            return TensorProxy
-        raise CaptureError(f"its forward asks for the type of `{self.node.name}`")
+        return _is_one_tensor(self.node)
 
     def __getattr__(self, name: str) -> Any:
         if self.is_known and not hasattr(Tensor, name):
@@ -103,6 +92,40 @@ class TensorProxy(fx.Proxy):
         if name not in ("node", "tracer"):
             raise CaptureError(f"its forward sets `{name}` of a tensor")
         super().__setattr__(name, value)
+
+
+_NOT_ONE_TENSOR = frozenset(
+    "chunk split unbind tensor_split split_with_sizes hsplit vsplit dsplit max min topk sort aminmax median "
+    "nanmedian mode kthvalue cummax cummin unique unique_consecutive nonzero var_mean std_mean meshgrid "
+    "broadcast_tensors size stride dim ndimension numel nelement item tolist numpy shape is_contiguous type "
+    "is_floating_point is_complex get_device data_ptr element_size getitem getattr histogram lstm gru "
+    "multi_head_attention_forward frexp slogdet qr eig eigh svd".split()
+)
+
+
+def _is_one_tensor(node: fx.Node) -> bool:
+    """Whether the value of `node` is certainly one tensor: no tuple, size or number."""
+    if "is_tensor" not in node.meta:
+        node.meta["is_tensor"] = _makes_one_tensor(node)
+    return bool(node.meta["is_tensor"])
+
+
+def _makes_one_tensor(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in _NOT_ONE_TENSOR or node.kwargs.get("return_indices") or node.op == "call_module":
+        return False
+    origin = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    known = node.op == "call_method" or origin in ("torch", "_operator") or name == "stochastic_depth"
+    return known and any(_is_one_tensor(source) for source in node.all_input_nodes)
+
+
+def _returns_one_tensor(module: nn.Module) -> bool:
+    """Whether a layer of torch that is called as it is returns one tensor."""
+    several = isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss))
+    of_torch = type(module).__module__.startswith("torch.nn.modules.")
+    return of_torch and not several and not getattr(module, "return_indices", False)
 
 
 def _in_place(name: str) -> Callable:
@@ -132,11 +155,19 @@ class Tracer(fx.Tracer):
         self.entered: list[nn.Module] = []
         self._attributes: dict[Tensor, fx.Proxy] = {}
         self._hooks = _top_hooks(False)
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return bool(self.is_kept_whole(m)) or super().is_leaf_module(m, module_qualified_name)
 
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if threading.get_ident() != self._thread:  # fx replaces nn.Module's own methods, for every thread
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         if not self.is_leaf_module(m, ""):
             self.entered.append(m)
         try:
@@ -145,7 +176,7 @@ class Tracer(fx.Tracer):
             if self.failed is None:
                 self.failed = m
             raise
-        if isinstance(m, FRESH_MODULES) and type(result) is TensorProxy:
+        if type(result) is TensorProxy and result.node.op == "call_module" and _returns_one_tensor(m):
             result.node.meta["is_tensor"] = True
         return result
 
@@ -182,7 +213,12 @@ class Tracer(fx.Tracer):
 def watched(root: nn.Module, tracer: Tracer) -> Iterator[Recorded]:
     """Everything that forward does to the world while it is traced: recorded, refused or undone."""
     recorded = Recorded(root)
-    with _lock, torch.inference_mode(False), torch.enable_grad(), _reads(recorded, tracer), _no_switches(), _no_draws():
+    with ExitStack() as stack:
+        stack.enter_context(_lock)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for context in (_reads(recorded, tracer), _no_switches(), _no_draws(), _types_of_proxies(), _own_functions(tracer)):
+            stack.enter_context(context)
         yield recorded
         recorded.refuse_changes()
 
@@ -272,3 +308,56 @@ def _no_draws() -> Iterator[None]:
         random.setstate(of_python)
         if of_numpy is not None:
             numpy.random.set_state(of_numpy)
+
+
+@contextmanager
+def _types_of_proxies() -> Iterator[None]:
+    """Let `isinstance` take the proxy of a tensor for a tensor; refuse the question where it is not known to be one.
+
+    The built-in itself is replaced: a `__class__` that lies would deceive C++ code as well.
+    """
+    plain = builtins.isinstance
+
+    def answering(value: Any, classes: Any) -> bool:
+        if type(value) is not TensorProxy or plain(value, classes):
+            return plain(value, classes)
+        if value.is_known:
+            return issubclass(Tensor, classes)
+        asking = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        if asking in ("torch", "normpass"):
+            return False
+        raise CaptureError(f"its forward asks for the type of `{value.node.name}`")
+
+    builtins.isinstance = answering  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
+
+
+@contextmanager
+def _own_functions(tracer: Tracer) -> Iterator[None]:
+    """Record a `torch.autograd.Function` as one call: traced into, its backward would be lost."""
+    function = torch.autograd.Function
+    plain = vars(function)["apply"]
+
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        given = any(type(leaf) is TensorProxy for leaf in pytree.tree_leaves((args, kwargs)))
+        if given and cls.__module__.partition(".")[0] != "torch":  # of torch's own: a reentrant checkpoint
+            return tracer.create_proxy("call_function", _call_of(cls), args, kwargs)
+        return plain.__get__(None, cls)(*args, **kwargs)
+
+    function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        function.apply = plain  # type: ignore[method-assign]
+
+
+@functools.cache
+def _call_of(cls: type[torch.autograd.Function]) -> Callable:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)
+
+    call.__name__ = f"apply_{cls.__name__}"
+    return call

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,7 @@ def _kind_of_activation(node: fx.Node, root: nn.Module) -> str | None:
 
 def _strides(node: fx.Node, module: nn.Module | None) -> set:
     """The strides of a pooling; its kernel size where no stride is given. Indices must not be asked for."""
+    stride: Any
     if module is not None:
         stride, indices = module.stride, getattr(module, "return_indices", False)
     else:

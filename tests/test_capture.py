@@ -356,7 +356,7 @@ REFUSED = {
     NoGrad: "without gradients",
     NoGradMethod: "without gradients",
     Checkpointed: "under `checkpoint`",
-    CheckpointedReentrant: "`no_grad`, a reentrant checkpoint",
+    CheckpointedReentrant: "under `checkpoint`",
     CheckpointedSequential: "under `checkpoint`",
     SavesOnCpu: "saved-tensor hooks",
     AsksGradMode: "asks whether gradients are on",
@@ -615,20 +615,26 @@ def test_an_untraceable_root() -> None:
 
 
 def test_threads_may_train_while_another_one_traces() -> None:
-    model = spread(ConvNet())
-    other, errors = spread(ConvNet()), []
+    model, other = TrainingBranch(), spread(ConvNet())
+    optimised = normpass.optimize(copy.deepcopy(model))
+    expected = model.eval()(image())
+    errors: list[Exception] = []
 
     def work() -> None:
         try:
             for index in range(20):
                 other.scratch = index
                 other(image())
+                optimised.eval()
+                torch.testing.assert_close(optimised(x=image()), expected)
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
     for _ in range(3):
         normpass.optimize(model)
-    thread.join()
+    for thread in threads:
+        thread.join()
     assert not errors
