@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from normpass.functional import is_norm_act_module, product_as_first, sum_as_first, survival_noise
+from normpass.functional import product_as_first, sum_as_first, survival_noise
 from normpass.graph import VIEW_FUNCTIONS, VIEW_METHODS, hooks_of, is_in_place_call, module_of, owns_result
 from normpass.guard import SIMPLE, Guard, make_guard
 from normpass.tracing import CaptureError, Tracer, watched
@@ -316,9 +316,7 @@ def _is_view_of_one(node: fx.Node) -> bool:
 def _is_no_op(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return (
-            type(module) is nn.Identity and not reason_to_keep_whole(module) and len(node.all_input_nodes) == 1
-        )
+        return type(module) is nn.Identity and not reason_to_keep_whole(module) and len(node.all_input_nodes) == 1
     if getattr(node.target, "__name__", "") != "stochastic_depth" or len(node.all_input_nodes) != 1:
         return False
     p, _, training = stochastic_depth_arguments(node)

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normpass import ops
 from normpass.graph import hooks_of
-from normpass.ops.activation import Activation, activate
+from normpass.ops.activation import activate
 from normpass.recipe import is_recording, tag, under_other_derivatives
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

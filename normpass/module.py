@@ -305,4 +305,14 @@ def _policy(recomputed: frozenset, context: Any, op: Any, *args: Any, **kwargs: 
     return CheckpointPolicy.MUST_RECOMPUTE if op in recomputed else CheckpointPolicy.MUST_SAVE
 
 
-__all__ = ["Optimized", "Options", "Part", "Program", "join", "optimise_in_place", "part_of", "plain_copy", "shared_copy"]
+__all__ = [
+    "Optimized",
+    "Options",
+    "Part",
+    "Program",
+    "join",
+    "optimise_in_place",
+    "part_of",
+    "plain_copy",
+    "shared_copy",
+]

@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from normpass.guard import BOOKKEEPING, SIMPLE, fingerprint, is_plain_attribute_of_class
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size, fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)
+_immutable = fx.immutable_collections
+_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size, _immutable.immutable_list, _immutable.immutable_dict)
 _lock = threading.RLock()
 
 
@@ -122,7 +123,9 @@ def _makes_one_tensor(node: fx.Node) -> bool:
 
 
 def _returns_one_tensor(module: nn.Module) -> bool:
-    """Whether a layer of torch that is called as it is returns one tensor."""
+    """Whether a layer that is called as it is returns one tensor: a norm, most layers of torch."""
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
+        return True
     several = isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss))
     of_torch = type(module).__module__.startswith("torch.nn.modules.")
     return of_torch and not several and not getattr(module, "return_indices", False)
@@ -217,7 +220,13 @@ def watched(root: nn.Module, tracer: Tracer) -> Iterator[Recorded]:
         stack.enter_context(_lock)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for context in (_reads(recorded, tracer), _no_switches(), _no_draws(), _types_of_proxies(), _own_functions(tracer)):
+        for context in (
+            _reads(recorded, tracer),
+            _no_switches(),
+            _no_draws(),
+            _types_of_proxies(),
+            _own_functions(tracer),
+        ):
             stack.enter_context(context)
         yield recorded
         recorded.refuse_changes()

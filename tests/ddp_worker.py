@@ -1,6 +1,6 @@
 """One of two processes that train a plain and an optimised model with DistributedDataParallel over gloo.
 
-    python ddp_worker.py RANK RENDEZVOUS_FILE
+python ddp_worker.py RANK RENDEZVOUS_FILE
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import sys
 
-import normpass
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import ConvNet, assert_equal, image, spread, train
+
+import normpass
 
 
 def main(rank: int, rendezvous: str) -> None:

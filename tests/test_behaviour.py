@@ -13,17 +13,18 @@ import threading
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 
-import normpass
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from normpass import recipe
-from normpass.measure import kept_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training import ConvNet, assert_equal, assert_trains_alike, image, loss_of, rewrites, spread, train
+
+import normpass
+from normpass import recipe
+from normpass.measure import kept_bytes
 
 C = 4
 

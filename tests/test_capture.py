@@ -10,17 +10,18 @@ import warnings
 from collections import OrderedDict
 from enum import Enum
 
-import normpass
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from normpass.capture import find_parts
-from normpass.module import part_of
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from training import ConvNet, assert_equal, assert_trains_alike, image, rewrites, spread, train
+
+import normpass
+from normpass.capture import find_parts
+from normpass.module import part_of
 
 C = 4
 

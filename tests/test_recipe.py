@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import weakref
 
-import normpass
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from training import ConvNet, assert_trains_alike, image, loss_of, spread
+
+import normpass
 from normpass import recipe
 from normpass.measure import kept_bytes
 from normpass.recipe import Rebuilds
-from torch import nn
-from training import ConvNet, assert_trains_alike, image, loss_of, spread
 
 C = 4
 

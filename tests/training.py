@@ -10,10 +10,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import normpass
 import torch
 from nets.nested import leaves
 from torch import Tensor, nn
+
+import normpass
 
 Numbers = dict[str, Tensor | None]
 TOLERANCE = 1e-11
@@ -26,13 +27,16 @@ def image(*shape: int, seed: int = 0, requires_grad: bool = False) -> Tensor:
     return values.requires_grad_() if requires_grad else values
 
 
+_RANGES = (("weight", -1.5, 1.5), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.5, 2))
+
+
 def spread(model: nn.Module) -> nn.Module:
     """The model in fp64, its norms' weights, biases and running statistics away from 1 and 0."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             continue
-        for name, low, high in (("weight", -1.5, 1.5), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.5, 2)):
+        for name, low, high in _RANGES:
             values = getattr(module, name, None)
             if values is not None and not isinstance(values, nn.parameter.UninitializedTensorMixin):
                 values.data.copy_(torch.rand(values.shape, generator=generator) * (high - low) + low)
@@ -50,7 +54,9 @@ def loss_of(output: object) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def train(model: nn.Module, args: tuple, kwargs: dict | None = None, *, steps: int = 2, run: Callable | None = None) -> Numbers:
+def train(
+    model: nn.Module, args: tuple, kwargs: dict | None = None, *, steps: int = 2, run: Callable | None = None
+) -> Numbers:
     """Two SGD steps in the model's mode, then a forward in eval mode; every number by its name.
 
     `run(model, *args, **kwargs)` takes the place of the call.
@@ -69,7 +75,8 @@ def train(model: nn.Module, args: tuple, kwargs: dict | None = None, *, steps: i
         if loss.requires_grad:
             loss.backward()
         numbers |= {f"{step} output {name}": t.detach().clone() for name, t in leaves(output)}
-        numbers |= {f"{step} gradient {name}": p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        numbers |= {f"{step} gradient {name}": None if g is None else g.clone() for name, g in gradients.items()}
         numbers |= {f"{step} input gradient {i}": t.grad for i, t in enumerate(inputs)}
         optimizer.step()
     numbers |= {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -92,7 +99,12 @@ def assert_equal(plain: Numbers, other: Numbers) -> None:
             continue
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
         torch.testing.assert_close(
-            found, expected, rtol=0, atol=scale * TOLERANCE, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            found,
+            expected,
+            rtol=0,
+            atol=scale * TOLERANCE,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
