@@ -9,6 +9,9 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Freed memory stays with the process, so that no step pays for page faults that the one before did not.
 ALLOCATOR := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000
 
+# The tests run many small tensors, for which two threads cost more than they give.
+ONE_THREAD := OMP_NUM_THREADS=1
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-nets check bench gpu clean
 
@@ -19,10 +22,10 @@ demo: $(VENV)/.installed  ## train a network plain and optimised, side by side (
 	$(PY) -m normpass demo
 
 test: $(VENV)/.installed  ## run the tests, without the long sweeps over networks
-	$(PY) -m pytest -m "not nets"
+	$(ONE_THREAD) $(PY) -m pytest -m "not nets"
 
 test-nets: $(VENV)/.installed  ## run the long sweeps over networks and record the results
-	$(PY) -m pytest -m nets tests/nets --results tests/bench/results
+	$(ONE_THREAD) $(PY) -m pytest -m nets tests/nets --results tests/bench/results
 
 check: $(VENV)/.checkers  ## ruff, types, layers
 	$(VENV)/bin/ruff check .

@@ -11,9 +11,7 @@ import normpass
 from normpass.measure import format_bytes, kept_bytes, peak_bytes
 
 
-def main(
-    blocks: tuple[int, ...] = (6, 12, 24, 16), batch_size: int = 2, size: int = 224
-) -> dict[str, tuple[int, int]]:
+def main(blocks: tuple[int, ...] = (6, 12, 24, 16), batch_size: int = 2, size: int = 224) -> dict[str, tuple[int, int]]:
     """Measure a DenseNet with `blocks` layers in its blocks: (plain, optimised) bytes by what they are."""
     plain = DenseNet(block_config=blocks)
     images = torch.randn(batch_size, 3, size, size)

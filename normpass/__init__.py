@@ -1,9 +1,9 @@
 """A graph-level compiler pass for PyTorch that halves what conv-BatchNorm-activation networks keep for backward.
 
-    optimize   the rewritten model: same function, same gradients, same state_dict
-    explain    what optimize would do, and why not
-    restore    the original structure back
-    measure    bytes kept, peak, step time: the one definition used everywhere
+optimize   the rewritten model: same function, same gradients, same state_dict
+explain    what optimize would do, and why not
+restore    the original structure back
+measure    bytes kept, peak, step time: the one definition used everywhere
 """
 
 from normpass import measure

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from normpass import passes
 from normpass.errors import InvalidInputError, InvalidModelError, NotAvailableError
 from normpass.explain import make_report
-from normpass.untouched import untouched
 from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
 from normpass.report import Report
+from normpass.untouched import untouched
 from normpass.verify import verify_state
 
 
@@ -105,9 +105,7 @@ def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
         with untouched(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
-        shapes = [
-            tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())
-        ]
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())]
         raise InvalidInputError(
             f"`example_inputs`: {type(model).__name__} does not run on inputs of shape {shapes}: {error} "
             "Give a tensor, a tuple or a dict of arguments that the model itself accepts."
@@ -118,9 +116,7 @@ def call_arguments(example_inputs: Any) -> tuple[tuple, dict]:
     """`example_inputs` as positional and named arguments of one call."""
     if isinstance(example_inputs, dict):
         return (), example_inputs
-    return (
-        (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
-    )
+    return (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
 
 
 def _check_model(model: Any) -> None:
@@ -128,8 +124,7 @@ def _check_model(model: Any) -> None:
         raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
     if isinstance(model, Optimized):
         raise InvalidModelError(
-            f"this {type(model).__name__} is optimised already; "
-            "use it as it is, or optimise normpass.restore(model)"
+            f"this {type(model).__name__} is optimised already; use it as it is, or optimise normpass.restore(model)"
         )
     if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
         raise InvalidModelError(
@@ -137,9 +132,7 @@ def _check_model(model: Any) -> None:
         )
     inside = next((path for path, m in model.named_modules() if isinstance(m, Optimized)), None)
     if inside is not None:
-        raise InvalidModelError(
-            f"`{inside}` is optimised already; optimise the whole model once, from plain parts"
-        )
+        raise InvalidModelError(f"`{inside}` is optimised already; optimise the whole model once, from plain parts")
 
 
 def _options(memory_budget, changes, allow_lossy, tune, plan) -> Options:

@@ -28,9 +28,7 @@ class Program:
     """aten ops that torch.compile must run again in backward rather than keep"""
 
 
-def apply_plan(
-    capture: Capture, plan: Plan, rewrites: Sequence[Rewrite], after_sites, recomputed: dict
-) -> Program:
+def apply_plan(capture: Capture, plan: Plan, rewrites: Sequence[Rewrite], after_sites, recomputed: dict) -> Program:
     """Rewrite the captured graph as planned and make it callable. The capture is used up."""
     graph = capture.graph
     inputs = [n.name for n in graph.nodes if n.op == "placeholder"]

@@ -149,9 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _table(rows: Sequence[Row], found: dict[str, Any]) -> Table:
     title = f"optimised against eager: {found['device']}, torch {found['versions']['torch']}"
-    table = Table(
-        "network", "input", "kept", "", "peak", "", "time / eager", "rebuilds", "of one", title=title
-    )
+    table = Table("network", "input", "kept", "", "peak", "", "time / eager", "rebuilds", "of one", title=title)
     for row in rows:
         table.add_row(
             row.network,

@@ -42,31 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="normpass", description="Train with the same numbers and half the activation memory."
-    )
+    parser = _Parser(prog="normpass", description="Train with the same numbers and half the activation memory.")
     version = f"normpass {normpass.__version__} (torch {torch.__version__})"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo_ = commands.add_parser("demo", help="train plain and optimised side by side and compare")
     demo_.add_argument("--model", default=demo.MODEL, help="a classification network (default: %(default)s)")
-    demo_.add_argument(
-        "--steps", type=_count, default=demo.STEPS, help="training steps (default: %(default)s)"
-    )
-    demo_.add_argument(
-        "--batch", type=_count, default=demo.BATCH, help="images a step (default: %(default)s)"
-    )
+    demo_.add_argument("--steps", type=_count, default=demo.STEPS, help="training steps (default: %(default)s)")
+    demo_.add_argument("--batch", type=_count, default=demo.BATCH, help="images a step (default: %(default)s)")
     demo_.add_argument("--size", type=_count, default=demo.SIZE, help="pixels a side (default: %(default)s)")
-    demo_.add_argument(
-        "--out", type=_output, default="normpass-demo.png", help="the plot (default: %(default)s)"
-    )
+    demo_.add_argument("--out", type=_output, default="normpass-demo.png", help="the plot (default: %(default)s)")
     demo_.set_defaults(run=_demo)
 
     explain = commands.add_parser("explain", help="say what would be rewritten, and why the rest would not")
-    explain.add_argument(
-        "model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:callable"
-    )
+    explain.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:callable")
     explain.add_argument(
         "--input", type=_shapes, help="shapes of the inputs, as 2x3x224x224: measure kept and peak bytes too"
     )

@@ -34,9 +34,7 @@ _NEEDS = {"torchvision": "torchvision", "sklearn": "scikit-learn", "matplotlib":
 _CLASSES = 10
 _TOLERANCE = 1e-6  # of the loss; what float64 leaves of the amplification described above
 _ROUNDS = 5
-_MEASURED = 2 * (
-    2 + 2 + _ROUNDS + 1
-)  # steps it takes: kept, timeline, time with one to warm up, of two networks
+_MEASURED = 2 * (2 + 2 + _ROUNDS + 1)  # steps it takes: kept, timeline, time with one to warm up, of two networks
 
 
 class DemoError(NormpassError, ValueError):
@@ -107,14 +105,10 @@ def plot(result: Result, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, timeline, kept, color in zip(
-        _NAMES, result.timelines, result.kept, ("#8a8f98", "#0b6fb8"), strict=True
-    ):
+    for name, timeline, kept, color in zip(_NAMES, result.timelines, result.kept, ("#8a8f98", "#0b6fb8"), strict=True):
         label = f"{name}: kept {format_bytes(kept)}, peak {format_bytes(timeline.peak)}"
         mebibytes = [count / 2**20 for count in timeline.bytes]
-        axes.plot(
-            _phases(timeline), mebibytes, color=color, drawstyle="steps-post", linewidth=1.5, label=label
-        )
+        axes.plot(_phases(timeline), mebibytes, color=color, drawstyle="steps-post", linewidth=1.5, label=label)
         axes.fill_between(_phases(timeline), mebibytes, step="post", color=color, alpha=0.15)
     axes.axvline(1, color="black", linestyle="--", linewidth=1)
     axes.set_xticks([0, 1, 2], ["start", "forward ends", "backward ends"])
@@ -150,9 +144,7 @@ def _check_network(spec: str, model: nn.Module, images: Tensor) -> None:
             output = model(images)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         shape = "x".join(map(str, images.shape))
-        raise DemoError(
-            f"{spec} does not run on images of {shape} ({error}): try another --size or --batch"
-        ) from error
+        raise DemoError(f"{spec} does not run on images of {shape} ({error}): try another --size or --batch") from error
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < _CLASSES:
         what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise DemoError(f"{spec} returns {what}, not one score for each class: try --model {MODEL}")

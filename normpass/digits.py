@@ -48,9 +48,7 @@ def _load() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'the digits come with scikit-learn: pip install "normpass[demo]"'
-        ) from error
+        raise ModuleNotFoundError('the digits come with scikit-learn: pip install "normpass[demo]"') from error
     images, labels = load_digits(return_X_y=True)
     grey = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)
     return (grey - grey.mean()) / grey.std(), torch.as_tensor(labels, dtype=torch.int64)

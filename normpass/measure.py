@@ -89,9 +89,7 @@ def kept_bytes(model: nn.Module, *inputs: object, **kwargs: object) -> int:
         before = _existing(model, inputs, kwargs)  # kept alive, so that what replaces them counts in full
         growth, output = _growth(forward, device)
         known = {storage_key(tensor) for tensor in before}
-        own = {
-            storage_key(tensor): tensor for tensor in tensors_in(output) if storage_key(tensor) not in known
-        }
+        own = {storage_key(tensor): tensor for tensor in tensors_in(output) if storage_key(tensor) not in known}
         return growth - sum(_allocated(tensor, device) for tensor in own.values())
 
 
@@ -158,9 +156,7 @@ def peak_bytes(
         return torch.cuda.max_memory_allocated(device) - start
 
 
-def memory_timeline(
-    model: nn.Module, *inputs: object, loss: Loss | None = None, **kwargs: object
-) -> Timeline:
+def memory_timeline(model: nn.Module, *inputs: object, loss: Loss | None = None, **kwargs: object) -> Timeline:
     """Memory along one training step on the CPU; its `peak` is `peak_bytes`.
 
     Raises:
@@ -237,9 +233,7 @@ def _checked_device(model: nn.Module, *values: object) -> torch.device:
     devices = sorted({tensor.device for tensor in [*model.parameters(), *tensors_in(values)]}, key=str)
     for device in devices:
         if device.type not in ("cpu", "cuda"):
-            raise ValueError(
-                f"only `cpu` and `cuda` are measured: move model and inputs there from `{device}`"
-            )
+            raise ValueError(f"only `cpu` and `cuda` are measured: move model and inputs there from `{device}`")
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
 
@@ -271,9 +265,7 @@ def _warm_up(output: object) -> None:
         _mean_square(outputs).backward()
 
 
-def _step(
-    forward: Callable[[], object], loss: Loss | None, optimizer: torch.optim.Optimizer | None = None
-) -> None:
+def _step(forward: Callable[[], object], loss: Loss | None, optimizer: torch.optim.Optimizer | None = None) -> None:
     output = forward()
     with torch.profiler.record_function(_FORWARD_END):
         value = (loss or _mean_square)(output)

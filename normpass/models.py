@@ -71,9 +71,7 @@ def parse_inputs(text: str) -> list[tuple[int, ...]]:
 def _from_torchvision(name: str) -> nn.Module:
     zoo = _library("torchvision.models")
     if name not in zoo.list_models():
-        raise ModelSpecError(
-            f"torchvision has no model `{name}`{_hint(name, zoo.list_models(), 'torchvision:')}"
-        )
+        raise ModelSpecError(f"torchvision has no model `{name}`{_hint(name, zoo.list_models(), 'torchvision:')}")
     builder = zoo.get_model_builder(name)
     options: dict[str, object] = {"weights": None}
     if "weights_backbone" in inspect.signature(builder).parameters:
@@ -90,9 +88,7 @@ def _from_timm(name: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False)
     except RuntimeError as error:
-        raise ModelSpecError(
-            f"timm cannot build `{name}`: {error}; leave out what follows the dot"
-        ) from error
+        raise ModelSpecError(f"timm cannot build `{name}`: {error}; leave out what follows the dot") from error
 
 
 def _from_callable(spec: str, module_name: str, name: str) -> nn.Module:
@@ -141,9 +137,7 @@ def _attribute(spec: str, module: ModuleType, name: str) -> Callable[[], object]
         hint = _hint(name, public, f"{module.__name__}:")
         raise ModelSpecError(f"`{spec}`: module `{module.__name__}` has no `{name}`{hint}") from error
     if not callable(found):
-        raise ModelSpecError(
-            f"`{spec}` is a {type(found).__name__}: name a function or class that builds the model"
-        )
+        raise ModelSpecError(f"`{spec}` is a {type(found).__name__}: name a function or class that builds the model")
     return found
 
 

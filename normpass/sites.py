@@ -184,9 +184,7 @@ def is_add(node: fx.Node) -> bool:
     spelled = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
         node.op == "call_method" and node.target in _ADD_METHODS
     )
-    return (
-        spelled and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
-    )
+    return spelled and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
 
 
 def other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:

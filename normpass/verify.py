@@ -24,9 +24,7 @@ def verify_graph(before: list[str], graph: fx.Graph, root: nn.Module, plan: Plan
         present = path in called if choice.site.norm.op == "call_module" else path in names
         if present != (choice.match is None):
             state = "still runs" if present else "is gone"
-            raise VerificationError(
-                f"`{path}`: planned {choice.rewrite}, but the norm {state}; please report it"
-            )
+            raise VerificationError(f"`{path}`: planned {choice.rewrite}, but the norm {state}; please report it")
     for target in called:
         root.get_submodule(target)
 
@@ -36,11 +34,7 @@ def verify_state(plain: nn.Module, optimised: nn.Module) -> None:
     before, after = plain.state_dict(keep_vars=True), optimised.state_dict(keep_vars=True)
     if list(before) != list(after):
         differ = sorted(set(before) ^ set(after))[:5]
-        raise VerificationError(
-            f"state_dict keys changed (first differences: {differ}); please report this model"
-        )
+        raise VerificationError(f"state_dict keys changed (first differences: {differ}); please report this model")
     for key, tensor in before.items():
         if after[key] is not tensor:
-            raise VerificationError(
-                f"`{key}` is no longer the given model's tensor; please report this model"
-            )
+            raise VerificationError(f"`{key}` is no longer the given model's tensor; please report this model")

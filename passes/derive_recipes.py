@@ -57,20 +57,17 @@ _KEEPING_MODULES = (
     nn.LayerNorm,
     *_POOL_MODULES,
 )
-_KEEPING_FUNCTIONS = (
-    _POOL_FUNCTIONS
-    | {
-        F.linear,
-        torch.matmul,
-        operator.matmul,
-        torch.bmm,
-        F.conv1d,
-        F.conv2d,
-        F.conv3d,
-        F.conv_transpose2d,
-        torch.conv2d,
-    }
-)
+_KEEPING_FUNCTIONS = _POOL_FUNCTIONS | {
+    F.linear,
+    torch.matmul,
+    operator.matmul,
+    torch.bmm,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose2d,
+    torch.conv2d,
+}
 _OWN = frozenset({split_norm_act, fused_norm_act, inplace_abn, sum_as_first, product_as_first})
 _SAVES_RESULT = ("relu", "sigmoid", "tanh")
 _SMOOTH_OR_INPUT_SAVING = (
@@ -212,12 +209,7 @@ def _kind_of_method(node: fx.Node, root: nn.Module) -> str | None:
         "detach",
     ):
         return "view"
-    if (
-        name in ("mul", "add")
-        and len(node.args) == 2
-        and isinstance(node.args[1], fx.Node)
-        and not node.kwargs
-    ):
+    if name in ("mul", "add") and len(node.args) == 2 and isinstance(node.args[1], fx.Node) and not node.kwargs:
         return name
     return _kind_of_activation(node, root)
 
@@ -294,9 +286,7 @@ def _is_item_of_tuple(node: fx.Node) -> bool:
 
 def _may_be_functional(node: fx.Node, root: nn.Module) -> bool:
     """An in-place activation may run out of place where nobody else sees what it overwrites."""
-    return all(
-        len(target.users) == 1 and owns_result(target, root, _OWN) for target in written_nodes(node, root)
-    )
+    return all(len(target.users) == 1 and owns_result(target, root, _OWN) for target in written_nodes(node, root))
 
 
 def _replace(graph: fx.Graph, node: fx.Node, kind: str, root: nn.Module) -> fx.Node:

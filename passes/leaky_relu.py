@@ -49,13 +49,9 @@ class LeakyReLU:
         for node in list(graph.nodes):
             if not _is_functional_relu(node):
                 continue
-            in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or is_in_place_call(
-                node
-            )
+            in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or is_in_place_call(node)
             with graph.inserting_before(node):
-                new = graph.call_function(
-                    F.leaky_relu, (node.all_input_nodes[0], self.negative_slope, in_place)
-                )
+                new = graph.call_function(F.leaky_relu, (node.all_input_nodes[0], self.negative_slope, in_place))
             node.replace_all_uses_with(new)
             graph.erase_node(node)
 

@@ -150,8 +150,7 @@ def compare(
     del given, optimized
 
     noise = [
-        _Differences.between(plain, run.trace(copy.deepcopy(model), moved_by=seed))
-        for seed in range(1, NOISE_RUNS + 1)
+        _Differences.between(plain, run.trace(copy.deepcopy(model), moved_by=seed)) for seed in range(1, NOISE_RUNS + 1)
     ]
     for moved in noise:
         if moved.wrong:

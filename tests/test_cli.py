@@ -78,9 +78,7 @@ def test_explain(workspace, capsys):
 def test_explain_measures_and_writes_json(workspace, capsys):
     status, out, _ = run(capsys, "explain tinynet:Tiny --input 2x3x16x16 --json report.json")
     assert status == 0
-    assert re.search(
-        r"^kept for backward: 64\.\d KiB plain, 32\.\d KiB optimised \(0\.50\)$", out, re.MULTILINE
-    )
+    assert re.search(r"^kept for backward: 64\.\d KiB plain, 32\.\d KiB optimised \(0\.50\)$", out, re.MULTILINE)
     report = json.loads((workspace / "report.json").read_text())
     assert [row["rewrite"] for row in report["rows"]] == ["split_bn", "split_bn", None, None]
     assert report["memory"]["kept_after"] < report["memory"]["kept_before"]

@@ -10,9 +10,7 @@ from normpass.measure import Ratio, StepTime, Timeline
 
 TIMELINE = Timeline((0.0, 0.1, 0.2, 0.4), (0, 2**20, 2**21, 0), 2)
 TIME = StepTime(1.0, 1.0, 1.0, (1.0,))
-RESULT = demo.Result(
-    "net", ((2.0, 2.0),), (2**21, 2**20), (TIMELINE, TIMELINE), (TIME, TIME), Ratio(1.0, 1.0, 1.0)
-)
+RESULT = demo.Result("net", ((2.0, 2.0),), (2**21, 2**20), (TIMELINE, TIMELINE), (TIME, TIME), Ratio(1.0, 1.0, 1.0))
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -20,9 +18,7 @@ def test_end_to_end(tmp_path, capsys):
     assert cli.main(["demo", "--steps", "2", "--batch", "4", "--size", "32", "--out", str(png)]) == 0
     out = capsys.readouterr().out
     assert "the losses agree" in out
-    assert all(
-        what in out for what in ("kept for backward", "peak memory", "difference", "optimised / plain")
-    )
+    assert all(what in out for what in ("kept for backward", "peak memory", "difference", "optimised / plain"))
     assert png.name in out.replace("\n", "")
     width, height = png_size(png)
     assert width > 600 and height > 300
@@ -47,10 +43,7 @@ def test_missing_package(module, package, capsys, monkeypatch):
     find = demo.importlib.util.find_spec
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == module else find(name))
     assert cli.main(["demo"]) == 2
-    assert (
-        capsys.readouterr().err
-        == f'normpass: error: the demo needs {package}: pip install "normpass[demo]"\n'
-    )
+    assert capsys.readouterr().err == f'normpass: error: the demo needs {package}: pip install "normpass[demo]"\n'
 
 
 def png_size(path) -> tuple[int, int]:

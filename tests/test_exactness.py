@@ -146,8 +146,7 @@ def move_a_weight(model: nn.Module) -> None:
         ),
         (
             lambda model: setattr(model, "norm", nn.SyncBatchNorm.convert_sync_batchnorm(model.norm)),
-            "the given model changed: module `norm` was BatchNorm2d, training=True, "
-            "is SyncBatchNorm, training=True",
+            "the given model changed: module `norm` was BatchNorm2d, training=True, is SyncBatchNorm, training=True",
         ),
     ],
 )

@@ -140,9 +140,7 @@ def test_autocast_counts_the_cast_weights():
     model = nn.Sequential(nn.Linear(IN, H), nn.Linear(H, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kept = [measure.kept_bytes(model, rows()) for _ in range(2)]
-    cast = 2 * (
-        B * IN + B * H + 4 * H
-    )  # x, the hidden activation and the weight that gets a gradient through
+    cast = 2 * (B * IN + B * H + 4 * H)  # x, the hidden activation and the weight that gets a gradient through
     assert kept[0] == kept[1]
     assert cast <= kept[0] <= cast + 2 * (IN * H + H + 4)
 
@@ -228,9 +226,7 @@ def test_gradients_that_exist_do_not_count():
 
 def test_loss_may_read_a_dict():
     model = Lambda(lambda m, x: {"a": m.layer(x), "b": [x]})
-    own = measure.peak_bytes(
-        model, rows(), loss=lambda output: output["a"].square().mean() + output["b"][0].sum()
-    )
+    own = measure.peak_bytes(model, rows(), loss=lambda output: output["a"].square().mean() + output["b"][0].sum())
     assert own > 0
     assert measure.peak_bytes(model, rows()) > 0
 
@@ -336,9 +332,7 @@ def test_step_time_takes_turns():
 
         return Lambda(forward)
 
-    times = measure.step_time(
-        {"once": named("once", 1), "twice": named("twice", 2)}, rows(), rounds=3, warmup=1
-    )
+    times = measure.step_time({"once": named("once", 1), "twice": named("twice", 2)}, rows(), rounds=3, warmup=1)
     assert log == ["twice", "once"] + ["once", "twice"] + ["twice", "once"] + ["once", "twice"]
     for entry in times.values():
         assert len(entry.times) == 3

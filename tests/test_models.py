@@ -146,9 +146,7 @@ def test_digits_follow_the_seed():
     assert not torch.equal(first[0], other[0])
 
 
-@pytest.mark.parametrize(
-    "options, name", [({"batch_size": 0}, "batch_size"), ({"batch_size": 1798}, "batch_size")]
-)
+@pytest.mark.parametrize("options, name", [({"batch_size": 0}, "batch_size"), ({"batch_size": 1798}, "batch_size")])
 def test_digits_refuse_before_the_first_batch(options, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         digits.batches(**options)

@@ -103,18 +103,14 @@ RULES: dict[str, Rule] = {
         backward=lambda g, y: aten.gelu_backward(g, y, approximate="tanh"),
     ),
     "hardswish": Rule(forward=F.hardswish, forward_=aten.hardswish_, backward=aten.hardswish_backward),
-    "hardsigmoid": Rule(
-        forward=F.hardsigmoid, forward_=aten.hardsigmoid_, backward=aten.hardsigmoid_backward
-    ),
+    "hardsigmoid": Rule(forward=F.hardsigmoid, forward_=aten.hardsigmoid_, backward=aten.hardsigmoid_backward),
     "sigmoid": Rule(
         forward=torch.sigmoid,
         forward_=torch.sigmoid_,
         backward=aten.sigmoid_backward,
         backward_reads_output=True,
     ),
-    "tanh": Rule(
-        forward=torch.tanh, forward_=torch.tanh_, backward=aten.tanh_backward, backward_reads_output=True
-    ),
+    "tanh": Rule(forward=torch.tanh, forward_=torch.tanh_, backward=aten.tanh_backward, backward_reads_output=True),
     "softplus": Rule(
         arguments=("beta", "threshold"),
         forward=F.softplus,
@@ -184,9 +180,7 @@ def activate_(y: Tensor, name: str, args: Sequence[float]) -> Tensor:
     return rule.forward(y, *args).to(y.dtype)  # under CUDA autocast softplus answers in float32
 
 
-def activation_backward(
-    grad: Tensor, y: Tensor, name: str, args: Sequence[float], *, owns_y: bool = False
-) -> Tensor:
+def activation_backward(grad: Tensor, y: Tensor, name: str, args: Sequence[float], *, owns_y: bool = False) -> Tensor:
     """dL/dy from `grad` = dL/dz and the activation's input `y`, which `owns_y=True` allows us to overwrite.
 
     The identity returns `grad` itself; nothing is ever written to `grad`.

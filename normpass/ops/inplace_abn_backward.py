@@ -138,9 +138,7 @@ def _gradients(
     if mask[0] and not batch_statistics:  # dx = slope·dy: unit running variance leaves ATen only the weight
         unit, zero = torch.ones_like(slope), torch.zeros_like(slope)
         only_dx = (True, False, False)
-        results[0], _, _ = aten.native_batch_norm_backward(
-            dy, y, slope, zero, unit, None, None, False, 0.0, only_dx
-        )
+        results[0], _, _ = aten.native_batch_norm_backward(dy, y, slope, zero, unit, None, None, False, 0.0, only_dx)
     return [g.to(t.dtype) if m else None for g, t, m in zip(results, targets, mask, strict=True)]
 
 

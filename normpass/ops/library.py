@@ -34,8 +34,6 @@ def declare(
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"normpass::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"normpass::{name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"normpass::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.normpass, name).default
     return overload

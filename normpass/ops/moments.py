@@ -54,9 +54,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _reference(x: Tensor) -> tuple[Tensor, Tensor]:
     check_input("moments", x)
     if x.numel() == 0:
-        raise ValueError(
-            f"normpass::moments: `x` must hold at least one value per channel, got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"normpass::moments: `x` must hold at least one value per channel, got shape {tuple(x.shape)}")
     memory_format = memory_format_of(x)
     x = x.contiguous(memory_format=memory_format)
     by_rows = x.dim() == 2 or memory_format is not torch.contiguous_format

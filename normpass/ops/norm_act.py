@@ -64,9 +64,7 @@ def norm_act(
             `mean` or `var` that require a gradient without `batch_statistics`, which this op would not give
             them.
     """
-    z: Tensor = _norm_act(
-        x, residual, weight, bias, mean, var, eps, batch_statistics, activation, activation_args
-    )
+    z: Tensor = _norm_act(x, residual, weight, bias, mean, var, eps, batch_statistics, activation, activation_args)
     return z
 
 

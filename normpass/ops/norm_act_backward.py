@@ -82,17 +82,11 @@ def _gradients(
     """dx, dweight and dbias from dy, each in its own dtype, None where `mask` is False."""
     targets = (x, weight, bias)
     if not any(mask) or x.numel() == 0:  # ATen divides by the number of values
-        return [
-            torch.zeros_like(t) if m and t is not None else None for t, m in zip(targets, mask, strict=True)
-        ]
+        return [torch.zeros_like(t) if m and t is not None else None for t, m in zip(targets, mask, strict=True)]
     mean, var = mean.to(statistics_dtype(x)), var.to(statistics_dtype(x))
     scale, rstd = in_statistics_dtype(weight, x), torch.rsqrt(var + eps)
-    results = aten.native_batch_norm_backward(
-        dy, x, scale, mean, var, mean, rstd, batch_statistics, eps, mask
-    )
-    return [
-        g.to(t.dtype) if m and t is not None else None for g, t, m in zip(results, targets, mask, strict=True)
-    ]
+    results = aten.native_batch_norm_backward(dy, x, scale, mean, var, mean, rstd, batch_statistics, eps, mask)
+    return [g.to(t.dtype) if m and t is not None else None for g, t, m in zip(results, targets, mask, strict=True)]
 
 
 def _check(

@@ -31,9 +31,7 @@ def normalise(
     return y if residual is None else y.add_(residual)
 
 
-def check_site(
-    op: str, x: Tensor, activation: str, activation_args: Sequence[float], **values: Tensor | None
-) -> None:
+def check_site(op: str, x: Tensor, activation: str, activation_args: Sequence[float], **values: Tensor | None) -> None:
     """Raise ValueError unless these are the arguments of one norm; `values` are its per-channel tensors."""
     check_input(op, x)
     check_per_channel(op, x, **values)

@@ -46,8 +46,7 @@ class Identity:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         state = {name: _bytes(tensor) for name, tensor in tensors}
         modules = {
-            name: f"{type(module).__qualname__}, training={module.training}"
-            for name, module in model.named_modules()
+            name: f"{type(module).__qualname__}, training={module.training}" for name, module in model.named_modules()
         }
         return cls(Layout.of(model), state, modules)
 

@@ -170,9 +170,7 @@ class ControlFlow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = conv_norm(3, 8)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(conv_norm(8, 8), conv_norm(8, 8, nn.SiLU())) for _ in range(3)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(conv_norm(8, 8), conv_norm(8, 8, nn.SiLU())) for _ in range(3))
         self.norm = nn.BatchNorm2d(8)
         self.head = nn.Linear(8, 4)
 

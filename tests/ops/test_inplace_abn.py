@@ -23,9 +23,7 @@ def assert_equals_plain(site, plain_formula, error, tolerance=1e-10):
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_every_activation(invertible_activation, affine, batch_statistics, make_site, plain_formula, error):
-    site = make_site(
-        residual=False, affine=affine, batch_statistics=batch_statistics, activation=invertible_activation
-    )
+    site = make_site(residual=False, affine=affine, batch_statistics=batch_statistics, activation=invertible_activation)
     assert_equals_plain(site, plain_formula, error)
 
 
@@ -62,9 +60,7 @@ def test_value_is_norm_acts_to_the_bit(invertible_activation, make_site):
     assert torch.equal(inplace_abn(*site.inplace_abn_args), norm_act(*site.norm_act_args))
 
 
-def test_negative_gamma_keeps_its_sign(
-    invertible_activation, batch_statistics, make_site, plain_formula, error
-):
+def test_negative_gamma_keeps_its_sign(invertible_activation, batch_statistics, make_site, plain_formula, error):
     site = make_site(residual=False, batch_statistics=batch_statistics, activation=invertible_activation)
     site = replace(site, weight=torch.full_like(site.weight, -0.8).requires_grad_())
     assert_equals_plain(site, plain_formula, error)
@@ -73,9 +69,7 @@ def test_negative_gamma_keeps_its_sign(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gamma", [0.0, -0.0, 1e-30, -1e-30])
 def test_vanishing_gamma_is_finite(gamma, dtype, invertible_activation, batch_statistics, make_site, error):
-    site = make_site(
-        dtype=dtype, residual=False, batch_statistics=batch_statistics, activation=invertible_activation
-    )
+    site = make_site(dtype=dtype, residual=False, batch_statistics=batch_statistics, activation=invertible_activation)
     site = replace(site, weight=torch.full_like(site.weight, gamma).requires_grad_())
     z, dx, dweight, dbias = value_and_gradients(inplace_abn(*site.inplace_abn_args), site)
     assert all(t.isfinite().all() for t in (z, dx, dweight, dbias))
@@ -131,9 +125,7 @@ def test_one_value_per_channel_and_an_empty_batch(make_site, plain_formula, erro
 
 
 def test_gradcheck(invertible_activation, batch_statistics, make_site):
-    site = make_site(
-        (3, 2, 2, 2), residual=False, activation=invertible_activation, batch_statistics=batch_statistics
-    )
+    site = make_site((3, 2, 2, 2), residual=False, activation=invertible_activation, batch_statistics=batch_statistics)
 
     def function(x, weight, bias):
         mean, var = moments(x.detach()) if batch_statistics else (site.mean, site.var)
@@ -160,17 +152,13 @@ def test_a_result_written_over_is_noticed(make_site):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(layout, dtype, batch_statistics, make_site, opcheck):
-    site = make_site(
-        dtype=dtype, layout=layout, residual=False, batch_statistics=batch_statistics, activation=LEAKY
-    )
+    site = make_site(dtype=dtype, layout=layout, residual=False, batch_statistics=batch_statistics, activation=LEAKY)
     opcheck(torch.ops.normpass.inplace_abn.default, site.inplace_abn_args)
 
 
 @pytest.mark.parametrize("needs", [[True] * 3, [True, False, True], [False, True, False]], ids=str)
 def test_opcheck_of_the_backward(needs, batch_statistics, make_site, opcheck):
-    site = make_site(
-        layout="channels_last", activation=LEAKY, batch_statistics=batch_statistics, requires_grad=False
-    )
+    site = make_site(layout="channels_last", activation=LEAKY, batch_statistics=batch_statistics, requires_grad=False)
     args = (site.grad, site.x, site.weight, site.bias, site.var, *site.options, needs)
     opcheck(torch.ops.normpass.inplace_abn_backward.default, args)
 
@@ -181,9 +169,7 @@ def test_activations_without_an_inverse_are_refused(name, args, make_site):
     with pytest.raises(ValueError, match=f"inplace_abn: the activation must be invertible.*got {name}"):
         inplace_abn(*site.inplace_abn_args)
     with pytest.raises(ValueError, match="inplace_abn_backward: the activation must be invertible"):
-        inplace_abn_backward(
-            site.grad, site.x, site.weight, site.bias, site.var, *site.options, [True, True, True]
-        )
+        inplace_abn_backward(site.grad, site.x, site.weight, site.bias, site.var, *site.options, [True, True, True])
 
 
 def test_a_second_derivative_is_refused_with_the_way_out(make_site):

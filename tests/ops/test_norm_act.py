@@ -36,9 +36,7 @@ def test_every_activation(activation, residual, batch_statistics, make_site, pla
 def test_every_layout(shape, layout, affine, batch_statistics, make_site, plain_formula, error):
     if layout == "channels_last" and len(shape) < 4:
         pytest.skip("no such layout")
-    site = make_site(
-        shape, layout=layout, grad_layout="transposed", affine=affine, batch_statistics=batch_statistics
-    )
+    site = make_site(shape, layout=layout, grad_layout="transposed", affine=affine, batch_statistics=batch_statistics)
     z, dx, dresidual, *_ = assert_equals_plain(site, plain_formula, error)
     expected = site.x if layout == "channels_last" else torch.empty(shape)
     assert z.stride() == dx.stride() == dresidual.stride() == expected.stride()
@@ -72,9 +70,7 @@ def test_residual_and_gradient_in_another_layout(
 )
 def test_narrow_dtypes(dtype, tolerance, layout, batch_statistics, make_site, plain_formula, error):
     """Three roundings, of y, the sum and z, each at most half an ulp of the largest value on its way."""
-    site = make_site(
-        dtype=dtype, layout=layout, batch_statistics=batch_statistics, activation=Activation("silu")
-    )
+    site = make_site(dtype=dtype, layout=layout, batch_statistics=batch_statistics, activation=Activation("silu"))
     got = assert_equals_plain(site, plain_formula, error, tolerance)
     assert [t.dtype for t in got] == [dtype, dtype, dtype, torch.float32, torch.float32]
 
@@ -118,9 +114,7 @@ def test_backward_twice_gives_the_same(make_site):
 @pytest.mark.parametrize("which", ["x", "residual", "weight", "bias"])
 @pytest.mark.parametrize("activation_name", ["identity", "relu"])
 def test_one_gradient_alone(which, activation_name, batch_statistics, make_site, plain_formula, error):
-    site = make_site(
-        activation=Activation(activation_name), batch_statistics=batch_statistics, requires_grad=False
-    )
+    site = make_site(activation=Activation(activation_name), batch_statistics=batch_statistics, requires_grad=False)
     wanted = getattr(site, which).requires_grad_()
     (got,) = torch.autograd.grad(norm_act(*site.norm_act_args), wanted, site.grad)
     (expected,) = torch.autograd.grad(plain_formula(site), wanted, site.grad)

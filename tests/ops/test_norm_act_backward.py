@@ -35,9 +35,7 @@ def test_the_gradient_of_what_is_absent_is_empty(make_site):
 
 @pytest.mark.parametrize("activation_name", ["identity", "relu", "sigmoid"])
 def test_results_are_new_tensors_and_arguments_stay(activation_name, batch_statistics, make_site):
-    site = make_site(
-        activation=Activation(activation_name), batch_statistics=batch_statistics, requires_grad=False
-    )
+    site = make_site(activation=Activation(activation_name), batch_statistics=batch_statistics, requires_grad=False)
     tensors = [t for t in backward_args(site) if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in tensors]
     results = norm_act_backward(*backward_args(site))
@@ -49,9 +47,7 @@ def test_results_are_new_tensors_and_arguments_stay(activation_name, batch_stati
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("expanded", [False, True], ids=["dense", "expanded"])
 def test_two_temporaries_beside_the_result(activation, expanded, layout, make_site, live_tensors):
-    site = make_site(
-        (2, 3, 8, 8), activation=activation, layout=layout, grad_layout=layout, requires_grad=False
-    )
+    site = make_site((2, 3, 8, 8), activation=activation, layout=layout, grad_layout=layout, requires_grad=False)
     grad = torch.ones(1, dtype=torch.float64).expand(site.x.shape) if expanded else site.grad
     with live_tensors(site.x.numel()) as live:
         _reference(*backward_args(replace(site, grad=grad), (True, False, True, True)))

@@ -24,9 +24,7 @@ def compile_whole(function, dynamic=False):
 def train_step(x, residual, weight, bias, running_mean, running_var):
     with torch.no_grad():
         mean, var = moments(x)
-        new_mean, new_var = updated_running_stats(
-            running_mean, running_var, mean, var, 0.1, x.numel() // x.shape[1]
-        )
+        new_mean, new_var = updated_running_stats(running_mean, running_var, mean, var, 0.1, x.numel() // x.shape[1])
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
     first = norm_act(x, residual, weight, bias, mean, var, 1e-5, True, "relu")
