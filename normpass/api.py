@@ -17,7 +17,7 @@ from normpass.explain import make_report
 from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
 from normpass.report import Report
 from normpass.untouched import untouched
-from normpass.verify import verify_state
+from normpass.verify import verify_outputs, verify_state
 
 
 def optimize(
@@ -39,7 +39,7 @@ def optimize(
     Args:
         model: any `nn.Module`. What cannot be traced or rewritten is left as it is; `explain` says why.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model accepts. Only used to
-            check that the model runs on them.
+            check that the model runs on them and that, in eval mode, the result gives the same outputs.
         memory_budget: not available yet.
         changes: rewrites that change the model's function, by name (`"leaky_relu"`) or as option
             objects (`normpass.passes.LeakyReLU(negative_slope=0.02)`).
@@ -62,6 +62,8 @@ def optimize(
         check_example_inputs(model, example_inputs)
     optimised = optimise_in_place(shared_copy(model), options)
     verify_state(model, optimised)
+    if example_inputs is not None and not options.changes:
+        compare_in_eval_mode(model, optimised, example_inputs)
     return optimised
 
 
@@ -98,6 +100,22 @@ def explain(
     return make_report(model, optimised, arguments)
 
 
+def compare_in_eval_mode(model: nn.Module, optimised: nn.Module, example_inputs: Any) -> None:
+    """VerificationError unless both return the same; both are left as they were.
+
+    In eval mode, because in train mode the statistics of a few values make rounding errors as large as you like.
+    """
+    args, kwargs = call_arguments(example_inputs)
+    with untouched(model), untouched(optimised), torch.no_grad():
+        state = torch.get_rng_state()
+        try:
+            expected = model.eval()(*args, **kwargs)
+        except Exception:
+            return  # the model does not run in eval mode: there is nothing to compare with
+        torch.set_rng_state(state)
+        verify_outputs(expected, optimised.eval()(*args, **kwargs))
+
+
 def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
     """Run the plain model once, without gradients, and leave it as it was."""
     args, kwargs = call_arguments(example_inputs)
@@ -107,7 +125,7 @@ def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
     except Exception as error:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())]
         raise InvalidInputError(
-            f"`example_inputs`: {type(model).__name__} does not run on inputs of shape {shapes}: {error} "
+            f"`example_inputs`: {type(model).__name__} does not run on inputs of shape {shapes}: {error}. "
             "Give a tensor, a tuple or a dict of arguments that the model itself accepts."
         ) from error
 

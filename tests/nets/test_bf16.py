@@ -9,8 +9,8 @@ Why so. Rounding makes these runs diverge: their losses differ by a tenth after 
 run leaves the envelope, widened by its half width step by step, in four cases of five, and widened by its
 largest half width in one of nine; the mean of five plain runs leaves the latter in one of 500 (1000 random
 draws of ten from 18 runs, for each network). The test finds a model whose backward takes the statistics for
-constants. It does not find an eps of 1e-3 for 1e-5, nor a gradient of gamma that is halved, and no test of
-loss curves can at this spread: `test_networks.py` finds those, in fp64.
+constants. It does not reliably find an eps of 1e-3 for 1e-5, nor a gradient of gamma that is halved:
+`test_networks.py` finds those, in fp64.
 """
 
 from __future__ import annotations
