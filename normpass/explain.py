@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import cast
 
 from torch import nn
 
@@ -20,7 +19,7 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: tuple[tuple, 
     derived: Counter[str] = Counter()
     for path in root.parts:
         part: Part = part_of(optimised.get_submodule(path))
-        program = cast(Program, part.programs[0][1])  # a part is one because its first trace succeeded
+        program = part.programs[0][1]
         rows += _rows(path, program)
         derived.update(program.derived.values())
     rows += _left_out(model, {row.path for row in rows}, root.untraceable)

@@ -62,8 +62,10 @@ class Part:
     defaults: list[Any] = field(default_factory=list)
     positional: int = 0
     """how many of the parameters may be given by position"""
-    programs: list[tuple[tuple, Program | None]] = field(default_factory=list)
-    """(arguments' key, program), the last used first; None where tracing failed"""
+    programs: list[tuple[tuple, Program]] = field(default_factory=list)
+    """(arguments' key, program), the last used first"""
+    failures: list[tuple[tuple, bool, bool]] = field(default_factory=list)
+    """(arguments' key, training, with gradients) of calls that could not be traced"""
     is_exhausted: bool = False
     """whether it was traced as often as it may be"""
     untraceable: dict[str, str] = field(default_factory=dict)
@@ -255,18 +257,23 @@ def _bind(part: Part, args: tuple, kwargs: dict) -> tuple[tuple | None, tuple]:
 
 def _program_for(module: nn.Module, part: Part, key: tuple) -> Program | None:
     for index, (known, program) in enumerate(part.programs):
-        if known == key and (program is None or program.guard.holds()):
+        if known == key and program.guard.holds():
             if index and not torch.compiler.is_compiling():
                 part.programs.insert(0, part.programs.pop(index))
             return program
     if torch.compiler.is_compiling():
         return None
-    return _trace_anew(module, part, key)
+    call = (key, module.training, torch.is_grad_enabled())
+    return None if call in part.failures else _trace_anew(module, part, call)
 
 
-def _trace_anew(module: nn.Module, part: Part, key: tuple) -> Program | None:
-    """Trace for a call that no program fits; None, remembered, where that fails."""
-    if len(part.programs) >= _MOST_PROGRAMS:
+def _trace_anew(module: nn.Module, part: Part, call: tuple[tuple, bool, bool]) -> Program | None:
+    """Trace for a call that no program fits; None, remembered, where that fails.
+
+    A warning only where gradients are on: without them nothing is kept, so nothing is lost.
+    """
+    key, _, with_gradients = call
+    if len(part.programs) + len(part.failures) >= _MOST_PROGRAMS:
         if not part.is_exhausted:
             part.is_exhausted = True
             _warn(module, f"it was traced {_MOST_PROGRAMS} times for different flags or arguments")
@@ -275,8 +282,10 @@ def _trace_anew(module: nn.Module, part: Part, key: tuple) -> Program | None:
         arguments = dict(zip(part.names or [], key, strict=True))
         program = build_program(capture(module, arguments), part.options)
     except CaptureError as error:
-        _warn(module, str(error))
-        program = None
+        part.failures.append(call)
+        if with_gradients:
+            _warn(module, str(error))
+        return None
     part.programs.insert(0, (key, program))
     return program
 

@@ -552,6 +552,34 @@ def test_constants_that_are_equal_and_not_the_same() -> None:
     torch.testing.assert_close(optimised(image(), numbers), model(image(), numbers))
 
 
+class CachesInEval(nn.Module):
+    """As LeViT does: in eval mode forward fills a cache, so that it cannot be traced there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.cache: dict = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            self.cache["calls"] = self.cache.get("calls", 0) + 1
+        return self.last(torch.relu(self.norm(self.conv(x))))
+
+
+def test_a_mode_that_cannot_be_traced_leaves_the_other_optimised() -> None:
+    optimised = normpass.optimize(CachesInEval().double())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for _ in range(2):
+        with torch.no_grad():
+            optimised.eval()(x)  # no warning: nothing is kept without gradients
+        program = part_of(optimised).programs[0][1]
+        assert optimised.train()(x).grad_fn is not None
+        assert program.guard.holds() and part_of(optimised).programs[0][1] is program
+    with pytest.warns(UserWarning, match=r"changes `self.cache`"):
+        optimised.eval()(x)
+    optimised(x)  # only once
+
+
 def test_sixteen_programs_then_plain_with_one_warning() -> None:
     model = Scaled().eval()
     optimised = normpass.optimize(model)
