@@ -52,7 +52,7 @@ def _left_out(model: nn.Module, seen: set[str], untraceable: dict[str, str]) -> 
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, NORM_BASES) or path in seen:
             continue
-        owner = max((p for p in untraceable if path.startswith(p)), key=len, default=None)
+        owner = max((p for p in untraceable if f"{path}.".startswith(join(p, ""))), key=len, default=None)
         if owner is not None:
             reason = f"`{owner or type(model).__name__}` cannot be traced: {untraceable[owner]}"
         else:

@@ -160,9 +160,9 @@ def optimise_in_place(model: nn.Module, options: Options) -> nn.Module:
     parts = find_parts(model)
     for path, captured in parts.captures.items():
         module = model.get_submodule(path)
-        names = [p.name for p in parameters_of(module)]
-        defaults = [p.default for p in parameters_of(module)]
-        positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters_of(module))
+        parameters = parameters_of(module)
+        names, defaults = [p.name for p in parameters], [p.default for p in parameters]
+        positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
         part = Part(options, path == "", names, defaults, positional)
         key = tuple(required_arguments(module).values())
         part.programs.append((key, build_program(captured, options)))
@@ -182,8 +182,9 @@ def _trace_other_mode(module: nn.Module, part: Part, key: tuple) -> None:
     Ahead of time, because under torch.compile nothing can be traced anew.
     """
     modes = [(m, m.training) for m in module.modules()]
+    other = not module.training
     for m, _ in modes:
-        m.training = not module.training
+        m.training = other
     try:
         program = build_program(capture(module, dict(zip(part.names or [], key, strict=True))), part.options)
         part.programs.append((key, program))
