@@ -34,19 +34,18 @@ check: $(VENV)/.checkers  ## ruff, types, layers
 	MYPYPATH=build/typing $(VENV)/bin/mypy --package normpass
 	$(PY) -m pytest --quiet tests/test_layers.py
 
-bench: $(VENV)/.installed  ## time, kept and peak bytes of four networks against eager; ARGS="--batch 8"
-	$(ALLOCATOR) $(PY) -m normpass.bench $(ARGS)
+bench: $(VENV)/.installed  ## time, kept and peak bytes of four networks against eager; ARGS="--batch 8", ARGS=kernels
+	$(ALLOCATOR) $(PY) -m normpass bench $(ARGS)
 
 LINKED = PYTHONPATH=$(CURDIR)/build/link $(PYTHON)
 
 # For a machine that has torch, pytest and the package's other needs, and no network: nothing is installed.
-gpu:  ## on a machine with a GPU, with its own Python: the tests and the benchmark; OUT=folder
+gpu:  ## on a machine with a GPU, with its own Python, in 8 minutes: tests, sanitizer, benchmarks; OUT=folder
 	@$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("torch") or sys.exit("make gpu: this Python has no torch")'
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU here")'
 	@mkdir -p $(OUT)
 	$(call link_tree,build/link)
-	cd build/link && $(LINKED) -m pytest -c $(CURDIR)/pyproject.toml -m "not nets" $(CURDIR)/tests
-	cd build/link && $(LINKED) -m normpass.bench --device cuda --json $(abspath $(OUT))/bench.json $(ARGS)
+	cd build/link && $(LINKED) $(CURDIR)/tests/gpu/run_all.py $(abspath $(OUT))
 
 clean:  ## remove what the other commands made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis normpass-demo.png

@@ -1,0 +1,182 @@
+"""The kernels: C++ for the CPU, CUDA C++ for the GPU, behind one interface.
+
+    include/            what both share: the activations, the merge of moments
+    cpu/<op>.cpp        built when the package is installed, loaded by `cpu_library.py`
+    cuda/<op>.cu        compiled at run time by NVRTC, loaded by `cuda_library.py`
+
+A device without kernels (no compiler at installation, no GPU, no `normpass[cuda]`) has None here, and the reference
+of each op runs instead. `status()` says what there is and why; `normpass kernels` prints it. Nothing is loaded at
+import: the kernels of a device are, by the first op that runs there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (
+    "identity relu hardtanh leaky_relu elu selu celu silu gelu gelu_tanh "
+    "hardswish hardsigmoid sigmoid tanh softplus mish"
+).split()
+"""In the order of the codes in `include/activation.h`."""
+
+
+class Layout(NamedTuple):
+    """How the values of a dense (N, C, *) tensor lie in memory: `outer` × `channels` × `inner`.
+
+    Contiguous: (N, C, spatial). channels_last and two-dimensional: (N·spatial, C, 1).
+    """
+
+    outer: int
+    channels: int
+    inner: int
+
+
+class Running(NamedTuple):
+    """Running statistics, (C,) in the statistics dtype, to be updated in place with one batch."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
+class Kernels(Protocol):
+    """The kernels of one device.
+
+    Every (N, C, *) tensor is not empty, of one dtype that `supports` allows, dense and in the one `layout`. Every
+    per-channel tensor is contiguous, (C,), in the statistics dtype: float64 for float64, float32 for narrower ones.
+    Results are written to the tensors named first, which share no memory with the others; None is one that is not
+    needed. The formulas are in the docstrings of `normpass.ops`.
+    """
+
+    def supports(self, dtype: torch.dtype) -> bool: ...
+
+    def moments(self, mean: Tensor, var: Tensor, x: Tensor, layout: Layout, running: Running | None = None) -> None: ...
+
+    def norm_act(
+        self,
+        z: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None: ...
+
+    def norm_act_backward(
+        self,
+        dx: Tensor | None,
+        dresidual: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        grad: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        batch_statistics: bool,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None: ...
+
+    def inplace_abn_backward(
+        self,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        grad: Tensor,
+        z: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        var: Tensor,
+        eps: float,
+        batch_statistics: bool,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None: ...
+
+    def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None: ...
+
+
+class Status(NamedTuple):
+    """What there is for one device: whether its kernels can run, and in words what they are or why not."""
+
+    device: str
+    available: bool
+    words: str
+
+
+DEVICES = ("cpu", "cuda")
+"""The device types that kernels are written for."""
+
+_lock = threading.RLock()
+_loaded: dict[str, tuple[Kernels | None, str]] = {}
+_disabled = 0
+
+
+def kernels_for(device: str) -> Kernels | None:
+    """The kernels of a device type, loaded at the first call; None where there are none, and inside `disabled()`."""
+    if _disabled:
+        return None
+    found = _loaded.get(device)
+    return (_load(device) if found is None else found)[0]
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run the references instead of the kernels while this is entered: for comparison, and to find a fault.
+
+    It holds for the whole process, because backward may run in other threads than forward. Put whole steps inside:
+    a backward that runs other code than its forward did rebuilds z only to rounding.
+    """
+    global _disabled
+    with _lock:
+        _disabled += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _disabled -= 1
+
+
+def status() -> list[Status]:
+    """What there is for each device in `DEVICES`; loads what was not loaded yet."""
+    found = [(device, *_load(device)) for device in DEVICES]
+    return [Status(device, kernels is not None, words) for device, kernels, words in found]
+
+
+def _load(device: str) -> tuple[Kernels | None, str]:
+    with _lock:
+        if device not in _loaded:
+            _loaded[device] = _library(device)
+        return _loaded[device]
+
+
+def _library(device: str) -> tuple[Kernels | None, str]:
+    if device not in DEVICES:
+        return None, f"there are no kernels for {device}; the references run there"
+    name = f"normpass.kernels.{device}_library"
+    try:
+        library = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None, f"this installation has no {name}; the references run on {device}"
+    found: tuple[Kernels | None, str] = library.load()
+    return found

@@ -1,181 +1,126 @@
-"""`python -m normpass.bench`: step time, kept and peak bytes and rebuilds of whole networks, against eager.
+"""The benchmarks, case by case: measured, printed as tables and recorded as JSON.
 
-Times are ratios measured side by side in one run, never compared across runs.
+Times are ratios measured side by side in one run, never compared across runs. The record is written before the
+first case and again after each: what was measured survives an interruption, and a file that cannot be written is
+found out at once.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import platform
-import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import nn
 
-from normpass import measure, models
-from normpass._version import __version__
-from normpass.api import optimize
-from normpass.measure import format_bytes
-from normpass.recipe import Rebuilds
-
-NETWORKS = tuple(f"torchvision:{n}" for n in ("resnet50", "densenet121", "mobilenet_v2", "efficientnet_b0"))
+from normpass.bench_kernels import bench_kernels
+from normpass.bench_layers import Case, bench_layer, shape_text
+from normpass.bench_networks import Setting, bench_network, check_contenders
+from normpass.bench_tables import kernel_table, layer_table, network_table
+from normpass.overhead import call_overhead
 
 
-@dataclass(frozen=True)
-class Row:
-    """One network in train mode, float32; bytes and seconds of one step."""
+@dataclass
+class Record:
+    """What a benchmark was taken with and its rows so far, in a JSON file where `path` names one."""
 
-    network: str
-    input: tuple[int, ...]
-    kept_plain: int
-    kept_optimised: int
-    peak_plain: int
-    peak_optimised: int
-    seconds_plain: float
-    """median over the rounds"""
-    seconds_optimised: float
-    ratio: float
-    """optimised over plain, round by round: median"""
-    ratio_low: float
-    """lower quartile"""
-    ratio_high: float
-    """upper quartile"""
-    rebuilds: int
-    """tensors rebuilt in one backward"""
-    most_rebuilds: int
-    """the most often that one tensor is rebuilt in one backward"""
+    path: Path | None
+    found: dict[str, Any]
+    """as `normpass.environment.environment` returns it"""
+    rows: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The device and torch's version, for the heading of a table."""
+        return f"{self.found['device']}, torch {self.found['versions']['torch']}"
+
+    def add(self, kind: str, rows: Iterable[Any]) -> None:
+        """Append rows (dataclasses) under the name `kind` and write the file."""
+        self.rows.setdefault(kind, []).extend(asdict(row) for row in rows)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, where there is one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.path is not None:
+            self.path.write_text(json.dumps({**self.found, **self.rows}, indent=1) + "\n")
 
 
-def bench(network: str, shape: tuple[int, ...], device: str = "cpu", rounds: int = 5) -> Row:
-    """Measure the network that the name `network` stands for.
-
-    Args:
-        network: as for `normpass.models.load`.
-        shape: of the one input, (N, C, spatial…).
-        device: "cpu" or "cuda".
-        rounds: timed steps of each model, plain and optimised in turn.
+def run_networks(
+    networks: Sequence[str],
+    setting: Setting,
+    contenders: Sequence[str],
+    base: str,
+    record: Record,
+    console: Console,
+) -> bool:
+    """Bench the networks one after another, a table for each; whether `ours` ran wherever it was to.
 
     Raises:
-        ModelSpecError: nothing can be built from `network`.
-        InvalidInputError: it does not run on an input of that shape.
+        ModelSpecError, InvalidInputError, BenchError: as `bench_network`.
+        OSError: the record cannot be written.
     """
-    torch.manual_seed(0)
-    plain = models.load(network).to(device)
-    x = torch.randn(shape, device=device)
-    optimised = optimize(plain, x)
-    pair = {"plain": plain, "optimised": optimised}
-    total, most = count_rebuilds(optimised, x)
-    times = measure.step_time(pair, x, rounds=rounds)
-    ratio = measure.ratios(times, "plain")["optimised"]
-    return Row(
-        network=network,
-        input=shape,
-        kept_plain=measure.kept_bytes(plain, x),
-        kept_optimised=measure.kept_bytes(optimised, x),
-        peak_plain=measure.peak_bytes(plain, x),
-        peak_optimised=measure.peak_bytes(optimised, x),
-        seconds_plain=times["plain"].median,
-        seconds_optimised=times["optimised"].median,
-        ratio=ratio.median,
-        ratio_low=ratio.low,
-        ratio_high=ratio.high,
-        rebuilds=total,
-        most_rebuilds=most,
-    )
+    check_contenders(contenders, base)
+    record.write()
+    complete = True
+    for network in networks:
+        with Console(stderr=True).status(f"bench {network}"):
+            rows = bench_network(network, setting, contenders, base)
+        record.add("rows", rows)
+        console.print(network_table(rows, record.title))
+        complete &= _print_errors(rows, console)
+    return complete
 
 
-def count_rebuilds(optimised: nn.Module, x: torch.Tensor) -> tuple[int, int]:
-    """Rebuilds in one backward: of all tensors together, and the most of any one tensor."""
-    with measure.untouched(optimised, x), Rebuilds() as rebuilds:
-        optimised(x).square().mean().backward()
-    return rebuilds.total, rebuilds.most
+def run_kernels(
+    cases: Sequence[Case],
+    layers: Sequence[str],
+    rounds: int,
+    compile_backend: str | None,
+    record: Record,
+    console: Console,
+) -> bool:
+    """Bench every layer and then every op alone on the cases, a table for each; whether `ours` ran on all.
+
+    Raises:
+        BenchError: as `bench_layer`.
+        OSError: the record cannot be written.
+    """
+    record.write()
+    complete = True
+    for layer in layers:
+        rows = []
+        for case in cases:
+            with Console(stderr=True).status(f"bench {layer} {shape_text(case.shape)}"):
+                rows.append(bench_layer(replace(case, layer=layer), rounds, compile_backend))
+            record.add("layers", rows[-1])
+        console.print(layer_table(rows, record.title))
+        complete &= _print_errors([row for of_case in rows for row in of_case], console)
+    ops = []
+    for case in cases:
+        with Console(stderr=True).status(f"bench ops {shape_text(case.shape)}"):
+            ops.append(bench_kernels(case, rounds))
+        record.add("kernels", ops[-1])
+    console.print(kernel_table(ops, record.title))
+    _run_overhead(rounds, record, console)
+    return complete
 
 
-def environment(device: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """What a result was taken with: command, date, device and versions."""
-    instructions = torch.backends.cpu.get_cpu_capability()
-    cpu = f"CPU {platform.machine()} {instructions}, {torch.get_num_threads()} threads"
-    return {
-        "command": shlex.join(["python", "-m", "normpass.bench", *arguments]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else cpu,
-        "versions": {"normpass": __version__, "python": platform.python_version(), **_versions()},
-    }
+def _run_overhead(rounds: int, record: Record, console: Console) -> None:
+    record.rows["call_overhead_microseconds"] = overhead = call_overhead(rounds)
+    record.write()
+    words = ", ".join(f"{name} {value:.1f}" for name, value in overhead.items())
+    console.print(f"one call on a tiny tensor, in µs on the CPU: {words}", markup=False, highlight=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Bench the networks one after another, print a table and write JSON; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device: leave out --device cuda")
-    try:
-        shape = models.parse_input(options.input)
-        shape = (options.batch or shape[0], *shape[1:])
-        networks = track(options.model or NETWORKS, console=Console(stderr=True), description="bench")
-        rows = [bench(network, shape, options.device, options.rounds) for network in networks]
-    except ValueError as error:  # a name, a shape or a network that does not fit
-        parser.error(" ".join(str(error).split()))
-    found = environment(options.device, arguments)
-    Console(width=None if sys.stdout.isatty() else 140).print(_table(rows, found))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**found, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m normpass.bench", description=__doc__)
-    parser.add_argument("--model", action="append", help=f"repeatable (default: {' '.join(NETWORKS)})")
-    parser.add_argument("--input", default="2x3x224x224", help="shape of the input (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="another batch size than that of --input")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
-    return parser
-
-
-def _table(rows: Sequence[Row], found: dict[str, Any]) -> Table:
-    title = f"optimised against eager: {found['device']}, torch {found['versions']['torch']}"
-    table = Table("network", "input", "kept", "", "peak", "", "time / eager", "rebuilds", "of one", title=title)
-    for row in rows:
-        table.add_row(
-            row.network,
-            "x".join(map(str, row.input)),
-            *_bytes(row.kept_plain, row.kept_optimised),
-            *_bytes(row.peak_plain, row.peak_optimised),
-            f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})",
-            str(row.rebuilds),
-            str(row.most_rebuilds),
-        )
-    return table
-
-
-def _bytes(plain: int, optimised: int) -> tuple[str, str]:
-    return f"{format_bytes(plain)} → {format_bytes(optimised)}", f"{optimised / plain:.3f}"
-
-
-def _versions() -> dict[str, str]:
-    found = {"torch": str(torch.__version__)}
-    for package in ("torchvision", "timm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _print_errors(rows: Iterable[Any], console: Console) -> bool:
+    """Say why which contender did not run; whether `ours` did."""
+    failed = {(row.contender, row.error): None for row in rows if row.error}
+    for contender, error in failed:
+        console.print(f"{contender} did not run: {error}", markup=False, highlight=False)
+    return not any(contender == "ours" for contender, _ in failed)

@@ -1,7 +1,7 @@
-"""The command line: `normpass demo`, `normpass explain MODEL`.
+"""The command line: `normpass demo`, `explain MODEL`, `bench [MODEL…]`, `bench kernels`, `kernels`.
 
 Reads the arguments, prints what the library returns. Bad input ends with status 2 and one line on stderr
-that says what to do; status 1 means that the work itself failed (the demo's losses differ).
+that says what to do; status 1 means that the work itself failed (the demo's losses differ, ours did not run).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,17 @@ import torch
 from rich.console import Console
 
 import normpass
-from normpass import demo, models
+from normpass import bench, demo, kernels, models
+from normpass.bench_layers import DEFAULT_SHAPES, LAYERS, LAYOUTS, Case
+from normpass.bench_networks import NETWORKS, Setting
+from normpass.contenders import COMPILED, CONTENDERS
+from normpass.environment import environment, openmp_runtimes
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
+_BENCH_DTYPES = ("float32", "bfloat16", "float16")
 _BAD_INPUT = 2
+_FAILED = 1
+_WIDE = 160  # columns of a table that goes into a file
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +41,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (by default `sys.argv`'s) and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = shlex.join(["normpass", *arguments])
+    if arguments[:2] == ["bench", "kernels"]:  # a command of its own: argparse takes a name or models here, not either
+        arguments[:2] = ["bench kernels"]
     options = _parser().parse_args(arguments)
+    options.given = given
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
@@ -46,26 +59,71 @@ def _parser() -> argparse.ArgumentParser:
     version = f"normpass {normpass.__version__} (torch {torch.__version__})"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="train plain and optimised side by side and compare"))
+    _add_explain(commands.add_parser("explain", help="say what would be rewritten, and why the rest would not"))
+    _add_bench(commands.add_parser("bench", help="time, kept and peak bytes of whole networks, side by side"))
+    _add_bench_kernels(commands.add_parser("bench kernels", help="batch norm and activation, and each op alone"))
+    kernels_ = commands.add_parser("kernels", help="say which kernels are there, and why others are not")
+    kernels_.add_argument("--json", type=_output, metavar="FILE", help="write it here as well")
+    kernels_.set_defaults(run=_kernels)
+    return parser
 
-    demo_ = commands.add_parser("demo", help="train plain and optimised side by side and compare")
-    demo_.add_argument("--model", default=demo.MODEL, help="a classification network (default: %(default)s)")
-    demo_.add_argument("--steps", type=_count, default=demo.STEPS, help="training steps (default: %(default)s)")
-    demo_.add_argument("--batch", type=_count, default=demo.BATCH, help="images a step (default: %(default)s)")
-    demo_.add_argument("--size", type=_count, default=demo.SIZE, help="pixels a side (default: %(default)s)")
-    demo_.add_argument("--out", type=_output, default="normpass-demo.png", help="the plot (default: %(default)s)")
-    demo_.set_defaults(run=_demo)
 
-    explain = commands.add_parser("explain", help="say what would be rewritten, and why the rest would not")
-    explain.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:callable")
-    explain.add_argument(
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=demo.MODEL, help="a classification network (default: %(default)s)")
+    parser.add_argument("--steps", type=_count, default=demo.STEPS, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch", type=_count, default=demo.BATCH, help="images a step (default: %(default)s)")
+    parser.add_argument("--size", type=_count, default=demo.SIZE, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--out", type=_output, default="normpass-demo.png", help="the plot (default: %(default)s)")
+    parser.set_defaults(run=_demo)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:callable")
+    parser.add_argument(
         "--input", type=_shapes, help="shapes of the inputs, as 2x3x224x224: measure kept and peak bytes too"
     )
-    explain.add_argument("--json", type=_output, metavar="FILE", help="write the report here as well")
-    explain.add_argument("--allow-lossy", action="store_true", help="allow in-place activated batch norm")
-    explain.add_argument("--change", action="append", default=[], help="change the model, as `leaky_relu`")
-    explain.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
-    explain.set_defaults(run=_explain)
-    return parser
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the report here as well")
+    parser.add_argument("--allow-lossy", action="store_true", help="allow in-place activated batch norm")
+    parser.add_argument("--change", action="append", default=[], help="change the model, as `leaky_relu`")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
+    parser.set_defaults(run=_explain)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="*", metavar="MODEL", help=f"as for explain (default: {' '.join(NETWORKS)})")
+    parser.add_argument(
+        "--input", type=_shape, default="2x3x224x224", help="shape of the one input (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=_count, help="another batch than that of --input")
+    parser.add_argument("--channels-last", action="store_true", help="convert network and input to channels_last")
+    parser.add_argument(
+        "--with", dest="contenders", type=_names, metavar="NAMES", help=f"contenders: {','.join(CONTENDERS)}"
+    )
+    parser.add_argument("--compile", action="store_true", help=f"and {', '.join(COMPILED)}: about a minute each")
+    parser.add_argument("--base", metavar="NAME", help="whose times to compare with (default: eager in the layout)")
+    _add_common(parser, rounds=5)
+    parser.set_defaults(run=_bench)
+
+
+def _add_bench_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", type=_image_shape, nargs="+", help="of x, as 16x64x56x56 (default: ResNet-50's)")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="channels_last", help="(default: %(default)s)")
+    parser.add_argument("--layer", choices=tuple(LAYERS), nargs="+", default=["bn_relu"], help="(default: bn_relu)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile: seconds a shape")
+    _add_common(parser, rounds=10)
+    parser.set_defaults(run=_bench_kernels)
+
+
+def _add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=_BENCH_DTYPES,
+        help="of the activations (default: float32; bfloat16 for kernels on a GPU); a network narrows by autocast",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=_count, default=rounds, help="samples of each (default: %(default)s)")
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the figures here as well")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -74,9 +132,9 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         demo.plot(result, options.out)
     except OSError as error:
-        return _refuse(f"cannot write `{options.out}`: {error.strerror}; name another file with --out")
+        return _cannot_write(options.out, error, "--out")
     console.print(f"memory along the step, before and after: {options.out}")
-    return 0 if result.agrees else 1
+    return 0 if result.agrees else _FAILED
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -91,13 +149,72 @@ def _explain(options: argparse.Namespace) -> int:
         return _refuse(error)
     console = Console()
     console.print(report) if console.is_terminal else print(report)
-    if options.json is None:
-        return 0
+    return _write_json(options.json, report.to_json())
+
+
+def _bench(options: argparse.Namespace) -> int:
+    _check_device(options.device)
+    shape = (options.batch or options.input[0], *options.input[1:])
+    dtype = getattr(torch, options.dtype or "float32")
+    setting = Setting(shape, dtype, options.channels_last, options.device, options.rounds)
+    contenders = [*(options.contenders or setting.default_contenders), *(COMPILED if options.compile else ())]
+    record = bench.Record(options.json, environment(options.device, options.given))
+    base = options.base or setting.default_base
     try:
-        options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        complete = bench.run_networks(options.model or NETWORKS, setting, contenders, base, record, _console())
     except OSError as error:
-        return _refuse(f"cannot write `{options.json}`: {error.strerror}; name another file with --json")
+        return _cannot_write(options.json, error, "--json")
+    except ValueError as error:  # of `measure`: a frozen model, an output without floating tensors
+        return _refuse(error)
+    return 0 if complete else _FAILED
+
+
+def _bench_kernels(options: argparse.Namespace) -> int:
+    _check_device(options.device)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
+    shapes = options.shape or [models.parse_input(text) for text in DEFAULT_SHAPES[options.device]]
+    device = torch.device(options.device)
+    cases = [Case(options.layer[0], shape, dtype, options.layout, device) for shape in shapes]
+    record = bench.Record(options.json, environment(options.device, options.given))
+    backend = None if options.no_compile else "inductor"
+    try:
+        complete = bench.run_kernels(cases, options.layer, options.rounds, backend, record, _console())
+    except OSError as error:
+        return _cannot_write(options.json, error, "--json")
+    return 0 if complete else _FAILED
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    rows = [row._asdict() for row in kernels.status()]
+    for row in rows:
+        print(f"{row['device']:5} {'kernels' if row['available'] else 'no kernels'}: {row['words']}")
+    runtimes = openmp_runtimes()
+    if runtimes is not None:
+        print(f"OpenMP runtimes in this process: {', '.join(runtimes) or 'none'}")
+    found = {"kernels": rows, "threads": torch.get_num_threads(), "openmp": runtimes}
+    return _write_json(options.json, found)
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise normpass.NormpassError("torch sees no CUDA device: leave out --device cuda")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDE)
+
+
+def _write_json(path: Path | None, content: object) -> int:
+    try:
+        if path is not None:
+            path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        return _cannot_write(path, error, "--json")
     return 0
+
+
+def _cannot_write(path: Path | None, error: OSError, option: str) -> int:
+    return _refuse(f"cannot write `{path}`: {error.strerror}; name another file with {option}")
 
 
 def _refuse(reason: object) -> int:
@@ -109,6 +226,24 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return models.parse_input(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    shape = _shape(text)
+    if len(shape) != 4:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a shape of an image: write 4 sizes, like 16x64x56x56")
+    return shape
 
 
 def _shapes(text: str) -> list[tuple[int, ...]]:

@@ -8,6 +8,9 @@ Each takes the norm *module* and reads it when it runs: `train()`/`eval()`, a si
 replaced parameters and changed momentum all keep working. Where the norm can no longer be fused (a
 hook was registered, it was replaced by a SyncBatchNorm, the batch is empty, dtypes are mixed), the
 plain layers run instead: same numbers, no saving.
+
+Each asks `eager_device` once whether anyone but autograd is looking on; if not, neither the statistics nor the
+op goes through the dispatcher, and the running statistics are written where the moments are taken.
 """
 
 from __future__ import annotations
@@ -20,11 +23,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normpass.graph import hooks_of
+from normpass.kernels import Running, kernels_for
 from normpass.ops.activation import activate
-from normpass.recipe import is_recording, tag, under_other_derivatives
+from normpass.ops.eager import eager_device, under_other_derivatives
+from normpass.ops.inplace_abn import inplace_abn_on
+from normpass.ops.moments import moments_with_update
+from normpass.ops.norm_act import norm_act_on, rebuild_norm_act
+from normpass.recipe import is_recording, tag
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_ANY_DIMS = (2, 3, 4, 5)
+_PARAMETER_DTYPES = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float32, torch.float16),
+}
+"""By the dtype of x: the dtypes that a norm's parameters and buffers may have."""
 
 
 @dataclass
@@ -45,6 +61,16 @@ class FunctionalBatchNorm:
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
+
+
+class NormTensors(NamedTuple):
+    """The parameters, each (C,), and buffers of one norm."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
 
 class Statistics(NamedTuple):
@@ -82,28 +108,34 @@ def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> 
 
 def fused_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x. x: (N, C, *); residual like x."""
-    if not _is_fusible(norm, x, residual, activation):
+    tensors = _fusible(norm, x, residual, activation)
+    if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
-    return torch.ops.normpass.norm_act.default(*_op_args(norm, x, residual, activation, activation_args))
+    device = eager_device(x, residual)
+    return norm_act_on(device, *_op_args(device, norm, tensors, x, residual, activation, activation_args))
 
 
 def split_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x; who saves the result saves its recipe instead."""
-    if not _is_fusible(norm, x, residual, activation):
+    tensors = _fusible(norm, x, residual, activation)
+    if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
-    args = _op_args(norm, x, residual, activation, activation_args)
-    z = torch.ops.normpass.norm_act.default(*args)
+    device = eager_device(x, residual)
+    args = _op_args(device, norm, tensors, x, residual, activation, activation_args)
+    z = norm_act_on(device, *args)
     if not torch.compiler.is_compiling() and is_recording():
-        tag(z, torch.ops.normpass.norm_act.default, args)
+        tag(z, rebuild_norm_act, args)
     return z
 
 
 def inplace_abn(norm, x, activation="identity", activation_args=()):
     """act(norm(x)) that keeps only its result. The activation must be invertible."""
-    if not _is_fusible(norm, x, None, activation):
+    tensors = _fusible(norm, x, None, activation)
+    if tensors is None:
         return plain_norm_act(norm, x, None, activation, activation_args, "")
-    args = _op_args(norm, x, None, activation, activation_args)
-    return torch.ops.normpass.inplace_abn.default(args[0], *args[2:])
+    device = eager_device(x)
+    args = _op_args(device, norm, tensors, x, None, activation, activation_args)
+    return inplace_abn_on(device, args[0], *args[2:])
 
 
 def sum_as_first(first: Tensor, second: Any) -> Tensor:
@@ -125,72 +157,79 @@ def survival_noise(x: Tensor, p: float, mode: str) -> Tensor:
     return noise if p == 1.0 else noise.div_(1.0 - p)
 
 
-def _op_args(norm, x, residual, activation, activation_args) -> tuple:
-    mean, var, of_batch = _statistics(norm, x)
-    return (
-        x,
-        residual,
-        norm.weight,
-        norm.bias,
-        mean,
-        var,
-        norm.eps,
-        of_batch,
-        activation,
-        list(activation_args),
-    )
+def _op_args(device, norm, tensors: NormTensors, x, residual, activation, activation_args) -> tuple:
+    mean, var, of_batch = _statistics(device, norm, tensors, x)
+    return x, residual, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 
 
-def _statistics(norm, x: Tensor) -> Statistics:
+def _statistics(device: str | None, norm, tensors: NormTensors, x: Tensor) -> Statistics:
     """The statistics this call normalises with; in training the running ones move, exactly once."""
-    if not norm.training and norm.running_mean is not None:
-        return Statistics(norm.running_mean, norm.running_var, of_batch=False)
+    training, running_mean, running_var = norm.training, tensors.running_mean, tensors.running_var
+    if not training and running_mean is not None and running_var is not None:
+        return Statistics(running_mean, running_var, of_batch=False)
+    running = None
+    if training and norm.track_running_stats:
+        momentum = _next_momentum(norm, tensors)
+        if running_mean is not None and running_var is not None:
+            running = Running(running_mean, running_var, momentum)
+    if device is not None:
+        return Statistics(*moments_with_update(kernels_for(device), x, running), of_batch=True)
     mean, var = torch.ops.normpass.moments.default(x.detach())
-    if norm.training and norm.track_running_stats:
-        _update_running_statistics(norm, mean, var, x.numel() // x.size(1))
+    if running is not None:
+        old_mean, old_var, momentum = running
+        count = x.numel() // x.size(1)
+        new = torch.ops.normpass.updated_running_stats.default(old_mean, old_var, mean, var, momentum, count)
+        old_mean.copy_(new[0])
+        old_var.copy_(new[1])
     return Statistics(mean, var, of_batch=True)
 
 
-def _update_running_statistics(norm, mean: Tensor, var: Tensor, count: int) -> None:
-    momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    if momentum is None:  # the cumulative average, as nn.BatchNorm does it
-        momentum = 1.0 / float(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0.0
-    if norm.running_mean is None:
-        return
-    new = torch.ops.normpass.updated_running_stats.default(
-        norm.running_mean, norm.running_var, mean, var, momentum, count
-    )
-    norm.running_mean.copy_(new[0])
-    norm.running_var.copy_(new[1])
+def _next_momentum(norm, tensors: NormTensors) -> float:
+    """The share of this batch in the running statistics, after it has been counted."""
+    momentum, count = norm.momentum, tensors.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+    if momentum is not None:
+        return momentum
+    return 1.0 / float(count) if count is not None else 0.0  # the cumulative average, as nn.BatchNorm does it
 
 
-def _is_fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> bool:
+def _tensors_of(norm) -> NormTensors:
+    if not torch.compiler.is_compiling() and isinstance(norm, nn.Module):
+        p, b = norm._parameters, norm._buffers  # ten times faster than a module's attributes
+        try:
+            return NormTensors(p["weight"], p["bias"], b["running_mean"], b["running_var"], b["num_batches_tracked"])
+        except KeyError:
+            pass  # one was replaced by a tensor that is not registered
+    return NormTensors(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
+
+
+def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormTensors | None:
+    """What of `norm` the op needs, if these can be fused as they are now; None if not."""
+    kind = type(norm)
     if under_other_derivatives():
-        return False
-    if type(norm) is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
-        return False
-    if x.dim() not in _DIMS.get(type(norm), (2, 3, 4, 5)) or not _dtypes_fit(norm, x):
-        return False
+        return None
+    if kind is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
+        return None
+    tensors = _tensors_of(norm)
+    if x.dim() not in _DIMS.get(kind, _ANY_DIMS) or not _dtypes_fit(tensors, x):
+        return None
     if activation == "softplus" and torch.is_autocast_enabled(x.device.type):
-        return False  # autocast may run softplus in float32
-    if x.numel() == 0 or (norm.running_mean is None) != (norm.running_var is None):
-        return False
-    if (norm.training or norm.running_mean is None) and x.numel() == x.size(1):
-        return False  # one value per channel: nn.BatchNorm raises its own error
-    features = norm.running_mean if norm.running_mean is not None else norm.weight
-    if features is not None and features.numel() != x.size(1):
-        return False
-    return residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+        return None  # autocast may run softplus in float32
+    running_mean = tensors.running_mean
+    values, channels = x.numel(), x.shape[1]
+    if values == 0 or (running_mean is None) != (tensors.running_var is None):
+        return None
+    if values == channels and (norm.training or running_mean is None):
+        return None  # one value per channel: nn.BatchNorm raises its own error
+    features = running_mean if running_mean is not None else tensors.weight
+    if features is not None and features.numel() != channels:
+        return None
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return None
+    return tensors
 
 
-def _dtypes_fit(norm, x: Tensor) -> bool:
-    allowed = {
-        torch.float64: (torch.float64,),
-        torch.float32: (torch.float32,),
-        torch.bfloat16: (torch.float32, torch.bfloat16),
-        torch.float16: (torch.float32, torch.float16),
-    }.get(x.dtype, ())
-    given = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return bool(allowed) and all(t is None or t.dtype in allowed for t in given)
+def _dtypes_fit(tensors: NormTensors, x: Tensor) -> bool:
+    allowed = _PARAMETER_DTYPES.get(x.dtype, ())
+    return bool(allowed) and all([t is None or t.dtype in allowed for t in tensors[:4]])

@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 
 from normpass.errors import ModifiedInPlaceError
 from normpass.graph import hooks_of
+from normpass.ops.eager import under_other_derivatives
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
@@ -130,7 +131,7 @@ class Recipe:
             counts[id(self)] = counts.get(id(self), 0) + 1
         args = _map_noted(self.args)
         kwargs = _map_noted(self.kwargs)
-        with torch.no_grad(), _same_autocast(self.autocast):
+        with _without_grad(), _same_autocast(self.autocast):
             value = self.function(*args, **kwargs)
         return value if self.select is None else value[self.select]
 
@@ -151,11 +152,6 @@ def recording() -> Iterator[None]:
         return
     with saved_tensors_hooks(_pack, _unpack):
         yield
-
-
-def under_other_derivatives() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is active: only plain layers support these."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_recording() -> bool:
@@ -253,11 +249,17 @@ def _check_version(tensor: Tensor, version: int) -> None:
 # --- details --------------------------------------------------------------------------------------
 
 
+_CONSTANTS = frozenset({type(None), bool, int, float, str})
+"""Types of most arguments, which hold no tensor: they need not be looked at any closer."""
+
+
 def _map_tensors(function: Callable, value: Any) -> Any:
+    if type(value) in _CONSTANTS:
+        return value
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        return tuple(_map_tensors(function, item) for item in value)
+        return tuple([_map_tensors(function, item) for item in value])
     if isinstance(value, dict):
         return {key: _map_tensors(function, item) for key, item in value.items()}
     return value
@@ -272,10 +274,12 @@ def _note(tensor: Tensor) -> Kept | Recipe:
 
 
 def _map_noted(value: Any) -> Any:
+    if type(value) in _CONSTANTS:
+        return value
     if isinstance(value, (Kept, Recipe)):
         return value.read()
     if isinstance(value, tuple):
-        return tuple(_map_noted(item) for item in value)
+        return tuple([_map_noted(item) for item in value])
     if isinstance(value, dict):
         return {key: _map_noted(item) for key, item in value.items()}
     return value
@@ -283,13 +287,26 @@ def _map_noted(value: Any) -> Any:
 
 def _autocast_state(args: tuple) -> tuple[str, torch.dtype] | str | None:
     """`(device type, dtype)` where autocast is on, the device type where it is off."""
-    for value in pytree.tree_leaves(args):
+    tensor = _first_tensor(args)
+    kind = None if tensor is None else tensor.device.type
+    if kind is None or not torch.amp.is_autocast_available(kind):
+        return None
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else kind
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    for value in values:
         if isinstance(value, Tensor):
-            kind = value.device.type
-            if not torch.amp.is_autocast_available(kind):
-                return None
-            return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else kind
+            return value
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+        found = _first_tensor(inner) if inner else None
+        if found is not None:
+            return found
     return None
+
+
+def _without_grad():
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def _same_autocast(state: tuple[str, torch.dtype] | str | None):

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import normpass
-from normpass import bench, cli, demo
+from normpass import cli, contenders, demo
 
 NETWORK = """
 from torch import nn
@@ -122,9 +123,28 @@ def test_explain_changes_and_lossy(workspace, capsys):
         ("demo --model tinynet:Tiny --size 16 --batch 2", "not one score for each class"),
         ("demo --model tinynet --size 16", "is not a model"),
         ("demo --model torchvision:resnet18 --size 16 --batch 1", "try another --size or --batch"),
+        ("bench tinynet", "`tinynet` is not a model: write `torchvision:NAME`"),
+        ("bench tinynet:Tiny --input 2x3xa", "`2x3xa` is not a shape"),
+        ("bench tinynet:Tiny --input 2x4x16x16", "does not run on inputs of shape [(2, 4, 16, 16)]"),
+        (
+            "bench tinynet:Tiny --with eager,hours",
+            "no contender `hours`: choose from eager, eager_channels_last, ours,",
+        ),
+        ("bench tinynet:Tiny --with ours", "`eager`, the base of the ratios, is not among ours: set --base"),
+        ("bench tinynet:Tiny --rounds 0", "`0` is not a whole number above 0"),
+        ("bench tinynet:Tiny --dtype float64", "invalid choice: 'float64'"),
+        ("bench tinynet:Tiny --device cuda", "torch sees no CUDA device: leave out --device cuda"),
+        ("bench tinynet:Tiny --json no/folder/r.json", "no folder `no/folder`: create it first"),
+        ("bench tinynet:frozen --input 2x3x16x16", "is the model frozen?"),
+        ("bench kernels --shape 2x3", "`2x3` is not a shape of an image: write 4 sizes, like 16x64x56x56"),
+        ("bench kernels --shape 1x3x1x1", "eager does not run on 1x3x1x1 in float32"),
+        ("bench kernels --layer bn_tanh", "invalid choice: 'bn_tanh'"),
+        ("bench kernels --device cuda", "torch sees no CUDA device: leave out --device cuda"),
+        ("kernels --json .", "`.` is a folder: name a file in it"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(workspace, capsys, command, message):
+def test_bad_input_is_one_line_and_status_2(workspace, capsys, monkeypatch, command, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, out, err = run(capsys, command)
     assert status == 2
     assert out == ""
@@ -132,7 +152,16 @@ def test_bad_input_is_one_line_and_status_2(workspace, capsys, command, message)
     assert message in err
 
 
-@pytest.mark.parametrize("command", ["explain tinynet:Tiny --json out", "demo --out out"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "explain tinynet:Tiny --json out",
+        "demo --out out",
+        "bench tinynet:Tiny --json out",
+        "bench kernels --json out",
+        "kernels --json out",
+    ],
+)
 def test_file_that_cannot_be_written(workspace, capsys, monkeypatch, command):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied", "out")
@@ -161,12 +190,57 @@ def test_as_a_module(workspace):
 
 
 def test_bench(workspace, capsys):
-    arguments = "--model tinynet:Tiny --input 2x3x16x16 --batch 3 --rounds 2 --json results/bench.json"
-    assert bench.main(arguments.split()) == 0
-    found = json.loads((workspace / "results" / "bench.json").read_text())
-    assert found["command"] == f"python -m normpass.bench {arguments}"
-    [row] = found["rows"]
-    assert row["input"] == [3, 3, 16, 16]
-    assert row["kept_optimised"] < row["kept_plain"]
-    assert row["most_rebuilds"] == 1
-    assert "tinynet:Tiny" in capsys.readouterr().out
+    command = "bench tinynet:Tiny --input 2x3x16x16 --batch 3 --channels-last --dtype bfloat16 --rounds 2 --json b.json"
+    status, out, _ = run(capsys, command)
+    assert status == 0
+    assert "tinynet:Tiny, 3x3x16x16, bfloat16: CPU" in out
+    found = json.loads((workspace / "b.json").read_text())
+    assert found["command"] == f"normpass {command}"
+    assert {"date", "device", "versions"} < set(found)
+    rows = {row["contender"]: row for row in found["rows"]}
+    assert list(rows) == ["eager", "eager_channels_last", "ours"]
+    assert rows["ours"]["input"] == [3, 3, 16, 16]
+    assert (rows["ours"]["dtype"], rows["ours"]["layout"]) == ("bfloat16", "channels_last")
+    assert rows["eager"]["layout"] == "contiguous"
+    assert rows["ours"]["kept"] < rows["eager"]["kept"]
+    assert rows["ours"]["most_rebuilds"] == 1
+
+
+def test_bench_kernels(workspace, capsys):
+    command = "bench kernels --shape 2x3x4x4 3x2x5x5 --layer bn_relu bn_silu --no-compile --rounds 2 --json k.json"
+    status, out, _ = run(capsys, command)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines() if "channels_last: CPU" in line] == [
+        "bn_relu,",
+        "bn_silu,",
+        "ops",
+    ]
+    found = json.loads((workspace / "k.json").read_text())
+    assert found["command"] == f"normpass {command}"
+    assert len(found["layers"]) == 2 * 2 * len(("ours", "eager", "eager_contiguous", "copy"))
+    assert {row["kernel"] for row in found["kernels"]} > {"moments", "norm_act", "copy"}
+    assert set(found["call_overhead_microseconds"])
+
+
+def test_what_did_not_run_is_said_and_only_ours_fails_the_command(workspace, capsys, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("backend raised:\n\nout of luck\nhere")
+
+    monkeypatch.setattr(contenders, "checkpointed", refuse)
+    status, out, _ = run(capsys, "bench tinynet:Tiny --input 2x3x16x16 --rounds 1 --with eager,checkpoint")
+    assert status == 0
+    assert "checkpoint did not run: RuntimeError: backend raised: out of luck\n" in f"{out}\n"
+    monkeypatch.setattr(contenders, "optimize", refuse)
+    status, out, _ = run(capsys, "bench tinynet:Tiny --input 2x3x16x16 --rounds 1")
+    assert status == 1
+    assert "ours did not run" in out
+
+
+def test_kernels(workspace, capsys):
+    status, out, _ = run(capsys, "kernels --json kernels.json")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["cpu", "cuda"]
+    found = json.loads((workspace / "kernels.json").read_text())
+    assert [row["device"] for row in found["kernels"]] == ["cpu", "cuda"]
+    assert all(row["words"] for row in found["kernels"])
+    assert found["threads"] == torch.get_num_threads()

@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normpass.kernels import Kernels, kernels_for
+
 from .activation import activate_
-from .inplace_abn_backward import _inplace_abn_backward, check_invertible_site
-from .layout import memory_format_of
+from .eager import eager_device
+from .inplace_abn_backward import _inplace_abn_backward, can_invert, check_invertible_site, inplace_abn_gradients
+from .layout import memory_format_of, statistics_dtype
 from .library import declare
 from .normalise import check_has_values, normalise, refuse_statistics_gradient
+from .operands import Options, dense, layout_of, per_channel_operand
 
 
 def inplace_abn(
@@ -88,6 +92,93 @@ def _reference(
     return activate_(normalise(x, None, weight, bias, mean, var, eps), activation, activation_args)
 
 
+def _kernel(
+    kernels: Kernels | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    values = weight, bias, mean, var
+    if kernels is None or not can_invert(kernels, x, (), values, activation, activation_args):
+        return _reference(x, *values, eps, batch_statistics, activation, activation_args)
+    memory_format, dtype = memory_format_of(x), statistics_dtype(x)
+    z = torch.empty_like(x, memory_format=memory_format)
+    kernels.norm_act(
+        z,
+        dense(x, memory_format),
+        None,
+        per_channel_operand(weight, dtype),
+        per_channel_operand(bias, dtype),
+        per_channel_operand(mean, dtype),
+        per_channel_operand(var, dtype),
+        eps,
+        activation,
+        activation_args,
+        layout_of(x, memory_format),
+    )
+    return z
+
+
+class InplaceAbn(torch.autograd.Function):
+    """The op and its gradient without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        device: str,
+        options: Options,
+    ) -> Tensor:
+        ctx.options = options
+        z = _kernel(kernels_for(device), x, weight, bias, mean, var, *options)
+        ctx.save_for_backward(z, weight, bias, var)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        options: Options = ctx.options
+        needs, tensors = ctx.needs_input_grad[:3], ctx.saved_tensors
+        device = None if torch.is_grad_enabled() else eager_device(grad)
+        if device is None:
+            return *_gradients_by_op(grad, tensors, options, needs), *[None] * 4
+        z, weight, bias, var = tensors
+        results = inplace_abn_gradients(kernels_for(device), grad, z, weight, bias, var, *options, needs)
+        return *results, None, None, None, None
+
+
+def inplace_abn_on(
+    device: str | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    """`inplace_abn` without the dispatcher where `device`, from `eager_device` of `x`, is not None."""
+    tensors, options = (x, weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
+    if device is None or (not batch_statistics and (mean.requires_grad or var.requires_grad)):
+        z: Tensor = _inplace_abn(*tensors, *options)
+    elif torch.is_grad_enabled():
+        z = InplaceAbn.apply(*tensors, device, options)
+    else:
+        z = _kernel(kernels_for(device), *tensors, *options)
+    return z
+
+
 def _fake(
     x: Tensor,
     weight: Tensor | None,
@@ -112,8 +203,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
-    gradients: Any = _inplace_abn_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 6
+    return *_gradients_by_op(grad, ctx.saved_tensors, ctx.options, needs), *[None] * 6
+
+
+def _gradients_by_op(
+    grad: Tensor, tensors: Sequence[Tensor | None], options: Sequence[Any], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    gradients: Any = _inplace_abn_backward(grad, *tensors, *options, needs)
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 _inplace_abn = declare(
@@ -121,6 +218,7 @@ _inplace_abn = declare(
     "bool batch_statistics, str activation, float[] activation_args) -> Tensor",
     reference=_reference,
     fake=_fake,
+    kernel=_kernel,
     backward=_backward,
     setup_context=_setup_context,
 )

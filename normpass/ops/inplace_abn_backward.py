@@ -4,8 +4,8 @@ x̂ = (y − bias)/weight keeps the sign of the weight. Its magnitude is bounded
 the machine epsilon of the statistics' dtype (zero counts as positive), so that nothing is infinite or NaN; at
 weight 0 dx is 0, as it should be, and float32's error in x̂ is of the order of |bias|.
 
-ATen's BatchNorm backward, given bias for the mean and 1/weight for the inverse deviation, computes x̂, both
-sums and dx in its own passes: no x̂ is ever written out.
+No x̂ is ever written out. In the reference ATen's BatchNorm backward, given bias for the mean and 1/weight for the
+inverse deviation, computes x̂, both sums and dx in its own passes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from normpass.kernels import Kernels
+
 from .activation import RULES, Activation, activation_backward, deactivate, is_invertible
 from .layout import check_like, memory_format_of, or_empty, statistics_dtype
 from .library import declare
 from .normalise import check_has_values, check_site
+from .operands import can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
 
 aten = torch.ops.aten
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of x, weight and bias."""
 
 
 def inplace_abn_backward(
@@ -70,6 +76,20 @@ def check_invertible_site(
         )
 
 
+def can_invert(
+    kernels: Kernels,
+    x: Tensor,
+    likes: Sequence[Tensor | None],
+    values: Sequence[Tensor | None],
+    activation: str,
+    activation_args: Sequence[float],
+) -> bool:
+    """`can_run`, and the activation has an inverse."""
+    return can_run(kernels, x, likes, values, activation, activation_args) and is_invertible(
+        activation, activation_args
+    )
+
+
 def _check(
     grad: Tensor,
     z: Tensor,
@@ -96,6 +116,23 @@ def _reference(
     activation_args: Sequence[float],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options = eps, batch_statistics, activation, activation_args, needs
+    dx, dweight, dbias = (or_empty(t, grad) for t in _reference_gradients(grad, z, weight, bias, var, *options))
+    return dx, dweight, dbias
+
+
+def _reference_gradients(
+    grad: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+    needs: Sequence[bool],
+) -> Gradients:
     _check(grad, z, weight, bias, var, activation, activation_args)
     check_has_values("inplace_abn_backward", z, batch_statistics)
     memory_format = memory_format_of(z)
@@ -105,8 +142,7 @@ def _reference(
     scale = torch.ones_like(var) if weight is None else weight
     shift = torch.zeros_like(var) if bias is None else bias
     mask = (needs[0], needs[1] and weight is not None, needs[2] and bias is not None)
-    dx, dweight, dbias = _gradients(dy, y, scale, shift, var, eps, batch_statistics, mask)
-    return or_empty(dx, grad), or_empty(dweight, grad), or_empty(dbias, grad)
+    return _gradients(dy, y, scale, shift, var, eps, batch_statistics, mask)
 
 
 def _gradients(
@@ -118,11 +154,12 @@ def _gradients(
     eps: float,
     batch_statistics: bool,
     mask: Sequence[bool],
-) -> list[Tensor | None]:
+) -> Gradients:
     """dx, dweight and dbias from dy and y, each in its own dtype, None where `mask` is False."""
     targets = (y, scale, shift)
     if y.numel() == 0:  # ATen divides by the number of values
-        return [torch.zeros_like(t) if m else None for t, m in zip(targets, mask, strict=True)]
+        dx, dweight, dbias = (torch.zeros_like(t) if m else None for t, m in zip(targets, mask, strict=True))
+        return dx, dweight, dbias
     dtype = statistics_dtype(y)
     scale, shift = scale.to(dtype), shift.to(dtype)
     slope = scale * torch.rsqrt(var.to(dtype) + eps)
@@ -139,13 +176,54 @@ def _gradients(
         unit, zero = torch.ones_like(slope), torch.zeros_like(slope)
         only_dx = (True, False, False)
         results[0], _, _ = aten.native_batch_norm_backward(dy, y, slope, zero, unit, None, None, False, 0.0, only_dx)
-    return [g.to(t.dtype) if m else None for g, t, m in zip(results, targets, mask, strict=True)]
+    dx, dweight, dbias = (g.to(t.dtype) if m else None for g, t, m in zip(results, targets, mask, strict=True))
+    return dx, dweight, dbias
 
 
 def _away_from_zero(scale: Tensor) -> Tensor:
     smallest = torch.finfo(scale.dtype).eps
     magnitude = scale.abs().clamp_(min=smallest)
     return torch.where(scale < 0, -magnitude, magnitude)
+
+
+def inplace_abn_gradients(
+    kernels: Kernels | None,
+    grad: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+    needs: Sequence[bool],
+) -> Gradients:
+    """What `inplace_abn_backward` returns, not differentiable, with None for what is not needed or absent."""
+    values, options = (weight, bias, var), (eps, batch_statistics, activation, activation_args)
+    if kernels is None or not can_invert(kernels, z, (grad,), values, activation, activation_args):
+        return _reference_gradients(grad, z, weight, bias, var, *options, needs)
+    memory_format, dtype = memory_format_of(z), statistics_dtype(z)
+    dx = new_like(z, memory_format, needs[0])
+    dweight, dbias = new_per_channel(weight, z, needs[1]), new_per_channel(bias, z, needs[2])
+    kernels.inplace_abn_backward(
+        dx,
+        dweight,
+        dbias,
+        dense(grad, memory_format),
+        dense(z, memory_format),
+        per_channel_operand(weight, dtype),
+        per_channel_operand(bias, dtype),
+        per_channel_operand(var, dtype),
+        *options,
+        layout_of(z, memory_format),
+    )
+    return dx, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)
+
+
+def _kernel(kernels: Kernels | None, grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = (or_empty(t, grad) for t in inplace_abn_gradients(kernels, grad, *others))
+    return dx, dweight, dbias
 
 
 def _fake(
@@ -184,6 +262,7 @@ _inplace_abn_backward = declare(
     "-> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    kernel=_kernel,
     backward=_no_double_backward,
     setup_context=_setup_context,
 )

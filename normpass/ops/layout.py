@@ -7,6 +7,8 @@ from torch import Tensor
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
+STATISTICS_DTYPES = (torch.float32, torch.float64)
+
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format an op gives its results for the input `x` of shape (N, C, *).
@@ -71,8 +73,9 @@ def check_like(op: str, x: Tensor, name: str, other: Tensor | None) -> None:
 
 def check_per_channel(op: str, x: Tensor, **tensors: Tensor | None) -> None:
     """Raise ValueError unless each of `tensors` is None or holds one value per channel of `x`."""
+    expected = (x.shape[1],)
     for name, values in tensors.items():
-        if values is not None and (values.dim() != 1 or values.shape[0] != x.shape[1]):
+        if values is not None and values.shape != expected:
             raise ValueError(
                 f"normpass::{op}: `{name}` must have shape ({x.shape[1]},), one value per channel of `x` "
                 f"{tuple(x.shape)}, got {tuple(values.shape)}"

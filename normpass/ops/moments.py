@@ -6,11 +6,12 @@ mean) = 0:
 
     dx = dmean/m + dvar · 2·(x − mean)/m
 
-ATen's own BatchNorm statistics are used where they are that good. Its CPU code for channels_last keeps one
-running sum per channel, which at mean/std = 1000 and 5e4 values leaves 6e-5 of the variance and 9e-3 standard
-deviations of the mean; blocks of rows, each recentred on a pairwise mean and merged with Chan's formula
-(Chan, Golub, LeVeque 1979), leave 2e-6 and 1e-4. That takes two to three times as long as ATen's pass over
-a tensor of 16×64×56×56, which is itself a small part of a step.
+The kernels need one pass over x, with sums shifted by a value of the channel and merged by Chan's formula (Chan,
+Golub, LeVeque 1979). The reference, where there are none, uses ATen's own BatchNorm statistics where they are that
+good. ATen's CPU code for channels_last keeps one running sum per channel, which at mean/std = 1000 and 5e4 values
+leaves 6e-5 of the variance and 9e-3 standard deviations of the mean; blocks of rows, each recentred on a pairwise
+mean and merged, leave 2e-6 and 1e-4. That takes two to three times as long as ATen's pass over a tensor of
+16×64×56×56, which is itself a small part of a step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normpass.kernels import Kernels, Running
+
 from .layout import (
     check_input,
     memory_format_of,
@@ -28,6 +31,8 @@ from .layout import (
     statistics_dtype,
 )
 from .library import declare
+from .operands import can_run, dense, layout_of
+from .running_stats import is_writable, note_written, update_running_stats
 
 aten = torch.ops.aten
 
@@ -48,6 +53,22 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: `x` is not a floating (N, C, *) tensor, or holds no value.
     """
     mean, var = _moments(x)
+    return mean, var
+
+
+def moments_with_update(kernels: Kernels | None, x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
+    """`moments` of a constant in plain eager mode, and the running statistics after this batch in `running`."""
+    x = x.detach()
+    if kernels is None or not can_run(kernels, x):
+        mean, var = _reference(x)
+    elif running is None or not is_writable(running, (x.shape[1],), statistics_dtype(x), x.get_device()):
+        mean, var = _by_kernel(kernels, x, None)
+    else:
+        mean, var = _by_kernel(kernels, x, running)
+        note_written(running)
+        return mean, var
+    if running is not None:
+        update_running_stats(kernels, running, mean, var, x.numel() // x.shape[1])
     return mean, var
 
 
@@ -79,7 +100,7 @@ def _moments_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     merged = [_recentred_moments(block) for block in blocks]
     if len(merged) == 1:
         return merged[0]
-    weight = torch.tensor([len(block) / len(rows) for block in blocks], dtype=torch.float64)[:, None]
+    weight = torch.tensor([len(block) / len(rows) for block in blocks], dtype=torch.float64, device="cpu")[:, None]
     means = torch.stack([mean for mean, _ in merged]).double()
     variances = torch.stack([var for _, var in merged]).double()
     mean = (weight * means).sum(0)
@@ -92,6 +113,20 @@ def _recentred_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     rough_mean, second_moment = _aten_moments(rows)
     mean = rows.mean(0)
     return mean, (second_moment - (mean - rough_mean).square()).clamp_(min=0)
+
+
+def _kernel(kernels: Kernels | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    if kernels is None or not can_run(kernels, x):
+        return _reference(x)
+    return _by_kernel(kernels, x, None)
+
+
+def _by_kernel(kernels: Kernels, x: Tensor, running: Running | None) -> tuple[Tensor, Tensor]:
+    memory_format = memory_format_of(x)
+    mean = x.new_empty((x.shape[1],), dtype=statistics_dtype(x))
+    var = torch.empty_like(mean)
+    kernels.moments(mean, var, dense(x, memory_format), layout_of(x, memory_format), running)
+    return mean, var
 
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,6 +156,7 @@ _moments = declare(
     "moments(Tensor x) -> (Tensor mean, Tensor var)",
     reference=_reference,
     fake=_fake,
+    kernel=_kernel,
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -25,11 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normpass.kernels import Kernels, kernels_for
+
 from .activation import activate_
-from .layout import check_like, memory_format_of
+from .eager import eager_device
+from .layout import check_like, memory_format_of, statistics_dtype
 from .library import declare
-from .norm_act_backward import _norm_act_backward
+from .norm_act_backward import _norm_act_backward, norm_act_gradients
 from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
+from .operands import Options, can_run, dense, layout_of, per_channel_operand
 
 
 def norm_act(
@@ -100,6 +104,105 @@ def _reference(
     return activate_(normalise(x, residual, weight, bias, mean, var, eps), activation, activation_args)
 
 
+def _kernel(
+    kernels: Kernels | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    values = weight, bias, mean, var
+    if kernels is None or not can_run(kernels, x, (residual,), values, activation, activation_args):
+        return _reference(x, residual, *values, eps, batch_statistics, activation, activation_args)
+    memory_format, dtype = memory_format_of(x), statistics_dtype(x)
+    z = torch.empty_like(x, memory_format=memory_format)
+    kernels.norm_act(
+        z,
+        dense(x, memory_format),
+        dense(residual, memory_format),
+        per_channel_operand(weight, dtype),
+        per_channel_operand(bias, dtype),
+        per_channel_operand(mean, dtype),
+        per_channel_operand(var, dtype),
+        eps,
+        activation,
+        activation_args,
+        layout_of(x, memory_format),
+    )
+    return z
+
+
+class NormAct(torch.autograd.Function):
+    """The op and its gradient without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        device: str,
+        options: Options,
+    ) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(x, None if options[2] == "identity" else residual, weight, bias, mean, var)
+        return _kernel(kernels_for(device), x, residual, weight, bias, mean, var, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        options: Options = ctx.options
+        needs, tensors = ctx.needs_input_grad[:4], ctx.saved_tensors
+        device = None if torch.is_grad_enabled() else eager_device(grad)
+        if device is None:
+            return *_gradients_by_op(grad, tensors, options, needs), *[None] * 4
+        x, residual, weight, bias, mean, var = tensors
+        is_sum = needs[1] and options[2] == "identity"  # then the residual's gradient is `grad` itself
+        if is_sum:
+            needs = needs[0], False, *needs[2:]
+        dx, dresidual, dweight, dbias = norm_act_gradients(
+            kernels_for(device), grad, x, residual, weight, bias, mean, var, *options, needs
+        )
+        return dx, grad if is_sum else dresidual, dweight, dbias, None, None, None, None
+
+
+def norm_act_on(
+    device: str | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str = "identity",
+    activation_args: Sequence[float] = (),
+) -> Tensor:
+    """`norm_act` without the dispatcher where `device`, from `eager_device` of `x` and `residual`, is not None."""
+    tensors, options = (x, residual, weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
+    if device is None or (not batch_statistics and (mean.requires_grad or var.requires_grad)):
+        z: Tensor = _norm_act(*tensors, *options)
+    elif torch.is_grad_enabled():
+        z = NormAct.apply(*tensors, device, options)
+    else:
+        z = _kernel(kernels_for(device), *tensors, *options)
+    return z
+
+
+def rebuild_norm_act(x: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
+    """`norm_act` by the shortest way: what a recipe calls."""
+    return norm_act_on(eager_device(x, residual), x, residual, *others)
+
+
 def _fake(
     x: Tensor,
     residual: Tensor | None,
@@ -126,8 +229,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:4]
-    gradients: Any = _norm_act_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 6
+    return *_gradients_by_op(grad, ctx.saved_tensors, ctx.options, needs), *[None] * 6
+
+
+def _gradients_by_op(
+    grad: Tensor, tensors: Sequence[Tensor | None], options: Sequence[Any], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    gradients: Any = _norm_act_backward(grad, *tensors, *options, needs)
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 _norm_act = declare(
@@ -135,6 +244,7 @@ _norm_act = declare(
     "bool batch_statistics, str activation, float[] activation_args) -> Tensor",
     reference=_reference,
     fake=_fake,
+    kernel=_kernel,
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -1,9 +1,10 @@
 """`normpass::norm_act_backward`: the gradients of `norm_act` (its docstring has the algebra) from its input.
 
-y is rebuilt by the code of forward, dy = grad·act'(y + residual), and ATen's BatchNorm backward does the two
-sums and dx = a·(dy − S1/m − x̂·S2/m). At most two activation-sized tensors live beside the results, none
-where the activation is the identity and the layouts agree. `grad` is never written to: autograd may hand over
-an expanded one.
+y is rebuilt by the code of forward and dy = grad·act'(y + residual). The kernels do this twice, in one pass for
+the two sums and one for dx = a·(dy − S1/m − x̂·S2/m), and write nothing but the results. In the reference ATen's
+BatchNorm backward does the sums and dx from a dy that is written out: at most two activation-sized tensors live
+beside the results, none where the activation is the identity and the layouts agree. `grad` is never written to:
+autograd may hand over an expanded one.
 
 The gradient of this gradient differentiates a plain formula of `norm_act` twice, so it is right but keeps
 what autograd keeps.
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normpass.kernels import Kernels
+
 from .activation import activate, activation_backward
 from .layout import (
     check_like,
@@ -29,8 +32,12 @@ from .layout import (
 )
 from .library import declare
 from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
+from .operands import can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
 
 aten = torch.ops.aten
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, residual, weight and bias."""
 
 
 def norm_act_backward(
@@ -120,6 +127,26 @@ def _reference(
     activation_args: Sequence[float],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = eps, batch_statistics, activation, activation_args, needs
+    results = _reference_gradients(grad, x, residual, weight, bias, mean, var, *options)
+    dx, dresidual, dweight, dbias = (or_empty(result, grad) for result in results)
+    return dx, dresidual, dweight, dbias
+
+
+def _reference_gradients(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+    needs: Sequence[bool],
+) -> Gradients:
     _check(grad, x, residual, weight, bias, mean, var, activation, activation_args)
     check_has_values("norm_act_backward", x, batch_statistics)
     memory_format = memory_format_of(x)
@@ -134,8 +161,55 @@ def _reference(
     dx, dweight, dbias = _gradients(dy, x, weight, bias, mean, var, eps, batch_statistics, mask)
     if dy is grad and needs[1]:
         dy = grad.clone(memory_format=memory_format)  # an op must not return its argument
-    dresidual = dy if needs[1] else None
-    return or_empty(dx, grad), or_empty(dresidual, grad), or_empty(dweight, grad), or_empty(dbias, grad)
+    return dx, dy if needs[1] else None, dweight, dbias
+
+
+def norm_act_gradients(
+    kernels: Kernels | None,
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch_statistics: bool,
+    activation: str,
+    activation_args: Sequence[float],
+    needs: Sequence[bool],
+) -> Gradients:
+    """What `norm_act_backward` returns, not differentiable, with None for what is not needed or absent."""
+    values, options = (weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
+    if kernels is None or not can_run(kernels, x, (grad, residual), values, activation, activation_args):
+        return _reference_gradients(grad, x, residual, *values, *options, needs)
+    memory_format, dtype = memory_format_of(x), statistics_dtype(x)
+    dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
+    dweight, dbias = new_per_channel(weight, x, needs[2]), new_per_channel(bias, x, needs[3])
+    if not any(needs):
+        return None, None, None, None
+    kernels.norm_act_backward(
+        dx,
+        dresidual,
+        dweight,
+        dbias,
+        dense(grad, memory_format),
+        dense(x, memory_format),
+        dense(residual, memory_format),
+        per_channel_operand(weight, dtype),
+        per_channel_operand(bias, dtype),
+        per_channel_operand(mean, dtype),
+        per_channel_operand(var, dtype),
+        *options,
+        layout_of(x, memory_format),
+    )
+    return dx, dresidual, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)
+
+
+def _kernel(kernels: Kernels | None, grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = norm_act_gradients(kernels, grad, *others)
+    dx, dresidual, dweight, dbias = (or_empty(result, grad) for result in results)
+    return dx, dresidual, dweight, dbias
 
 
 def _fake(
@@ -233,6 +307,7 @@ _norm_act_backward = declare(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    kernel=_kernel,
     backward=_double_backward,
     setup_context=_setup_context,
 )

@@ -5,17 +5,25 @@
 
 with m values per channel: PyTorch keeps the unbiased variance though it normalises with the biased one. The
 caller copies the result into its buffers, exactly once a step; a recomputed region then has nothing to update
-twice. For `momentum=None` (the cumulative average) the caller passes 1/num_batches_tracked.
+twice. In plain eager mode
+`update_running_stats` writes the buffers themselves. For `momentum=None` (the cumulative average) the caller passes
+1/num_batches_tracked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from normpass.kernels import Kernels, Running
+
+from .layout import STATISTICS_DTYPES
 from .library import declare
+from .operands import PLAIN_TYPES
 
 
 def updated_running_stats(
@@ -39,6 +47,39 @@ def updated_running_stats(
     return new_mean, new_var
 
 
+def update_running_stats(kernels: Kernels | None, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """Write the running statistics after one more batch over the old ones. Not for buffers that require a gradient."""
+    _check(running.mean, running.var, mean, var)
+    if kernels is not None and _fits(running, mean):
+        _check_count(count)
+        kernels.running_stats(running, mean, var, count)
+        note_written(running)
+        return
+    new_mean, new_var = _reference(running.mean, running.var, mean, var, running.momentum, count)
+    with torch.no_grad():
+        running.mean.copy_(new_mean)
+        running.var.copy_(new_var)
+
+
+def is_writable(running: Running, shape: Sequence[int], dtype: torch.dtype, device: int) -> bool:
+    """Whether a kernel on `device` may write these buffers in place: dense, in the dtype of the statistics."""
+    for t in (running.mean, running.var):
+        fits = t.shape == shape and t.dtype == dtype and t.get_device() == device
+        if not fits or type(t) not in PLAIN_TYPES or not t.is_contiguous():
+            return False
+    return dtype in STATISTICS_DTYPES
+
+
+def _fits(running: Running, mean: Tensor) -> bool:
+    return is_writable(running, mean.shape, mean.dtype, mean.get_device())
+
+
+def note_written(running: Running) -> None:
+    """Tell autograd that a kernel wrote the buffers: it compares versions of what it saved."""
+    if not running.mean.is_inference():
+        increment_version((running.mean, running.var))
+
+
 def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> None:
     tensors = {"running_mean": running_mean, "running_var": running_var, "var": var}
     for name, values in tensors.items():
@@ -49,15 +90,19 @@ def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor)
             )
 
 
-def _reference(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
-) -> tuple[Tensor, Tensor]:
-    _check(running_mean, running_var, mean, var)
+def _check_count(count: int) -> None:
     if count < 2:
         raise ValueError(
             "normpass::updated_running_stats: `count` must be at least 2, more than one value per channel, "
             f"for a running variance in training, got {count}"
         )
+
+
+def _reference(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+) -> tuple[Tensor, Tensor]:
+    _check(running_mean, running_var, mean, var)
+    _check_count(count)
     unbiased_share = momentum * count / (count - 1)
     return _mix(running_mean, mean, momentum, momentum), _mix(running_var, var, momentum, unbiased_share)
 
@@ -65,6 +110,24 @@ def _reference(
 def _mix(old: Tensor, new: Tensor, momentum: float, share: float) -> Tensor:
     wide = torch.promote_types(old.dtype, new.dtype)
     return old.to(wide).mul(1 - momentum).add_(new, alpha=share).to(old.dtype)
+
+
+def _kernel(
+    kernels: Kernels | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    _check(running_mean, running_var, mean, var)
+    new = Running(running_mean.clone(), running_var.clone(), momentum)
+    if kernels is None or not (_fits(new, mean) and _fits(Running(mean, var, momentum), mean)):
+        return _reference(running_mean, running_var, mean, var, momentum, count)
+    _check_count(count)
+    kernels.running_stats(new, mean, var, count)
+    return new.mean, new.var
 
 
 def _fake(
@@ -87,6 +150,7 @@ _updated_running_stats = declare(
     "float momentum, SymInt count) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    kernel=_kernel,
     backward=_backward,
     setup_context=_setup_context,
 )

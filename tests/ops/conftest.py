@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normpass import kernels as library
+from normpass import ops
 from normpass.ops import Activation
+from normpass.ops.eager import eager_device
+from normpass.ops.inplace_abn import inplace_abn_on
+from normpass.ops.norm_act import rebuild_norm_act
 
 EPS = 1e-5
 
@@ -213,6 +218,31 @@ class LiveTensors(TorchDispatchMode):
         self.alive = [ref for ref in self.alive if ref() is not None]
         self.peak = max(self.peak, len({ref().data_ptr() for ref in self.alive}))
         return result
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def kernels(request):
+    """The CPU's kernels, and then None with all of them switched off."""
+    if request.param == "reference":
+        with library.disabled():
+            yield None
+        return
+    found = library.kernels_for("cpu")
+    if found is None:
+        pytest.skip(library.status()[0].words)
+    yield found
+
+
+@pytest.fixture(params=["op", "eager"])
+def norm_act(request):
+    """`norm_act` through the dispatcher and without it."""
+    return ops.norm_act if request.param == "op" else rebuild_norm_act
+
+
+@pytest.fixture(params=["op", "eager"])
+def inplace_abn(request):
+    """`inplace_abn` through the dispatcher and without it."""
+    return ops.inplace_abn if request.param == "op" else lambda x, *args: inplace_abn_on(eager_device(x), x, *args)
 
 
 @pytest.fixture(params=ACTIVATIONS, ids=str)

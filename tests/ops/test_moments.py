@@ -3,6 +3,8 @@ import torch
 
 from normpass.ops import moments, norm_act
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 SHAPES = [(5, 3), (5, 3, 7), (2, 3, 4, 5), (2, 3, 4, 5, 6)]
 LAYOUTS = ["contiguous", "channels_last", "every_other", "transposed"]
 

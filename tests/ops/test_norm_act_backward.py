@@ -4,8 +4,10 @@ from itertools import product
 import pytest
 import torch
 
-from normpass.ops import Activation, norm_act, norm_act_backward
+from normpass.ops import Activation, norm_act_backward
 from normpass.ops.norm_act_backward import _reference
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 ALL = (True, True, True, True)
 
@@ -65,7 +67,7 @@ def test_opcheck(activation_name, needs, layout, make_site, opcheck):
     opcheck(torch.ops.normpass.norm_act_backward.default, backward_args(site, list(needs)))
 
 
-def test_third_derivative(make_site, plain_formula, error):
+def test_third_derivative(make_site, plain_formula, error, norm_act):
     site = make_site((3, 2, 2, 2), activation=Activation("silu"), residual=False)
 
     def third(z):
@@ -78,7 +80,7 @@ def test_third_derivative(make_site, plain_formula, error):
     assert error(third(norm_act(*site.norm_act_args)), third(plain_formula(site))) < 1e-10
 
 
-def test_double_backward_where_x_is_fixed(make_site, plain_formula, error):
+def test_double_backward_where_x_is_fixed(make_site, plain_formula, error, norm_act):
     site = make_site(activation=Activation("silu"), requires_grad=False)
     grad, weight = site.grad.requires_grad_(), site.weight.requires_grad_()
 

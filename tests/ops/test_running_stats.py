@@ -4,6 +4,8 @@ from torch import nn
 
 from normpass.ops import moments, updated_running_stats
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.mark.parametrize("momentum", [0.1, None, 1.0, 0.0])
 def test_two_steps_are_batch_norms(momentum, make_site, error):

@@ -7,6 +7,8 @@ import torch
 
 from normpass.ops import Activation, inplace_abn, moments, norm_act, updated_running_stats
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

@@ -1,0 +1,43 @@
+// y = (x − mean)·scale + shift of one norm, per channel. Forward and backward both use `affine_value`, so that the sign
+// of y, and with it a ReLU's mask, is the same in both.
+#pragma once
+
+#include "layout.h"
+
+namespace normpass {
+
+template <class A> struct Affine {
+  std::vector<A> mean, scale, shift;
+
+  Affine(int64_t width, int64_t channels, const A* weight, const A* bias, const A* mean_of, const A* var, double eps)
+      : mean(width), scale(width), shift(width) {
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[c] = mean_of[c];
+      scale[c] = (weight == nullptr ? A(1) : weight[c]) / std::sqrt(var[c] + static_cast<A>(eps));
+      shift[c] = bias == nullptr ? A(0) : bias[c];
+    }
+    for (int64_t i = channels; i < width; ++i) {
+      mean[i] = mean[i - channels];
+      scale[i] = scale[i - channels];
+      shift[i] = shift[i - channels];
+    }
+  }
+};
+
+// The parameters of one tile: PerChannel is OnePerValue or OneForAll.
+template <class PerChannel> struct AffineAt {
+  PerChannel mean, scale, shift;
+};
+
+template <class Walk, class A> auto affine_at(const Walk& walk, const Affine<A>& affine, int64_t position) {
+  using PerChannel = decltype(walk.at(affine.mean, position));
+  return AffineAt<PerChannel>{walk.at(affine.mean, position), walk.at(affine.scale, position),
+                              walk.at(affine.shift, position)};
+}
+
+template <class A, class PerChannel>
+NORMPASS_ALWAYS_INLINE A affine_value(A centred, const AffineAt<PerChannel>& at, int64_t i) {
+  return multiply_add(centred, at.scale[i], at.shift[i]);
+}
+
+}  // namespace normpass

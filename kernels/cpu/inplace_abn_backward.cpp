@@ -1,0 +1,104 @@
+// inplace_abn_backward: from z. With c = x̂ = (y − bias)/weight, y = act⁻¹(z) and r = 1/sqrt(var + eps):
+//
+//   dy = grad·act'(y)      dweight = Σdy·x̂      dbias = Σdy      dx = weight·r·(dy − x̂·dweight/m − dbias/m)
+//
+// and dx = weight·r·dy for running statistics. In the division alone the weight's magnitude is at least the machine
+// epsilon (zero counts as positive), so that nothing is infinite.
+#include <limits>
+
+#include "backward.h"
+
+namespace normpass {
+namespace {
+
+template <class A, class PerChannel, class Activation>
+void differentiate_tile(const A* __restrict grad, const A* __restrict z, A* __restrict dy, A* __restrict centred,
+                        int64_t n, PerChannel bias, PerChannel reciprocal, Activation activation) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    A y = activation.inverse(z[i]);
+    centred[i] = (y - bias[i]) * reciprocal[i];
+    dy[i] = activation.gradient(grad[i], y);
+  }
+}
+
+template <class S> struct FromOutput {
+  using A = Wide<S>;
+  const S* grad;
+  const S* z;
+  std::vector<A> bias, reciprocal;
+  ActivationCall activation;
+
+  template <class Walk>
+  void differentiate(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position,
+                     bool) const {
+    const A* from = read_tile(z + offset, buffers.wide_kept, n);
+    const A* outer = read_tile(grad + offset, buffers.wide_grad, n);
+    with_activation<A>(activation, [&](auto act) {
+      differentiate_tile(outer, from, buffers.dy, buffers.centred, n, walk.at(bias, position),
+                         walk.at(reciprocal, position), act);
+    });
+  }
+};
+
+template <class A> A away_from_zero(A weight) {
+  A magnitude = std::max(std::fabs(weight), std::numeric_limits<A>::epsilon());
+  return weight < A(0) ? -magnitude : magnitude;
+}
+
+template <class S, class Walk>
+FromOutput<S> source_of(const Walk& walk, const void* grad, const void* z, const Wide<S>* weight, const Wide<S>* bias,
+                        ActivationCall activation) {
+  using A = Wide<S>;
+  int64_t channels = walk.layout().channels, width = walk.width();
+  FromOutput<S> source{static_cast<const S*>(grad), static_cast<const S*>(z), std::vector<A>(width),
+                       std::vector<A>(width), activation};
+  for (int64_t i = 0; i < width; ++i) {
+    source.bias[i] = bias == nullptr ? A(0) : bias[i % channels];
+    source.reciprocal[i] = A(1) / away_from_zero(weight == nullptr ? A(1) : weight[i % channels]);
+  }
+  return source;
+}
+
+template <class S, class Walk>
+void backward(const Walk& walk, const FromOutput<S>& source, S* dx, void* dweight, void* dbias,
+              const Wide<S>* weight, const Wide<S>* var, double eps, bool batch_statistics, int threads) {
+  using A = Wide<S>;
+  const Layout& layout = walk.layout();
+  Sums sums(layout.channels);
+  if (dweight != nullptr || dbias != nullptr || batch_statistics) sums = reduce<S>(walk, source, threads);
+  if (dx != nullptr) {
+    Coefficients<A> result(walk.width());
+    double count = static_cast<double>(layout.count());
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      double slope = (weight == nullptr ? 1.0 : weight[c]) / std::sqrt(static_cast<double>(var[c]) + eps);
+      result.slope[c] = static_cast<A>(slope);
+      result.by_centred[c] = batch_statistics ? static_cast<A>(-slope * sums.dy_centred[c] / count) : A(0);
+      result.constant[c] = batch_statistics ? static_cast<A>(-slope * sums.dy[c] / count) : A(0);
+    }
+    result.spread(layout.channels);
+    apply<S>(walk, source, result, dx, threads);
+  }
+  store_sums<A>(sums.dy_centred, dweight);
+  store_sums<A>(sums.dy, dbias);
+}
+
+}  // namespace
+}  // namespace normpass
+
+NORMPASS_EXPORT int normpass_inplace_abn_backward(void* dx, void* dweight, void* dbias, const void* grad, const void* z,
+                                             const void* weight, const void* bias, const void* var, double eps,
+                                             int batch_statistics, int activation, double arg0, double arg1,
+                                             int64_t outer, int64_t channels, int64_t inner, int dtype, int threads) {
+  using namespace normpass;
+  return with_dtype(dtype, [&](auto* storage) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    using A = Wide<S>;
+    with_layout({outer, channels, inner}, [&](const auto& walk) {
+      auto source = source_of<S>(walk, grad, z, static_cast<const A*>(weight), static_cast<const A*>(bias),
+                                 {activation, arg0, arg1});
+      backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, static_cast<const A*>(weight),
+                  static_cast<const A*>(var), eps, batch_statistics != 0, threads);
+    });
+  });
+}

@@ -1,0 +1,141 @@
+// The elementary functions that activation.h asks for. Those in float have no branch and no table, so that a loop
+// over them vectorises; each is within a few units in the last place. Those in double are the C library's.
+//
+// Polynomials: Cephes (S. L. Moshier, expf, logf, tanhf, ndtrf).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace normpass {
+
+#define NORMPASS_EXPORT extern "C" __attribute__((visibility("default")))
+#define NORMPASS_ALWAYS_INLINE inline __attribute__((always_inline))
+
+// One rounding where the processor has it. Written out, so that forward and backward round alike.
+NORMPASS_ALWAYS_INLINE float multiply_add(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+NORMPASS_ALWAYS_INLINE double multiply_add(double a, double b, double c) {
+#ifdef __FMA__
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class To, class From> NORMPASS_ALWAYS_INLINE To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Horner's rule, the highest power first. A recursion, for a loop inside it would keep the loop around it scalar.
+NORMPASS_ALWAYS_INLINE float polynomial(float, float result) { return result; }
+template <class... Rest> NORMPASS_ALWAYS_INLINE float polynomial(float x, float result, float next, Rest... rest) {
+  return polynomial(x, multiply_add(result, x, next), rest...);
+}
+
+// x = n·log 2 + r with |r| <= log 2 / 2, and q = exp(r) − 1.
+struct ReducedExponent {
+  int32_t n;
+  float q;
+};
+
+NORMPASS_ALWAYS_INLINE ReducedExponent reduce_exponent(float x) {
+  constexpr float rounder = 12582912.f;  // 1.5·2²³: adding it rounds to a whole number, in the low bits
+  float shifted = multiply_add(x, 1.44269504088896341f, rounder);
+  float n = shifted - rounder;
+  float r = multiply_add(n, -0.693359375f, x);
+  r = multiply_add(n, 2.12194440e-4f, r);
+  float p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                       5.0000001201e-1f);
+  float q = multiply_add(p * r, r, r);
+  return {same_bits<int32_t>(shifted) - same_bits<int32_t>(rounder), q};
+}
+
+NORMPASS_ALWAYS_INLINE float power_of_2(int32_t n) {
+  return same_bits<float>((static_cast<uint32_t>(n) + 127u) << 23);
+}
+
+NORMPASS_ALWAYS_INLINE float exponential(float x) {
+  x = x < -104.f ? -104.f : x;
+  x = x > 89.f ? 89.f : x;
+  ReducedExponent e = reduce_exponent(x);
+  int32_t half = e.n >> 1;  // in two steps: 2ⁿ itself may be out of range
+  return (e.q + 1.f) * power_of_2(half) * power_of_2(e.n - half);
+}
+
+// For x <= 0, which is all that the ELUs ask for (and up to 88).
+NORMPASS_ALWAYS_INLINE float exponential_minus_1(float x) {
+  x = x < -80.f ? -80.f : x;
+  ReducedExponent e = reduce_exponent(x);
+  float scale = power_of_2(e.n);
+  return multiply_add(scale, e.q, scale - 1.f);
+}
+
+// log x for a normal x > 0.
+NORMPASS_ALWAYS_INLINE float logarithm(float x) {
+  uint32_t bits = same_bits<uint32_t>(x) - 0x3f3504f3u;  // the mantissa from sqrt(1/2) to sqrt(2)
+  int32_t exponent = static_cast<int32_t>(bits) >> 23;
+  float m = same_bits<float>((bits & 0x7fffffu) + 0x3f3504f3u) - 1.f;
+  float n = static_cast<float>(exponent);
+  float square = m * m;
+  float p = polynomial(m, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                       -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
+  float y = p * m * square;
+  y = multiply_add(n, -2.12194440e-4f, y);
+  y = multiply_add(square, -0.5f, y);
+  return multiply_add(n, 0.693359375f, m + y);
+}
+
+// What rounding 1 + x lost is put back as a factor (Higham, "Accuracy and Stability", 1.14.1).
+NORMPASS_ALWAYS_INLINE float logarithm_of_1_plus(float x) {
+  float w = 1.f + x;
+  float rounded = w - 1.f;
+  float result = logarithm(w) * (x / (rounded == 0.f ? 1.f : rounded));
+  result = rounded == 0.f ? x : result;
+  return w > 3e38f ? w : result;  // infinity, which has no logarithm here
+}
+
+NORMPASS_ALWAYS_INLINE float hyperbolic_tangent(float x) {
+  float magnitude = std::fabs(x);
+  float large = 1.f - 2.f / (exponential(2.f * magnitude) + 1.f);
+  float square = x * x;
+  float p = polynomial(square, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                       -3.33332819422e-1f);
+  float small = multiply_add(p * square, x, x);
+  return magnitude > 0.625f ? std::copysign(large, x) : small;
+}
+
+NORMPASS_ALWAYS_INLINE float error_function(float x) {
+  float magnitude = std::fabs(x);
+  float square = x * x;
+  float inverse = 1.f / (magnitude < 1.f ? 1.f : magnitude);
+  float y = inverse * inverse;
+  float middle = polynomial(y, 2.326819970068386e-2f, -1.387039388740657e-1f, 3.687424674597105e-1f,
+                            -5.824733027278666e-1f, 6.210004621745983e-1f, -4.944515323274145e-1f,
+                            3.404879937665872e-1f, -2.741127028184656e-1f, 5.638259427386472e-1f);
+  float far = polynomial(y, -1.047766399936249e+1f, 1.297719955372516e+1f, -7.495518717768503e+0f,
+                         2.921019019210786e+0f, -1.015265279202700e+0f, 4.218463358204948e-1f,
+                         -2.820767439740514e-1f, 5.641895067754075e-1f);
+  float near = polynomial(square, 7.853861353153693e-5f, -8.010193625184903e-4f, 5.188327685732524e-3f,
+                          -2.685381193529856e-2f, 1.128358514861418e-1f, -3.761262582423300e-1f,
+                          1.128379165726710e+0f);
+  float outside = 1.f - exponential(-square) * inverse * (magnitude < 2.f ? middle : far);
+  return magnitude < 1.f ? x * near : std::copysign(outside, x);
+}
+
+inline double exponential(double x) { return std::exp(x); }
+inline double exponential_minus_1(double x) { return std::expm1(x); }
+inline double logarithm_of_1_plus(double x) { return std::log1p(x); }
+inline double hyperbolic_tangent(double x) { return std::tanh(x); }
+inline double error_function(double x) { return std::erf(x); }
+
+}  // namespace normpass

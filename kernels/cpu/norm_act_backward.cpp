@@ -1,0 +1,133 @@
+// norm_act_backward: from x. With c = x − mean and r = 1/sqrt(var + eps):
+//
+//   y = c·a + bias      dy = grad·act'(y + residual)      dweight = r·Σdy·c      dbias = Σdy      dresidual = dy
+//   dx = a·dy − (a·r²/m)·(Σdy·c)·c − (a/m)·Σdy      (batch statistics)      dx = a·dy      (running statistics)
+//
+// Five array moves: read x and grad; read x and grad, write dx. With a residual the first pass writes dy, and the
+// second reads it in place of grad and the residual.
+#include "backward.h"
+
+namespace normpass {
+namespace {
+
+template <class A, class PerChannel, class Activation>
+void differentiate_tile(const A* __restrict grad, const A* __restrict x, const A* __restrict residual,
+                        A* __restrict dy, A* __restrict centred, int64_t n, AffineAt<PerChannel> at,
+                        Activation activation) {
+  if (residual == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      centred[i] = x[i] - at.mean[i];
+      dy[i] = activation.gradient(grad[i], affine_value(centred[i], at, i));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      centred[i] = x[i] - at.mean[i];
+      dy[i] = activation.gradient(grad[i], affine_value(centred[i], at, i) + residual[i]);
+    }
+  }
+}
+
+template <class S> struct FromInput {
+  using A = Wide<S>;
+  const S* grad;
+  const S* x;
+  const S* residual;
+  S* dresidual;
+  const Affine<A>& affine;
+  ActivationCall activation;
+
+  template <class Walk>
+  void differentiate(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position,
+                     bool is_first_pass) const {
+    auto at = affine_at(walk, affine, position);
+    const A* from = read_tile(x + offset, buffers.wide_kept, n);
+    if (!is_first_pass && dresidual != nullptr) {  // there is dy already
+      const A* dy = read_tile(dresidual + offset, buffers.wide_grad, n);
+      differentiate_tile<A>(dy, from, nullptr, buffers.dy, buffers.centred, n, at, Identity<A>(0, 0));
+      return;
+    }
+    const A* outer = read_tile(grad + offset, buffers.wide_grad, n);
+    const A* added = residual == nullptr ? nullptr : read_tile(residual + offset, buffers.wide_residual, n);
+    with_activation<A>(activation, [&](auto act) {
+      differentiate_tile(outer, from, added, buffers.dy, buffers.centred, n, at, act);
+    });
+    if (dresidual != nullptr) store(buffers.dy, dresidual + offset, n);
+  }
+
+ private:
+  static void store(const A* dy, S* to, int64_t n) {
+    if constexpr (std::is_same<A, S>::value) std::copy(dy, dy + n, to);
+    else narrow(dy, to, n);
+  }
+};
+
+template <class A>
+Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double eps, const Sums* sums,
+                                const Layout& layout) {
+  Coefficients<A> result(static_cast<int64_t>(affine.mean.size()));
+  double count = static_cast<double>(layout.count());
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    double slope = affine.scale[c], precision = 1 / (static_cast<double>(var[c]) + eps);
+    result.slope[c] = affine.scale[c];
+    result.by_centred[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * precision * sums->dy_centred[c] / count);
+    result.constant[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * sums->dy[c] / count);
+  }
+  result.spread(layout.channels);
+  return result;
+}
+
+// dresidual alone: dy, written in the pass of the reduction where there is one.
+template <class S, class Walk> void differentiate_only(const Walk& walk, const FromInput<S>& source, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    TileBuffers<Wide<S>> buffers;
+    walk.tiles(omp_get_thread_num(), omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
+      source.differentiate(walk, buffers, offset, n, position, true);
+    });
+  }
+}
+
+template <class S, class Walk>
+void backward(const Walk& walk, const FromInput<S>& source, S* dx, void* dweight, void* dbias, const void* var,
+              double eps, bool batch_statistics, int threads) {
+  using A = Wide<S>;
+  const A* variance = static_cast<const A*>(var);
+  bool sums_needed = dweight != nullptr || dbias != nullptr || (dx != nullptr && batch_statistics);
+  Sums sums;
+  if (sums_needed) sums = reduce<S>(walk, source, threads);
+  else if (source.dresidual != nullptr) differentiate_only(walk, source, threads);
+  if (dx != nullptr) {
+    const Sums* through = batch_statistics ? &sums : nullptr;
+    apply<S>(walk, source, coefficients_of(source.affine, variance, eps, through, walk.layout()), dx, threads);
+  }
+  if (sums_needed) {
+    for (size_t c = 0; c < sums.dy.size(); ++c) sums.dy_centred[c] /= std::sqrt(static_cast<double>(variance[c]) + eps);
+    store_sums<A>(sums.dy_centred, dweight);
+    store_sums<A>(sums.dy, dbias);
+  }
+}
+
+}  // namespace
+}  // namespace normpass
+
+NORMPASS_EXPORT int normpass_norm_act_backward(void* dx, void* dresidual, void* dweight, void* dbias, const void* grad,
+                                          const void* x, const void* residual, const void* weight, const void* bias,
+                                          const void* mean, const void* var, double eps, int batch_statistics,
+                                          int activation, double arg0, double arg1, int64_t outer, int64_t channels,
+                                          int64_t inner, int dtype, int threads) {
+  using namespace normpass;
+  return with_dtype(dtype, [&](auto* storage) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    using A = Wide<S>;
+    with_layout({outer, channels, inner}, [&](const auto& walk) {
+      Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
+                       static_cast<const A*>(mean), static_cast<const A*>(var), eps);
+      FromInput<S> source{static_cast<const S*>(grad), static_cast<const S*>(x),
+                          static_cast<const S*>(residual), static_cast<S*>(dresidual),
+                          affine, {activation, arg0, arg1}};
+      backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, var, eps, batch_statistics != 0, threads);
+    });
+  });
+}

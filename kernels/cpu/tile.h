@@ -1,0 +1,154 @@
+// A tile: a run of consecutive values in the first-level cache, where several short loops work on it in turn.
+//
+// What a kernel costs is the memory it moves; the loops over a tile are cheap beside that, and stay simple enough
+// for the compiler to vectorise: one for the storage type, one for the algebra, one for the activation.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "math.h"
+#include "../include/activation.h"
+#include "../include/moments.h"
+
+namespace normpass {
+
+constexpr int64_t tile_size = 512;  // with its operands and results, within a cache of 32 KiB
+
+// Results of this many bytes are written past the caches.
+constexpr int64_t streamed_from = int64_t(1) << 24;
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+// The type in which values of a storage type are computed with.
+template <class S> using Wide = std::conditional_t<std::is_same<S, double>::value, double, float>;
+
+// --- storage -------------------------------------------------------------------------------------------------
+
+inline void widen(const BFloat16* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = same_bits<float>(static_cast<uint32_t>(from[i].bits) << 16);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+inline void narrow(const float* from, BFloat16* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits = same_bits<uint32_t>(from[i]);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to[i].bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  }
+}
+
+inline float half_to_float(uint16_t half) {
+  uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return same_bits<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  float value = same_bits<float>(magnitude << 13) * 0x1p112f;  // also right for subnormals
+  return same_bits<float>(same_bits<uint32_t>(value) | sign);
+}
+
+inline uint16_t float_to_half(float value) {
+  uint32_t bits = same_bits<uint32_t>(value), sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (bits < 0x38800000u) {  // subnormal: adding 0.5 puts its bits, rounded, at the bottom
+    float shifted = same_bits<float>(bits) + 0.5f;
+    return static_cast<uint16_t>(sign | (same_bits<uint32_t>(shifted) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13));
+}
+
+inline void widen(const Half* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = half_to_float(from[i].bits);
+}
+
+inline void narrow(const float* from, Half* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < n; ++i) to[i].bits = float_to_half(from[i]);
+}
+
+// The values of a tile for reading: in place where the storage type is the wide one, else widened into `buffer`.
+inline const float* read_tile(const float* from, float*, int64_t) { return from; }
+inline const double* read_tile(const double* from, double*, int64_t) { return from; }
+template <class S> inline const float* read_tile(const S* from, float* buffer, int64_t n) {
+  widen(from, buffer, n);
+  return buffer;
+}
+
+// Past the caches, so that what is overwritten is not read into them first.
+inline void stream_bytes(void* to, const void* from, size_t bytes) {
+#if defined(__AVX2__)
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  size_t i = std::min(bytes, (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64);
+  std::memcpy(target, source, i);
+#if defined(__AVX512F__)
+  for (; i + 64 <= bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+#else
+  for (; i + 32 <= bytes; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
+#endif
+  std::memcpy(target + i, source + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+inline void end_of_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Where the last loop over a tile writes, and what takes the values from there if that is not their place yet.
+template <class S> Wide<S>* target_of(S* to, Wide<S>* buffer, bool streamed) {
+  if constexpr (std::is_same<S, Wide<S>>::value) return streamed ? buffer : to;
+  else return buffer;
+}
+
+template <class S> void finish_tile(S* to, const Wide<S>* values, int64_t n, bool streamed) {
+  if constexpr (std::is_same<S, Wide<S>>::value) {
+    if (streamed) stream_bytes(to, values, n * sizeof(S));
+  } else if (streamed) {
+    alignas(64) S narrowed[tile_size];
+    narrow(values, narrowed, n);
+    stream_bytes(to, narrowed, n * sizeof(S));
+  } else {
+    narrow(values, to, n);
+  }
+}
+
+struct ActivationCall {
+  int code;
+  double arg0, arg1;
+};
+
+// Calls f with the activation that `call` names.
+template <class T, class F> void with_activation(ActivationCall call, F f) {
+  switch (call.code) {
+#define NORMPASS_CASE(CODE, NAME, TYPE) \
+  case CODE: f(TYPE<T>(call.arg0, call.arg1)); return;
+    NORMPASS_FOR_EACH_ACTIVATION(NORMPASS_CASE)
+#undef NORMPASS_CASE
+  }
+}
+
+}  // namespace normpass

@@ -1,0 +1,182 @@
+// The gradients of a norm and its activation, for any Site: a channel that knows y and the deviation u behind x̂ = k·u
+// from what was kept (`NormSite`: from x, u = x − mean, k = r; `OutputSite` in inplace_abn_backward.cu: from z).
+//
+//   reduce   dy = g·act'(y), S1 = Σdy, S2 = k·Σ dy·u; dbias = S1, dweight = S2, and what `apply` needs of them
+//   apply    dx = a·dy + B·u + C    B = −a·k·S2/m,  C = −a·S1/m;  B = C = 0 for running statistics
+//
+// Either writes dresidual = dy where it is wanted; `reduce` also writes dx = a·dy for running statistics, so that
+// each case moves every tensor as seldom as it can.
+//
+// Macros: those of norm_act.cu and NORMPASS_SITE.
+#pragma once
+
+#include "norm_site.cuh"
+#include "reduce.cuh"
+
+namespace normpass {
+
+// The tensors of one call; null for what is absent or not wanted. `coefficients` is B for each channel, then C.
+template <class Storage> struct Backward {
+  Storage *dx, *dresidual;
+  Statistics<Storage>*dweight, *dbias, *coefficients;
+  const Storage *grad, *kept, *residual;
+  Parameters<Statistics<Storage>> parameters;
+};
+
+template <class Activation> struct ReadsY {
+  static constexpr bool value = true;
+};
+template <class T> struct ReadsY<Identity<T>> {
+  static constexpr bool value = false;
+};
+
+template <class T> struct Sums {
+  T dy = 0, dy_deviation = 0;
+  NORMPASS_DEVICE void merge(const Sums& other) {
+    dy += other.dy;
+    dy_deviation += other.dy_deviation;
+  }
+};
+
+// Vectors of what is read at LOADS positions.
+template <class Storage, int VECTOR, int LOADS, bool RESIDUAL> struct Batch {
+  Vector<Storage, VECTOR> grad[LOADS], kept[LOADS], residual[LOADS];
+  long long offsets[LOADS];
+
+  template <class AnyWalk> NORMPASS_DEVICE int read(AnyWalk& walk, const Backward<Storage>& call, bool reads_kept) {
+    return next_vectors(walk, offsets, [&](int k, long long offset) {
+      grad[k] = load<VECTOR>(call.grad + offset);
+      if (reads_kept) kept[k] = load<VECTOR>(call.kept + offset);
+      if (RESIDUAL) residual[k] = load<VECTOR>(call.residual + offset);
+    });
+  }
+
+  template <class Site, class Activation>
+  NORMPASS_DEVICE Statistics<Storage> dy(const Site& site, const Activation& activation, int k, int i) const {
+    Statistics<Storage> y = site.y(activation, kept[k][i]);
+    if (RESIDUAL) y = sum_of(y, residual[k][i]);
+    return activation.gradient(grad[k][i], y);
+  }
+};
+
+template <class Storage, int VECTOR, bool ROWS, class Site, bool RESIDUAL, class Activation>
+NORMPASS_DEVICE void backward_reduce(const Backward<Storage>& call, const Activation& activation, double count,
+                                     Statistics<Storage>* partials, unsigned* arrivals, const Grid& grid) {
+  using T = Statistics<Storage>;
+  constexpr int CHANNELS = ROWS ? VECTOR : 1;
+  constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(RESIDUAL ? 3 : 2, false);
+  Walk<VECTOR, ROWS> walk(grid, false);
+  Site sites[CHANNELS];
+  Sums<T> own[CHANNELS];
+#pragma unroll
+  for (int c = 0; c < CHANNELS; ++c) {
+    if (walk.active) sites[c].set(call.parameters, walk.channel + c);
+  }
+
+  while (walk.inside()) {
+    Batch<Storage, VECTOR, LOADS, RESIDUAL> batch;
+    int there = batch.read(walk, call, true);
+#pragma unroll
+    for (int k = 0; k < LOADS; ++k) {
+      if (k >= there) break;
+      Vector<Storage, VECTOR> dresidual, dx;
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        int c = channel_of<ROWS>(i);
+        T dy = batch.dy(sites[c], activation, k, i);
+        own[c].dy += dy;
+        own[c].dy_deviation =
+            multiply_add(dy, sites[c].deviation(activation, batch.kept[k][i]), own[c].dy_deviation);
+        dresidual.set(i, dy);
+        dx.set(i, dy * sites[c].scale);
+      }
+      if (call.dresidual != nullptr) store(call.dresidual + batch.offsets[k], dresidual);
+      if (call.dx != nullptr) store(call.dx + batch.offsets[k], dx);
+    }
+  }
+
+  reduce<T>(walk, grid, own, partials, arrivals, [&](long long channel, const Sums<T>& sums) {
+    T unit = Site::unit(call.parameters, channel);
+    T gradient = sums.dy_deviation * unit;
+    if (call.dbias != nullptr) call.dbias[channel] = sums.dy;
+    if (call.dweight != nullptr) call.dweight[channel] = gradient;
+    if (call.coefficients == nullptr) return;
+    Site site;
+    site.set(call.parameters, channel);
+    call.coefficients[channel] = -(site.scale * unit) * (gradient / T(count));
+    call.coefficients[channel + grid.channels] = -site.scale * (sums.dy / T(count));
+  });
+}
+
+template <class Storage, int VECTOR, bool ROWS, class Site, bool RESIDUAL, class Activation>
+NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activation& activation, const Grid& grid) {
+  using T = Statistics<Storage>;
+  constexpr int CHANNELS = ROWS ? VECTOR : 1;
+  constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(RESIDUAL ? 3 : 2, true);
+  Walk<VECTOR, ROWS> walk(grid, true);
+  if (!walk.inside()) return;
+  Site sites[CHANNELS];
+  T slope[CHANNELS] = {}, shift[CHANNELS] = {};
+  bool through_sums = call.coefficients != nullptr;
+#pragma unroll
+  for (int c = 0; c < CHANNELS; ++c) {
+    sites[c].set(call.parameters, walk.channel + c);
+    if (!through_sums) continue;
+    slope[c] = call.coefficients[walk.channel + c];
+    shift[c] = call.coefficients[walk.channel + c + grid.channels];
+  }
+
+  while (walk.inside()) {
+    Batch<Storage, VECTOR, LOADS, RESIDUAL> batch;
+    int there = batch.read(walk, call, through_sums || ReadsY<Activation>::value);
+#pragma unroll
+    for (int k = 0; k < LOADS; ++k) {
+      if (k >= there) break;
+      Vector<Storage, VECTOR> dresidual, dx;
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        int c = channel_of<ROWS>(i);
+        T dy = batch.dy(sites[c], activation, k, i);
+        T rest = 0;
+        if (through_sums) rest = multiply_add(sites[c].deviation(activation, batch.kept[k][i]), slope[c], shift[c]);
+        dresidual.set(i, dy);
+        dx.set(i, multiply_add(dy, sites[c].scale, rest));
+      }
+      if (call.dresidual != nullptr) store(call.dresidual + batch.offsets[k], dresidual);
+      if (call.dx != nullptr) store(call.dx + batch.offsets[k], dx);
+    }
+  }
+}
+
+}  // namespace normpass
+
+#define NORMPASS_BACKWARD_PARAMETERS                                                                               \
+  NORMPASS_STORAGE *__restrict__ dx, NORMPASS_STORAGE *__restrict__ dresidual,                                     \
+      normpass::Statistics<NORMPASS_STORAGE> *dweight, normpass::Statistics<NORMPASS_STORAGE> *dbias,              \
+      normpass::Statistics<NORMPASS_STORAGE> *coefficients, const NORMPASS_STORAGE *__restrict__ grad,             \
+      const NORMPASS_STORAGE *__restrict__ kept, const NORMPASS_STORAGE *__restrict__ residual,                    \
+      const normpass::Statistics<NORMPASS_STORAGE> *weight, const normpass::Statistics<NORMPASS_STORAGE> *bias,    \
+      const normpass::Statistics<NORMPASS_STORAGE> *mean, const normpass::Statistics<NORMPASS_STORAGE> *var,       \
+      double eps, double argument_1, double argument_2
+
+#define NORMPASS_BACKWARD \
+  normpass::Backward<NORMPASS_STORAGE> { \
+    dx, dresidual, dweight, dbias, coefficients, grad, kept, residual, { weight, bias, mean, var, eps } \
+  }
+
+extern "C" __global__ void __launch_bounds__(normpass::THREADS, 1)
+    reduce(NORMPASS_BACKWARD_PARAMETERS, double count, normpass::Statistics<NORMPASS_STORAGE>* partials,
+           unsigned* arrivals, NORMPASS_GRID_PARAMETERS) {
+  using T = normpass::Statistics<NORMPASS_STORAGE>;
+  normpass::NORMPASS_ACTIVATION<T> activation(argument_1, argument_2);
+  normpass::backward_reduce<NORMPASS_STORAGE, NORMPASS_VECTOR, NORMPASS_ROWS, normpass::NORMPASS_SITE<T>,
+                            NORMPASS_RESIDUAL>(NORMPASS_BACKWARD, activation, count, partials, arrivals, NORMPASS_GRID);
+}
+
+extern "C" __global__ void __launch_bounds__(normpass::THREADS, 1)
+    apply(NORMPASS_BACKWARD_PARAMETERS, NORMPASS_GRID_PARAMETERS) {
+  using T = normpass::Statistics<NORMPASS_STORAGE>;
+  normpass::NORMPASS_ACTIVATION<T> activation(argument_1, argument_2);
+  normpass::backward_apply<NORMPASS_STORAGE, NORMPASS_VECTOR, NORMPASS_ROWS, normpass::NORMPASS_SITE<T>,
+                           NORMPASS_RESIDUAL>(NORMPASS_BACKWARD, activation, NORMPASS_GRID);
+}

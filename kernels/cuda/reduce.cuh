@@ -1,0 +1,105 @@
+// The sum over a channel: of a thread's values, of a block's threads, of the blocks of a channel, in a fixed order.
+//
+// An accumulator is a struct of numbers with `merge`. Blocks leave theirs in `partials`; the last one of a tile to
+// arrive merges them, so that one launch does it all. `arrivals` has a counter for each tile, 0 between launches.
+#pragma once
+
+#include "walk.cuh"
+
+namespace normpass {
+
+// Shared memory for the accumulators of half the threads: the other half keeps its own in registers.
+template <class Accumulator, int COUNT> struct alignas(16) Exchange {
+  unsigned char bytes[COUNT * sizeof(Accumulator)];
+  NORMPASS_DEVICE Accumulator& operator[](int i) { return reinterpret_cast<Accumulator*>(bytes)[i]; }
+};
+
+// Merge the accumulators of `height` rows of `width` threads into those of row 0.
+template <int CHANNELS, class Accumulator, class Buffer>
+NORMPASS_DEVICE void merge_rows(Accumulator (&own)[CHANNELS], Buffer& buffer, int width, int height, int thread) {
+  constexpr int HALF = THREADS / 2;
+  int row = thread / width;
+  int half = 1;
+  while (half < height) half *= 2;
+  for (half /= 2; half > 0; half /= 2) {
+    int above = thread - half * width;
+    if (row >= half && row < 2 * half && row < height) {
+      for (int c = 0; c < CHANNELS; ++c) buffer[c * HALF + above] = own[c];
+    }
+    __syncthreads();
+    if (row < half && row + half < height) {
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) own[c].merge(buffer[c * HALF + thread]);
+    }
+    __syncthreads();
+  }
+}
+
+// Whether this block is the last of the `count` blocks of its tile to arrive; the counter is 0 again after it.
+NORMPASS_DEVICE bool arrives_last(unsigned* arrivals, unsigned count) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(arrivals, count - 1) == count - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// partials[(slab·fields + field)·channels + channel]: neighbouring threads read neighbouring channels.
+template <class Accumulator, class T>
+NORMPASS_DEVICE void leave(T* partials, long long channels, long long channel, const Accumulator& own) {
+  constexpr int FIELDS = sizeof(Accumulator) / sizeof(T);
+  const T* fields = reinterpret_cast<const T*>(&own);
+#pragma unroll
+  for (int f = 0; f < FIELDS; ++f) {
+    partials[(static_cast<long long>(blockIdx.y) * FIELDS + f) * channels + channel] = fields[f];
+  }
+}
+
+template <class Accumulator, class T>
+NORMPASS_DEVICE Accumulator taken(const T* partials, long long channels, long long channel, int slab) {
+  constexpr int FIELDS = sizeof(Accumulator) / sizeof(T);
+  Accumulator result;
+  T* fields = reinterpret_cast<T*>(&result);
+#pragma unroll
+  for (int f = 0; f < FIELDS; ++f) {
+    fields[f] = __ldcg(partials + (static_cast<long long>(slab) * FIELDS + f) * channels + channel);
+  }
+  return result;
+}
+
+// Hand the whole channel's accumulator to `finish(channel, accumulator)`, once for each channel.
+template <class T, int VECTOR, bool ROWS, class Accumulator, int CHANNELS, class Finish>
+NORMPASS_DEVICE void reduce(const Walk<VECTOR, ROWS>& walk, const Grid& grid, Accumulator (&own)[CHANNELS],
+                            T* partials, unsigned* arrivals, Finish finish) {
+  __shared__ Exchange<Accumulator, CHANNELS * THREADS / 2> buffer;
+  int thread = threadIdx.x;
+  merge_rows(own, buffer, walk.width, walk.height, thread);
+  bool speaks = walk.active && walk.row == 0;
+  int slabs = gridDim.y;
+  if (slabs == 1) {
+    for (int c = 0; speaks && c < CHANNELS; ++c) finish(walk.channel + c, own[c]);
+    return;
+  }
+  if (speaks) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) leave(partials, grid.channels, walk.channel + c, own[c]);
+  }
+  if (!arrives_last(arrivals + blockIdx.x, slabs)) return;
+
+  int tile = walk.width * CHANNELS;
+  int height = THREADS / tile;
+  int row = thread / tile;
+  long long channel = blockIdx.x * static_cast<long long>(tile) + thread % tile;
+  bool reads = row < height && channel < grid.channels;
+  Accumulator total[1];
+#pragma unroll 8
+  for (int slab = row; slab < (reads ? slabs : 0); slab += height) {
+    total[0].merge(taken<Accumulator>(partials, grid.channels, channel, slab));
+  }
+  merge_rows(total, buffer, tile, height, thread);
+  if (reads && row == 0) finish(channel, total[0]);
+}
+
+}  // namespace normpass

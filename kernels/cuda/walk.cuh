@@ -1,0 +1,114 @@
+// Which values each thread visits: the two layouts as one walk.
+//
+//   rows     (rows, channels): channels_last and two-dimensional. A block has `width` vectors of channels side by
+//            side and THREADS / width rows below each other; blockIdx.x is the tile of channels.
+//   planes   (outer, channels, inner): contiguous. A block is a line of THREADS vectors of one channel, which is
+//            blockIdx.x, its planes seen as one after another.
+//
+// blockIdx.y is the slab: slabs take turns, so that the grid reads neighbouring memory at one time. A backward walk
+// visits the same values from the end, where the pass before it has left the cache filled.
+#pragma once
+
+#include "storage.cuh"
+
+namespace normpass {
+
+constexpr int THREADS = 512;  // of a block; one block a multiprocessor, so that a thread may have 128 registers
+
+// From the host, all of one shape (see cuda_geometry.py). A position is a row, or a vector of a plane.
+struct Grid {
+  long long channels;
+  long long width;        // vectors of channels in a full tile; 1 for planes
+  long long positions;    // for each channel
+  long long inner;        // vectors of a plane; 1 for rows
+  long long inner_step;   // positions between two visits of a thread, modulo inner
+  long long stride;       // values between two visits, without a change of plane
+  long long last_offset;  // of the last position of a channel from its first
+};
+
+#define NORMPASS_GRID_PARAMETERS                                                                     \
+  long long channels, long long width, long long positions, long long inner, long long inner_step, \
+      long long stride, long long last_offset
+#define NORMPASS_GRID \
+  normpass::Grid { channels, width, positions, inner, inner_step, stride, last_offset }
+
+template <int VECTOR, bool ROWS> struct Walk {
+  static constexpr int CHANNELS = ROWS ? VECTOR : 1;  // of one thread
+
+  int width, height, row;         // of the block; the thread's own row in it
+  long long channel;              // the thread's first
+  bool active;                    // whether the thread has any channel
+  long long position, step, end;  // now, between two visits, beyond the last
+
+  NORMPASS_DEVICE Walk(const Grid& grid, bool backward) {
+    int thread = threadIdx.x;
+    width = ROWS ? static_cast<int>(grid.width) : 1;
+    height = THREADS / width;
+    row = thread / width;
+    long long first = ROWS ? (blockIdx.x * grid.width + thread % width) * VECTOR : blockIdx.x;
+    active = row < height && first < grid.channels;
+    channel = active ? first : 0;
+    step = static_cast<long long>(gridDim.y) * height;
+    end = active ? grid.positions : 0;
+    position = static_cast<long long>(blockIdx.y) * height + row;
+    stride_ = grid.stride;
+    sign_ = backward ? -1 : 1;
+    base_ = (ROWS ? channel : channel * grid.inner * VECTOR) + (backward ? grid.last_offset : 0);
+    if (ROWS) {
+      relative_ = position * grid.channels;
+    } else {
+      long long plane = position / grid.inner;
+      inner_ = grid.inner;
+      inner_step_ = grid.inner_step;
+      index_ = position - plane * inner_;
+      next_plane_ = (grid.channels - 1) * inner_ * VECTOR;
+      relative_ = (plane * grid.channels * inner_ + index_) * VECTOR;
+    }
+  }
+
+  NORMPASS_DEVICE bool inside() const { return position < end; }
+  NORMPASS_DEVICE long long offset() const { return base_ + sign_ * relative_; }
+
+  NORMPASS_DEVICE void advance() {
+    position += step;
+    relative_ += stride_;
+    if (ROWS) return;
+    index_ += inner_step_;
+    bool wraps = index_ >= inner_;
+    index_ -= wraps ? inner_ : 0;
+    relative_ += wraps ? next_plane_ : 0;
+  }
+
+ private:
+  int sign_;
+  long long stride_, base_, relative_;
+  long long inner_, inner_step_, index_, next_plane_;  // planes only
+};
+
+// Load the next LOADS vectors of this thread, as many as there are, before any of them is used: `load(k, offset)`
+// is called for each. Returns how many there are.
+template <int LOADS, class AnyWalk, class Load>
+NORMPASS_DEVICE int next_vectors(AnyWalk& walk, long long (&offsets)[LOADS], Load load) {
+  int count = 0;
+#pragma unroll
+  for (int k = 0; k < LOADS; ++k) {
+    offsets[k] = walk.offset();
+    if (walk.inside()) {
+      load(k, offsets[k]);
+      ++count;
+    }
+    walk.advance();
+  }
+  return count;
+}
+
+// Vectors of each tensor in flight for a thread: up to 128 bytes of what is read, less where registers are short. Where
+// a layout allows only narrow accesses, more of them.
+template <class Vectors> NORMPASS_DEVICE constexpr int loads_in_flight(int read, bool writes) {
+  return (read == 1 ? (writes ? 6 : 8) : (read == 2 ? (writes ? 3 : 4) : 2)) * (sizeof(Vectors) < 8 ? 2 : 1);
+}
+
+// The channel of value i of a vector among the thread's own.
+template <bool ROWS> NORMPASS_DEVICE int channel_of(int i) { return ROWS ? i : 0; }
+
+}  // namespace normpass

@@ -1,0 +1,63 @@
+"""How a grid of blocks walks over a tensor; `cuda/walk.cuh` is the other half."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from normpass.kernels import Layout
+
+THREADS = 512
+"""Of a block; as in `cuda/walk.cuh`. One block a multiprocessor."""
+
+WIDEST_TILE = 32
+"""Vectors of channels side by side in a block: 512 bytes of each row."""
+
+
+class Geometry(NamedTuple):
+    """How a grid walks over one layout; `cuda/walk.cuh` says what the numbers mean."""
+
+    rows: bool
+    vector: int
+    tiles: int
+    slabs: int
+    parameters: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def geometry(layout: Layout, itemsize: int, alignment: int, multiprocessors: int) -> Geometry:
+    """The widest accesses that divide the layout and `alignment` bytes, and about one block a multiprocessor."""
+    outer, channels, inner = layout
+    if channels == 1:  # one plane, however it is stored
+        outer, inner = 1, outer * inner
+    rows = inner == 1
+    vector = max(min(16, alignment) // itemsize, 1)
+    while (channels if rows else inner) % vector:
+        vector //= 2
+    if rows:
+        columns = channels // vector
+        tiles = -(-columns // WIDEST_TILE)
+        width = -(-columns // tiles)
+        tiles = -(-columns // width)
+        positions, plane, last = outer, 1, (outer - 1) * channels
+    else:
+        tiles, width, plane = channels, 1, inner // vector
+        positions, last = outer * plane, (outer - 1) * channels * inner + inner - vector
+    height = THREADS // width
+    slabs = _slabs(tiles, -(-positions // height), multiprocessors)
+    step = slabs * height
+    stride = step * channels if rows else step // plane * channels * inner + step % plane * vector
+    return Geometry(rows, vector, tiles, slabs, (channels, width, positions, plane, step % plane, stride, last))
+
+
+def _slabs(tiles: int, most: int, multiprocessors: int) -> int:
+    """Slabs of each tile: as few as keep nine tenths of the multiprocessors busy to the end, at most `most`."""
+    best, best_share = 1, 0.0
+    for slabs in range(1, min(most, 4 * multiprocessors) + 1):
+        waves = tiles * slabs / multiprocessors
+        share = waves / -(-tiles * slabs // multiprocessors)
+        if share > best_share + 1e-9:
+            best, best_share = slabs, share
+        if best_share >= 0.9:
+            break
+    return best

@@ -1,0 +1,220 @@
+// The activations: value, derivative and inverse of each, for the C++ and the CUDA kernels.
+//
+// One struct per entry of the table in normpass/ops/activation.py, with the same formulas as ATen:
+//
+//   value(y)        z = act(y)
+//   gradient(g, y)  dL/dy from g = dL/dz; where act is flat it is 0 even for an infinite g, as in ATen
+//   inverse(z)      y = act⁻¹(z); meant for the entries that Python calls invertible
+//
+// T is float or double. The functions exponential, exponential_minus_1, logarithm_of_1_plus, hyperbolic_tangent
+// and error_function are given by the includer (cpu/math.h, cuda/math.cuh), before this file. All are written
+// without branches, so that a loop over them vectorises.
+#pragma once
+
+#ifdef __CUDACC__
+#define NORMPASS_INLINE __device__ __forceinline__
+#else
+#define NORMPASS_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace normpass {
+
+template <class T> NORMPASS_INLINE T sigmoid_of(T y) { return T(1) / (T(1) + exponential(-y)); }
+
+// A NaN is neither above nor below anything: comparisons are written so that it goes through.
+template <class T> NORMPASS_INLINE T clamped(T y, T low, T high) {
+  y = y < low ? low : y;
+  return y > high ? high : y;
+}
+
+template <class T> struct Identity {
+  NORMPASS_INLINE explicit Identity(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return y; }
+  NORMPASS_INLINE T gradient(T g, T) const { return g; }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Relu {
+  NORMPASS_INLINE explicit Relu(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return y < T(0) ? T(0) : y; }
+  NORMPASS_INLINE T gradient(T g, T y) const { return y <= T(0) ? T(0) : g; }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Hardtanh {
+  T low, high;
+  NORMPASS_INLINE explicit Hardtanh(double low, double high) : low(T(low)), high(T(high)) {}
+  NORMPASS_INLINE T value(T y) const { return clamped(y, low, high); }
+  NORMPASS_INLINE T gradient(T g, T y) const { return (y <= low) | (y >= high) ? T(0) : g; }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct LeakyRelu {
+  T slope;
+  NORMPASS_INLINE explicit LeakyRelu(double slope, double) : slope(T(slope)) {}
+  NORMPASS_INLINE T value(T y) const { return y > T(0) ? y : y * slope; }
+  NORMPASS_INLINE T gradient(T g, T y) const { return y > T(0) ? g : g * slope; }
+  NORMPASS_INLINE T inverse(T z) const { return z > T(0) ? z : z / slope; }
+};
+
+// scale·y above 0, scale·alpha·(exp(input_scale·y) − 1) below: ELU, SELU and CELU.
+template <class T> struct ExponentialUnit {
+  T alpha, scale, input_scale, smallest;
+  NORMPASS_INLINE ExponentialUnit(double alpha, double scale, double input_scale)
+      : alpha(T(alpha)), scale(T(scale)), input_scale(T(input_scale)),
+        smallest(sizeof(T) == 8 ? T(2.220446049250313e-16) - T(1) : T(1.1920929e-07f) - T(1)) {}
+  NORMPASS_INLINE T value(T y) const {
+    T below = alpha * exponential_minus_1(y > T(0) ? T(0) : y * input_scale);
+    return scale * (y > T(0) ? y : below);
+  }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T slope = alpha * input_scale * exponential(y > T(0) ? T(0) : y * input_scale);
+    return g * scale * (y > T(0) ? T(1) : slope);
+  }
+  // z = −scale·alpha is reached only by rounding: the logarithm of 0 is kept away.
+  NORMPASS_INLINE T inverse(T z) const {
+    T share = clamped(z / (scale * alpha), smallest, T(0));
+    return z > T(0) ? z / scale : logarithm_of_1_plus(share) / input_scale;
+  }
+};
+
+template <class T> struct Elu : ExponentialUnit<T> {
+  NORMPASS_INLINE explicit Elu(double alpha, double) : ExponentialUnit<T>(alpha, 1, 1) {}
+};
+
+template <class T> struct Selu : ExponentialUnit<T> {
+  NORMPASS_INLINE explicit Selu(double, double)
+      : ExponentialUnit<T>(1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1) {}
+};
+
+template <class T> struct Celu : ExponentialUnit<T> {
+  NORMPASS_INLINE explicit Celu(double alpha, double) : ExponentialUnit<T>(alpha, 1, 1 / alpha) {}
+};
+
+template <class T> struct Silu {
+  NORMPASS_INLINE explicit Silu(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return y / (T(1) + exponential(-y)); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T s = sigmoid_of(y);
+    return g * (s * (T(1) + y * (T(1) - s)));
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Gelu {
+  NORMPASS_INLINE explicit Gelu(double, double) {}
+  static NORMPASS_INLINE T distribution(T y) {
+    return T(0.5) * (T(1) + error_function(y * T(0.70710678118654752440)));
+  }
+  NORMPASS_INLINE T value(T y) const { return y * distribution(y); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T density = T(0.39894228040143267794) * exponential(T(-0.5) * y * y);
+    return g * (distribution(y) + y * density);
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct GeluTanh {
+  NORMPASS_INLINE explicit GeluTanh(double, double) {}
+  static NORMPASS_INLINE T inner(T y) {
+    return T(0.79788456080286535588) * (y + T(0.044715) * y * y * y);
+  }
+  NORMPASS_INLINE T value(T y) const { return T(0.5) * y * (T(1) + hyperbolic_tangent(inner(y))); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T t = hyperbolic_tangent(inner(y));
+    T slope = T(0.79788456080286535588) * (T(1) + T(3 * 0.044715) * y * y);
+    return g * (T(0.5) * (T(1) + t) + T(0.5) * y * (T(1) - t * t) * slope);
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Hardswish {
+  NORMPASS_INLINE explicit Hardswish(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return y * clamped(y + T(3), T(0), T(6)) / T(6); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T middle = g * (y / T(3) + T(0.5));
+    return y <= T(-3) ? T(0) : (y >= T(3) ? g : middle);
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Hardsigmoid {
+  NORMPASS_INLINE explicit Hardsigmoid(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return clamped(y + T(3), T(0), T(6)) / T(6); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    return (y <= T(-3)) | (y >= T(3)) ? T(0) : g * T(1.f / 6.f);  // ATen rounds it to float in double too
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Sigmoid {
+  NORMPASS_INLINE explicit Sigmoid(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return sigmoid_of(y); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T z = sigmoid_of(y);
+    return g * (T(1) - z) * z;
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Tanh {
+  NORMPASS_INLINE explicit Tanh(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return hyperbolic_tangent(y); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T z = hyperbolic_tangent(y);
+    return g * (T(1) - z * z);
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Softplus {
+  T beta, threshold;
+  NORMPASS_INLINE explicit Softplus(double beta, double threshold) : beta(T(beta)), threshold(T(threshold)) {}
+  NORMPASS_INLINE T value(T y) const {
+    T scaled = y * beta;
+    T soft = logarithm_of_1_plus(exponential(scaled > threshold ? T(0) : scaled)) / beta;
+    return scaled > threshold ? y : soft;
+  }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T scaled = y * beta;
+    return scaled > threshold ? g : g * sigmoid_of(scaled);
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+// With e = exp(y), tanh(log(1 + e)) = n/(n + 2) for n = e·(e + 2): no logarithm is needed.
+template <class T> struct Mish {
+  NORMPASS_INLINE explicit Mish(double, double) {}
+  static NORMPASS_INLINE T gate(T y) {
+    T e = exponential(y > T(20) ? T(20) : y);  // beyond, the gate is 1 in float and in double
+    T n = e * (e + T(2));
+    return n / (n + T(2));
+  }
+  NORMPASS_INLINE T value(T y) const { return y * gate(y); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T t = gate(y);
+    return g * (t + y * sigmoid_of(y) * (T(1) - t * t));
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+}  // namespace normpass
+
+// The code of each activation in a kernel's arguments; the names are Python's.
+#define NORMPASS_FOR_EACH_ACTIVATION(X) \
+  X(0, identity, Identity)              \
+  X(1, relu, Relu)                      \
+  X(2, hardtanh, Hardtanh)              \
+  X(3, leaky_relu, LeakyRelu)           \
+  X(4, elu, Elu)                        \
+  X(5, selu, Selu)                      \
+  X(6, celu, Celu)                      \
+  X(7, silu, Silu)                      \
+  X(8, gelu, Gelu)                      \
+  X(9, gelu_tanh, GeluTanh)             \
+  X(10, hardswish, Hardswish)           \
+  X(11, hardsigmoid, Hardsigmoid)       \
+  X(12, sigmoid, Sigmoid)               \
+  X(13, tanh, Tanh)                     \
+  X(14, softplus, Softplus)             \
+  X(15, mish, Mish)

@@ -1,0 +1,106 @@
+"""The benchmarks' rows as tables for people; computes nothing but geometric means."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from normpass.bench_kernels import KernelRow
+from normpass.bench_layers import COPY, LayerRow, shape_text
+from normpass.bench_networks import Row
+from normpass.measure import Ratio, format_bytes
+
+_HEADS = {"eager_contiguous": "contiguous", "cudnn": "cuDNN", "aten": "ATen"}
+
+
+def network_table(rows: Sequence[Row], title: str) -> Table:
+    """One network: a line for each contender, its bytes and times beside the base's."""
+    first = rows[0]
+    base = next(row for row in rows if row.base == row.contender)
+    heads = ("contender", "layout", "kept", "", "peak", "", "step", f"time / {base.contender}", "rebuilds")
+    table = Table(*heads, title=f"{first.network}, {shape_text(first.input)}, {first.dtype}: {title}")
+    for row in rows:
+        if row.error:
+            table.add_row(row.contender, row.layout, "did not run")
+            continue
+        table.add_row(
+            row.contender,
+            row.layout,
+            *_bytes(row.kept, base.kept),
+            *_bytes(row.peak, base.peak),
+            seconds_text(row.seconds or 0),
+            _ratio(Ratio(row.ratio or 0, row.ratio_low or 0, row.ratio_high or 0)),
+            "" if row.rebuilds is None else f"{row.rebuilds}, of one {row.most_rebuilds}",
+        )
+    if any(row.compiled_while_timed for row in rows):
+        table.caption = "torch.compile compiled again while the steps were timed: times are spoilt"
+    return table
+
+
+def layer_table(cases: Sequence[Sequence[LayerRow]], title: str) -> Table:
+    """One layer: a line for each shape, ours and the others as ratios to eager; the last line has geometric means."""
+    first = cases[0][0]
+    by_name = [{row.contender: row for row in rows} for rows in cases]
+    others = [name for name in by_name[0] if name not in ("ours", "eager", COPY)]
+    heads = ["eager", "of copy", "ours", "of copy", "ours / eager", "forward", "backward"]
+    heads += [f"{_HEADS.get(name, name)} / eager" for name in others]
+    table = Table("shape", *heads, title=f"{first.layer}, {first.dtype}, {first.layout}: {title}")
+    for found in by_name:
+        table.add_row(
+            shape_text(found["eager"].shape),
+            *_time_of(found["eager"]),
+            *_time_of(found["ours"]),
+            *(_ratio_of(found["ours"], phase) for phase in ("both", "forward", "backward")),
+            *(_ratio_of(found[name], "both") for name in others),
+        )
+    table.add_section()
+    means = [_geometric_mean([f["ours"] for f in by_name], phase) for phase in ("both", "forward", "backward")]
+    means += [_geometric_mean([f[name] for f in by_name], "both") for name in others]
+    table.add_row("geometric mean", "", "", "", "", *means)
+    return table
+
+
+def kernel_table(cases: Sequence[Sequence[KernelRow]], title: str) -> Table:
+    """A line for each shape: time of each op alone and the fraction of the speed of copying as many bytes."""
+    first = cases[0][0]
+    heads = (row.kernel for row in cases[0])
+    table = Table("shape", *heads, title=f"ops alone, of copy's speed, {first.dtype}, {first.layout}: {title}")
+    for rows in cases:
+        table.add_row(shape_text(rows[0].shape), *(f"{seconds_text(r.seconds)} {r.of_copy:.2f}" for r in rows))
+    return table
+
+
+def seconds_text(seconds: float) -> str:
+    """`0.0123` as `12.3 ms`."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 0.1 else f"{seconds:.3f} s"
+
+
+def _bytes(own: int | None, base: int | None) -> tuple[str, str]:
+    if own is None or not base:
+        return "" if own is None else format_bytes(own), ""
+    return format_bytes(own), f"{own / base:.3f}"
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _time_of(row: LayerRow) -> tuple[str, str]:
+    phase = row.phases.get("both")
+    return ("did not run", "") if phase is None else (seconds_text(phase.seconds), f"{phase.of_copy:.2f}")
+
+
+def _ratio_of(row: LayerRow, name: str) -> str:
+    phase = row.phases.get(name)
+    if phase is None:
+        return "did not run"
+    return _ratio(phase.ratio) if name == "both" and row.contender == "ours" else f"{phase.ratio.median:.2f}"
+
+
+def _geometric_mean(rows: Sequence[LayerRow], name: str) -> str:
+    found = [phase.ratio.median for row in rows if (phase := row.phases.get(name))]
+    return f"{statistics.geometric_mean(found):.2f}" if found else ""

@@ -1,0 +1,63 @@
+"""A `Device` for `CudaKernels` that compiles the CUDA sources with g++ and runs them on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import normpass.kernels
+import torch
+from normpass.kernels.cuda_compiler import Variant
+from normpass.kernels.cuda_device import Launch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+SOURCES = Path(normpass.kernels.__file__).parent
+COMPILER = shutil.which("g++")
+ENTRIES = {"norm_act_backward": ("reduce", "apply"), "inplace_abn_backward": ("reduce", "apply")}
+FAILURES = {1: "wrong number of arguments", 2: "a barrier that some threads never reached"}
+
+
+class EmulatedDevice:
+    """Few multiprocessors, so that small tensors have several slabs; `reversed` runs threads and blocks backwards."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.reversed = False
+        self.launches: list[tuple[Variant, str, tuple[int, int]]] = []
+        self.counters = torch.zeros(0, dtype=torch.int32)
+        self._libraries: dict[Variant, ctypes.CDLL] = {}
+
+    def multiprocessors(self, index: int) -> int:
+        return 6
+
+    def kernel(self, variant: Variant, entry: str, grid: tuple[int, int], threads: int, index: int) -> Launch:
+        function = getattr(self._library(variant), f"emulated_{entry}")
+
+        def run(*args: float) -> None:
+            slots = b"".join(struct.pack("=d" if isinstance(a, float) else "=q", a) for a in args)
+            code = function(*grid, threads, slots, len(args), int(self.reversed))
+            assert code == 0, f"{variant.source}:{entry}: {FAILURES[code]}"
+            self.launches.append((variant, entry, grid))
+
+        return run
+
+    def arrivals(self, like: Tensor, count: int) -> Tensor:
+        if self.counters.numel() < count:
+            self.counters = torch.zeros(count, dtype=torch.int32)
+        return self.counters
+
+    def _library(self, variant: Variant) -> ctypes.CDLL:
+        if variant not in self._libraries:
+            path = self.folder / f"{len(self._libraries)}.so"
+            exports = "".join(f"NORMPASS_EXPORT({e})\n" for e in ENTRIES.get(variant.source, (variant.source,)))
+            source = f'#include "cuda_on_cpu.h"\n#include "{variant.source}.cu"\n{exports}'
+            macros = [f"-D{name}={value}" for name, value in variant.macros]
+            includes = [f"-I{folder}" for folder in (HERE, SOURCES / "cuda", SOURCES / "include")]
+            command = [str(COMPILER), "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-x", "c++", "-"]
+            subprocess.run([*command, *macros, *includes, "-o", str(path)], input=source.encode(), check=True)
+            self._libraries[variant] = ctypes.CDLL(str(path))
+        return self._libraries[variant]

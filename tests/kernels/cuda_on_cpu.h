@@ -1,0 +1,166 @@
+// Runs CUDA kernels on the CPU: include this, then the .cu file, then NORMPASS_EXPORT(kernel) for each kernel.
+//
+// Each thread of a block is a fiber, and blocks run one after another, so a race goes unseen unless the order of
+// threads decides the result: run it with `reversed` too. Supported is what these kernels use: grid and block,
+// __shared__, __syncthreads, __threadfence, atomicInc, __ldcg and a few intrinsics. A barrier that only some threads
+// of a block reach is an error.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct Dimensions {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace emulated {
+
+struct Block {
+  std::vector<ucontext_t> fibers;
+  std::vector<char> stacks, finished;
+  ucontext_t scheduler;
+  unsigned current = 0;
+  void (*body)(void*) = nullptr;
+  void* arguments = nullptr;
+};
+
+inline Block block;
+constexpr size_t STACK = 32 * 1024;
+
+inline void run_thread() {
+  block.body(block.arguments);
+  block.finished[block.current] = 1;
+}
+
+}  // namespace emulated
+
+inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
+
+inline void __syncthreads() {
+  swapcontext(&emulated::block.fibers[emulated::block.current], &emulated::block.scheduler);
+  threadIdx.x = emulated::block.current;
+}
+inline void __threadfence() {}
+
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  unsigned old = *address;
+  *address = old >= limit ? 0 : old + 1;
+  return old;
+}
+
+template <class T> T __ldcg(const T* address) { return *address; }
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
+inline double rsqrt(double v) { return 1 / std::sqrt(v); }
+#define __expf(y) expf(y)  // glibc has a function of this name
+
+inline float float_of_half_bits(unsigned short half) {
+  int exponent = half >> 10 & 31, fraction = half & 1023;
+  float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
+                    : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
+                                   : std::ldexp(static_cast<float>(fraction), -24);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+// To nearest, ties to even, as nearbyint rounds.
+inline unsigned short half_bits_of(float value) {
+  unsigned short sign = std::signbit(value) ? 0x8000 : 0;
+  float magnitude = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  int exponent = magnitude < 6.103515625e-05f ? -14 : std::ilogb(magnitude);
+  int bits = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // 1024 for 1.0
+  return sign | static_cast<unsigned short>(bits + (exponent + 14) * 1024);
+}
+
+namespace emulated {
+
+// Every thread runs up to its next barrier, then every thread runs on. False: some ended where others wait.
+inline bool run_block(unsigned threads, bool reversed) {
+  block.fibers.resize(threads);
+  block.stacks.resize(threads * STACK);
+  block.finished.assign(threads, 0);
+  for (unsigned t = 0; t < threads; ++t) {
+    getcontext(&block.fibers[t]);
+    block.fibers[t].uc_stack.ss_sp = &block.stacks[t * STACK];
+    block.fibers[t].uc_stack.ss_size = STACK;
+    block.fibers[t].uc_link = &block.scheduler;
+    makecontext(&block.fibers[t], run_thread, 0);
+  }
+  for (unsigned ended = 0; ended == 0;) {
+    for (unsigned i = 0; i < threads; ++i) {
+      block.current = threadIdx.x = reversed ? threads - 1 - i : i;
+      swapcontext(&block.scheduler, &block.fibers[block.current]);
+      ended += block.finished[block.current];
+    }
+    if (ended != 0 && ended != threads) return false;
+  }
+  return true;
+}
+
+template <class T> T from_slot(uint64_t slot) {
+  T value;
+  static_assert(sizeof(T) == 8, "every argument has 64 bits");
+  std::memcpy(&value, &slot, 8);
+  return value;
+}
+
+template <class... Parameters> struct Call {
+  void (*kernel)(Parameters...);
+  const uint64_t* slots;
+
+  template <size_t... I> void with(std::index_sequence<I...>) { kernel(from_slot<Parameters>(slots[I])...); }
+  static void run(void* self) { static_cast<Call*>(self)->with(std::index_sequence_for<Parameters...>()); }
+};
+
+// 0 if all went well, 1 for a wrong number of arguments, 2 for a barrier that some threads never reached.
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), unsigned tiles, unsigned slabs, unsigned threads, const uint64_t* slots,
+           int count, int reversed) {
+  if (count != sizeof...(Parameters)) return 1;
+  Call<Parameters...> call{kernel, slots};
+  block.body = Call<Parameters...>::run;
+  block.arguments = &call;
+  gridDim = {tiles, slabs, 1};
+  blockDim = {threads, 1, 1};
+  for (unsigned i = 0; i < tiles * slabs; ++i) {
+    unsigned b = reversed ? tiles * slabs - 1 - i : i;
+    blockIdx = {b % tiles, b / tiles, 0};
+    if (!run_block(threads, reversed)) return 2;
+  }
+  return 0;
+}
+
+}  // namespace emulated
+
+#define NORMPASS_EXPORT(KERNEL)                                                                                  \
+  extern "C" int emulated_##KERNEL(unsigned tiles, unsigned slabs, unsigned threads, const uint64_t* slots,      \
+                                   int count, int reversed) {                                                    \
+    return emulated::launch(KERNEL, tiles, slabs, threads, slots, count, reversed);                              \
+  }

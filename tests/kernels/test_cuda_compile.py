@@ -1,0 +1,70 @@
+"""NVRTC compiles every kernel for every GPU that is meant, without a GPU, and none spills registers to memory.
+
+`--results DIR` writes registers and spills of each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.core", reason="needs cuda-core: pip install normpass[cuda]")
+
+from normpass.kernels import Layout
+from normpass.kernels.cuda_compiler import Variant, compile_variant
+from normpass.kernels.cuda_geometry import THREADS, geometry
+from normpass.kernels.cuda_library import variant_of
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LAYOUTS = {"rows": Layout(1000, 64, 1), "planes": Layout(10, 64, 64), "scalar planes": Layout(10, 64, 49)}
+FUNCTION = re.compile(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL)
+
+
+def variants(source: str, layout: Layout, dtype: torch.dtype) -> Iterator[Variant]:
+    shape = geometry(layout, dtype.itemsize, 16, 132)
+    if source == "moments":
+        yield variant_of(source, dtype, shape)
+    elif source == "inplace_abn_backward":
+        yield from (variant_of(source, dtype, shape, name) for name in ("leaky_relu", "elu"))
+    else:
+        for name in ("relu", "silu"):
+            yield from (variant_of(source, dtype, shape, name, residual) for residual in (False, True))
+
+
+def functions(variant: Variant, architecture: str) -> list[tuple[str, int, int]]:
+    """Name, registers and bytes of spills of each kernel in the file."""
+    code, log = compile_variant(variant, architecture, ptxas_options=["-v"])
+    assert code and "warning" not in log, log
+    return [(name, int(registers), int(spills)) for name, spills, registers in FUNCTION.findall(log)]
+
+
+def cases() -> Iterator[tuple[str, str, str, torch.dtype]]:
+    """Everything for Hopper; what is likeliest to spill, channels_last in 16 bits and float32, for the others."""
+    for source in ("moments", "norm_act", "norm_act_backward", "inplace_abn_backward"):
+        for layout in LAYOUTS:
+            yield from (("sm_90", source, layout, dtype) for dtype in DTYPES)
+        for architecture in ("sm_80", "sm_100"):
+            yield from ((architecture, source, "rows", dtype) for dtype in (torch.bfloat16, torch.float32))
+
+
+@pytest.mark.parametrize("architecture, source, layout, dtype", list(cases()))
+def test_kernels_compile_without_spills(architecture, source, layout, dtype, results):
+    for variant in variants(source, LAYOUTS[layout], dtype):
+        for name, registers, spills in functions(variant, architecture):
+            macros = dict(variant.macros)
+            row = {"architecture": architecture, "source": source, "kernel": name, "layout": layout}
+            row |= {"dtype": str(dtype), "activation": macros.get("NORMPASS_ACTIVATION", "")}
+            row |= {"residual": macros.get("NORMPASS_RESIDUAL", ""), "registers": registers, "spilled_bytes": spills}
+            results.add("cuda_registers", row)
+            assert registers * THREADS <= 65536
+            assert spills == 0 or dtype == torch.float64, f"{variant}: {name} spills {spills} bytes"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("storage", ["float", "double"])
+def test_running_stats_compile(architecture, storage):
+    assert functions(Variant("running_stats", (("NORMPASS_STORAGE", storage),)), architecture)
