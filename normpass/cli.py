@@ -190,7 +190,9 @@ def _kernels(options: argparse.Namespace) -> int:
         print(f"{row['device']:5} {'kernels' if row['available'] else 'no kernels'}: {row['words']}")
     runtimes = openmp_runtimes()
     if runtimes is not None:
-        print(f"OpenMP runtimes in this process: {', '.join(runtimes) or 'none'}")
+        print(f"OpenMP runtimes in this process ({len(runtimes)}): {', '.join(runtimes) or 'none'}")
+        if len(runtimes) > 1:
+            print("each has threads of its own, together more than there are cores: leave out what loads the second")
     found = {"kernels": rows, "threads": torch.get_num_threads(), "openmp": runtimes}
     return _write_json(options.json, found)
 

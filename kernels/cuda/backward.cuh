@@ -30,6 +30,12 @@ template <class T> struct ReadsY<Identity<T>> {
   static constexpr bool value = false;
 };
 
+// What `apply` needs of one channel: B and C are slope and shift.
+template <class T, class Site> struct Channel {
+  Site site;
+  T slope, shift;
+};
+
 template <class T> struct Sums {
   T dy = 0, dy_deviation = 0;
   NORMPASS_DEVICE void merge(const Sums& other) {
@@ -68,10 +74,7 @@ NORMPASS_DEVICE void backward_reduce(const Backward<Storage>& call, const Activa
   Walk<VECTOR, ROWS> walk(grid, false);
   Site sites[CHANNELS];
   Sums<T> own[CHANNELS];
-#pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    if (walk.active) sites[c].set(call.parameters, walk.channel + c);
-  }
+  share_channels<T>(walk, grid, sites, [&](long long channel) { return Site(call.parameters, channel); });
 
   while (walk.inside()) {
     Batch<Storage, VECTOR, LOADS, RESIDUAL> batch;
@@ -79,7 +82,7 @@ NORMPASS_DEVICE void backward_reduce(const Backward<Storage>& call, const Activa
 #pragma unroll
     for (int k = 0; k < LOADS; ++k) {
       if (k >= there) break;
-      Vector<Storage, VECTOR> dresidual, dx;
+      T dresidual[VECTOR], dx[VECTOR];
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) {
         int c = channel_of<ROWS>(i);
@@ -87,8 +90,8 @@ NORMPASS_DEVICE void backward_reduce(const Backward<Storage>& call, const Activa
         own[c].dy += dy;
         own[c].dy_deviation =
             multiply_add(dy, sites[c].deviation(activation, batch.kept[k][i]), own[c].dy_deviation);
-        dresidual.set(i, dy);
-        dx.set(i, dy * sites[c].scale);
+        dresidual[i] = dy;
+        dx[i] = dy * sites[c].scale;
       }
       if (call.dresidual != nullptr) store(call.dresidual + batch.offsets[k], dresidual);
       if (call.dx != nullptr) store(call.dx + batch.offsets[k], dx);
@@ -101,8 +104,7 @@ NORMPASS_DEVICE void backward_reduce(const Backward<Storage>& call, const Activa
     if (call.dbias != nullptr) call.dbias[channel] = sums.dy;
     if (call.dweight != nullptr) call.dweight[channel] = gradient;
     if (call.coefficients == nullptr) return;
-    Site site;
-    site.set(call.parameters, channel);
+    Site site(call.parameters, channel);
     call.coefficients[channel] = -(site.scale * unit) * (gradient / T(count));
     call.coefficients[channel + grid.channels] = -site.scale * (sums.dy / T(count));
   });
@@ -114,17 +116,16 @@ NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activat
   constexpr int CHANNELS = ROWS ? VECTOR : 1;
   constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(RESIDUAL ? 3 : 2, true);
   Walk<VECTOR, ROWS> walk(grid, true);
-  if (!walk.inside()) return;
-  Site sites[CHANNELS];
-  T slope[CHANNELS] = {}, shift[CHANNELS] = {};
   bool through_sums = call.coefficients != nullptr;
-#pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) {
-    sites[c].set(call.parameters, walk.channel + c);
-    if (!through_sums) continue;
-    slope[c] = call.coefficients[walk.channel + c];
-    shift[c] = call.coefficients[walk.channel + c + grid.channels];
-  }
+  Channel<T, Site> own[CHANNELS];
+  share_channels<T>(walk, grid, own, [&](long long channel) {
+    Channel<T, Site> result{Site(call.parameters, channel), 0, 0};
+    if (through_sums) {
+      result.slope = call.coefficients[channel];
+      result.shift = call.coefficients[channel + grid.channels];
+    }
+    return result;
+  });
 
   while (walk.inside()) {
     Batch<Storage, VECTOR, LOADS, RESIDUAL> batch;
@@ -132,15 +133,15 @@ NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activat
 #pragma unroll
     for (int k = 0; k < LOADS; ++k) {
       if (k >= there) break;
-      Vector<Storage, VECTOR> dresidual, dx;
+      T dresidual[VECTOR], dx[VECTOR];
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) {
         int c = channel_of<ROWS>(i);
-        T dy = batch.dy(sites[c], activation, k, i);
+        T dy = batch.dy(own[c].site, activation, k, i);
         T rest = 0;
-        if (through_sums) rest = multiply_add(sites[c].deviation(activation, batch.kept[k][i]), slope[c], shift[c]);
-        dresidual.set(i, dy);
-        dx.set(i, multiply_add(dy, sites[c].scale, rest));
+        if (through_sums) rest = multiply_add(own[c].site.deviation(activation, batch.kept[k][i]), own[c].slope, own[c].shift);
+        dresidual[i] = dy;
+        dx[i] = multiply_add(dy, own[c].site.scale, rest);
       }
       if (call.dresidual != nullptr) store(call.dresidual + batch.offsets[k], dresidual);
       if (call.dx != nullptr) store(call.dx + batch.offsets[k], dx);

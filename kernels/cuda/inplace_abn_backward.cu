@@ -10,10 +10,10 @@ namespace normpass {
 template <class T> struct OutputSite {
   T scale, bias;
 
-  NORMPASS_DEVICE void set(const Parameters<T>& parameters, long long channel) {
-    scale = parameters.weight_of(channel) * parameters.inverse_deviation(channel);
-    bias = parameters.bias_of(channel);
-  }
+  OutputSite() = default;
+  NORMPASS_DEVICE OutputSite(const Parameters<T>& parameters, long long channel)
+      : scale(parameters.weight_of(channel) * parameters.inverse_deviation(channel)),
+        bias(parameters.bias_of(channel)) {}
 
   static NORMPASS_DEVICE T unit(const Parameters<T>& parameters, long long channel) {
     const T smallest = sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920928955078125e-07);

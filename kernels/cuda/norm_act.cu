@@ -15,10 +15,8 @@ NORMPASS_DEVICE void norm_act(Storage* z, const Storage* x, const Storage* resid
   constexpr int CHANNELS = ROWS ? VECTOR : 1;
   constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(RESIDUAL ? 2 : 1, true);
   Walk<VECTOR, ROWS> walk(grid, true);
-  if (!walk.inside()) return;
   NormSite<T> sites[CHANNELS];
-#pragma unroll
-  for (int c = 0; c < CHANNELS; ++c) sites[c].set(parameters, walk.channel + c);
+  share_channels<T>(walk, grid, sites, [&](long long channel) { return NormSite<T>(parameters, channel); });
 
   while (walk.inside()) {
     Vector<Storage, VECTOR> values[LOADS], added[LOADS];
@@ -30,13 +28,14 @@ NORMPASS_DEVICE void norm_act(Storage* z, const Storage* x, const Storage* resid
 #pragma unroll
     for (int k = 0; k < LOADS; ++k) {
       if (k >= count) break;
+      T result[VECTOR];
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) {
         T y = sites[channel_of<ROWS>(i)].y(activation, values[k][i]);
         if (RESIDUAL) y = sum_of(y, added[k][i]);
-        values[k].set(i, activation.value(y));
+        result[i] = activation.value(y);
       }
-      store(z + offsets[k], values[k]);
+      store(z + offsets[k], result);
     }
   }
 }

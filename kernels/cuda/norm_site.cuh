@@ -21,11 +21,10 @@ template <class T> struct Parameters {
 template <class T> struct NormSite {
   T mean, scale, bias;
 
-  NORMPASS_DEVICE void set(const Parameters<T>& parameters, long long channel) {
-    mean = parameters.mean[channel];
-    scale = parameters.weight_of(channel) * parameters.inverse_deviation(channel);
-    bias = parameters.bias_of(channel);
-  }
+  NormSite() = default;
+  NORMPASS_DEVICE NormSite(const Parameters<T>& parameters, long long channel)
+      : mean(parameters.mean[channel]), scale(parameters.weight_of(channel) * parameters.inverse_deviation(channel)),
+        bias(parameters.bias_of(channel)) {}
 
   // k of x̂ = k·deviation.
   static NORMPASS_DEVICE T unit(const Parameters<T>& parameters, long long channel) {

@@ -76,30 +76,29 @@ NORMPASS_DEVICE void reduce(const Walk<VECTOR, ROWS>& walk, const Grid& grid, Ac
   __shared__ Exchange<Accumulator, CHANNELS * THREADS / 2> buffer;
   int thread = threadIdx.x;
   merge_rows(own, buffer, walk.width, walk.height, thread);
-  bool speaks = walk.active && walk.row == 0;
-  int slabs = gridDim.y;
-  if (slabs == 1) {
-    for (int c = 0; speaks && c < CHANNELS; ++c) finish(walk.channel + c, own[c]);
-    return;
-  }
-  if (speaks) {
+  if (walk.row == 0) {
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) leave(partials, grid.channels, walk.channel + c, own[c]);
+    for (int c = 0; c < CHANNELS; ++c) buffer[thread * CHANNELS + c] = own[c];
   }
-  if (!arrives_last(arrivals + blockIdx.x, slabs)) return;
+  __syncthreads();
 
-  int tile = walk.width * CHANNELS;
-  int height = THREADS / tile;
-  int row = thread / tile;
+  int tile = walk.width * CHANNELS;  // from here on a thread has one channel
   long long channel = blockIdx.x * static_cast<long long>(tile) + thread % tile;
-  bool reads = row < height && channel < grid.channels;
+  int row = thread / tile, height = THREADS / tile, slabs = gridDim.y;
+  bool there = row < height && channel < grid.channels;
   Accumulator total[1];
+  if (there && row == 0) total[0] = buffer[thread];
+  if (slabs > 1) {
+    if (there && row == 0) leave(partials, grid.channels, channel, total[0]);
+    if (!arrives_last(arrivals + blockIdx.x, slabs)) return;
+    total[0] = Accumulator();
 #pragma unroll 8
-  for (int slab = row; slab < (reads ? slabs : 0); slab += height) {
-    total[0].merge(taken<Accumulator>(partials, grid.channels, channel, slab));
+    for (int slab = row; slab < (there ? slabs : 0); slab += height) {
+      total[0].merge(taken<Accumulator>(partials, grid.channels, channel, slab));
+    }
+    merge_rows(total, buffer, tile, height, thread);
   }
-  merge_rows(total, buffer, tile, height, thread);
-  if (reads && row == 0) finish(channel, total[0]);
+  if (there && row == 0) finish(channel, total[0]);
 }
 
 }  // namespace normpass

@@ -13,6 +13,7 @@
 
 namespace normpass {
 
+constexpr int WIDEST_TILE = 32;  // vectors of channels side by side in a block; as in cuda_geometry.py
 constexpr int THREADS = 512;  // of a block; one block a multiprocessor, so that a thread may have 128 registers
 
 // From the host, all of one shape (see cuda_geometry.py). A position is a row, or a vector of a plane.
@@ -105,10 +106,37 @@ NORMPASS_DEVICE int next_vectors(AnyWalk& walk, long long (&offsets)[LOADS], Loa
 // Vectors of each tensor in flight for a thread: up to 128 bytes of what is read, less where registers are short. Where
 // a layout allows only narrow accesses, more of them.
 template <class Vectors> NORMPASS_DEVICE constexpr int loads_in_flight(int read, bool writes) {
-  return (read == 1 ? (writes ? 6 : 8) : (read == 2 ? (writes ? 3 : 4) : 2)) * (sizeof(Vectors) < 8 ? 2 : 1);
+  return (read == 1 ? (writes ? 6 : 8) : (read == 2 ? (writes ? 3 : 4) : 2)) * (Vectors::WORDS < 2 ? 2 : 1);
 }
 
 // The channel of value i of a vector among the thread's own.
 template <bool ROWS> NORMPASS_DEVICE int channel_of(int i) { return ROWS ? i : 0; }
+
+// What every thread needs of its channels, `make(channel)`, a struct of numbers of type T: computed once in the block.
+template <class T, class Item, int VECTOR, bool ROWS, int CHANNELS, class Make>
+NORMPASS_DEVICE void share_channels(const Walk<VECTOR, ROWS>& walk, const Grid& grid, Item (&own)[CHANNELS], Make make) {
+  constexpr int FIELDS = sizeof(Item) / sizeof(T);
+  constexpr int WIDE = CHANNELS * sizeof(T) < 16 ? CHANNELS : 16 / sizeof(T);
+  alignas(16) __shared__ T shared[FIELDS][CHANNELS * WIDEST_TILE];
+  int tile = walk.width * CHANNELS, thread = threadIdx.x;
+  long long channel = blockIdx.x * static_cast<long long>(tile) + thread;
+  if (thread < tile && channel < grid.channels) {
+    Item item = make(channel);
+    const T* fields = reinterpret_cast<const T*>(&item);
+#pragma unroll
+    for (int f = 0; f < FIELDS; ++f) shared[f][thread] = fields[f];
+  }
+  __syncthreads();
+  int first = thread % walk.width * CHANNELS;
+#pragma unroll
+  for (int f = 0; f < FIELDS; ++f) {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; c += WIDE) {
+      Vector<T, WIDE> wide = load<WIDE>(&shared[f][first + c]);
+#pragma unroll
+      for (int i = 0; i < WIDE; ++i) reinterpret_cast<T*>(&own[c + i])[f] = wide[i];
+    }
+  }
+}
 
 }  // namespace normpass

@@ -136,9 +136,9 @@ def run_together(stages: Iterable[Stage], folder: Path, deadline: float) -> list
 
 
 def tests() -> Stage:
-    """Everything in tests/gpu, and what elsewhere says `cuda` in its name."""
+    """Everything in tests/gpu, and what elsewhere has `cuda` in its name and does not replace the GPU."""
     pytest = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
-    folders = [str(ROOT / "tests" / name) for name in ("ops", "test_measure.py")]
+    folders = [str(ROOT / "tests" / name) for name in ("ops", "kernels/test_cuda_library.py", "test_measure.py")]
     return Stage("tests", [[*pytest, str(ROOT / "tests/gpu")], [*pytest, "-k", "cuda", *folders]], 160, "tests.log")
 
 

@@ -57,7 +57,18 @@ class EmulatedDevice:
             source = f'#include "cuda_on_cpu.h"\n#include "{variant.source}.cu"\n{exports}'
             macros = [f"-D{name}={value}" for name, value in variant.macros]
             includes = [f"-I{folder}" for folder in (HERE, SOURCES / "cuda", SOURCES / "include")]
-            command = [str(COMPILER), "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-x", "c++", "-"]
+            command = [
+                str(COMPILER),
+                "-std=c++17",
+                "-O0",
+                "-shared",
+                "-fPIC",
+                "-fno-strict-aliasing",
+                "-ffp-contract=off",
+                "-x",
+                "c++",
+                "-",
+            ]
             subprocess.run([*command, *macros, *includes, "-o", str(path)], input=source.encode(), check=True)
             self._libraries[variant] = ctypes.CDLL(str(path))
         return self._libraries[variant]

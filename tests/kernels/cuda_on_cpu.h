@@ -24,6 +24,13 @@ struct Dimensions {
   unsigned x = 1, y = 1, z = 1;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 namespace emulated {
 
 struct Block {
@@ -60,6 +67,7 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
 }
 
 template <class T> T __ldcg(const T* address) { return *address; }
+template <class T> void __stcg(T* address, T value) { *address = value; }
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -70,6 +78,23 @@ inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);
   return bits;
+}
+
+inline double __hiloint2double(int high, int low) {
+  uint64_t bits = static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low);
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return value;
+}
+inline int __double2loint(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, 8);
+  return static_cast<int>(bits);
+}
+inline int __double2hiint(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, 8);
+  return static_cast<int>(bits >> 32);
 }
 
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }

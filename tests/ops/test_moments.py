@@ -47,6 +47,16 @@ def test_several_blocks_of_rows_of_unequal_means(error):
         assert ((got.double() - expected) / expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_first_value_far_from_the_others(layout, kernels, make_site):
+    x = make_site((9, 4, 50, 60), dtype=torch.float32, layout=layout, residual=False).x.detach()
+    x[0, :, 0, 0] = 1e4
+    mean, var = moments(x)
+    expected_mean, expected_var = exact(x)
+    assert ((mean.double() - expected_mean).abs() / expected_var.sqrt()).max() < 1e-6
+    assert ((var.double() - expected_var) / expected_var).abs().max() < (1e-4 if kernels is None else 1e-6)
+
+
 def test_one_value_and_constants_have_no_variance():
     for x in (torch.tensor([[1.5, -2.0]]), torch.full((4, 2, 3, 3), 1e4)):
         mean, var = moments(x)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from normpass.ops import Activation, norm_act_backward
-from normpass.ops.norm_act_backward import _reference
+from normpass.ops.norm_act_backward import _reference, norm_act_gradients
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -57,6 +57,18 @@ def test_two_temporaries_beside_the_result(activation, expanded, layout, make_si
         assert live.peak == 1 + expanded
     else:
         assert live.peak <= 2  # y and dy, then dy and dx
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("expanded", [False, True], ids=["dense", "expanded"])
+def test_a_kernel_needs_no_temporary(activation, expanded, layout, kernels, make_site, live_tensors):
+    if kernels is None:
+        pytest.skip("the reference has temporaries")
+    site = make_site((2, 3, 8, 8), activation=activation, layout=layout, grad_layout=layout, requires_grad=False)
+    grad = torch.ones(1, dtype=torch.float64).expand(site.x.shape) if expanded else site.grad
+    with live_tensors(site.x.numel()) as live:
+        norm_act_gradients(kernels, *backward_args(replace(site, grad=grad), (True, False, True, True)))
+    assert live.peak == 1 + expanded
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
