@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from normpass.kernels import ACTIVATIONS, Layout, Running
 from torch import Tensor
+
+from normpass.kernels import ACTIVATIONS, Layout, Running
 
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 """By what torch says of the processor: the libraries that run on it, the best first. Others have `baseline`."""

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from normpass.kernels.cuda_compiler import Variant, cubin
 from torch import Tensor
+
+from normpass.kernels.cuda_compiler import Variant, cubin
 
 Launch = Callable[..., None]
 """Run a kernel with these arguments: ints (64 bits: pointers and sizes) and floats (double)."""

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
 from normpass.kernels import Layout, Running
 from normpass.kernels.cuda_compiler import Variant, nvrtc_version
 from normpass.kernels.cuda_device import Gpus, Launch
 from normpass.kernels.cuda_geometry import THREADS, Geometry, geometry
-from torch import Tensor
 
 MOMENTS_FIELDS, SUMS_FIELDS = 3, 2
 """Numbers in one accumulator of `cuda/moments.cu` and of `cuda/backward.cuh`."""

@@ -10,7 +10,6 @@ from normpass.passes.fuse_norm_act import FuseNormAct
 from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.leaky_relu import LeakyReLU
 from normpass.passes.split_bn import SplitBN
-
 from normpass.rewrite import Rewrite
 
 ORDER: tuple[Rewrite, ...] = (

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from normpass.passes import LeakyReLU
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from training import ConvNet, assert_equal, assert_trains_alike, image, loss_of, reasons, rewrites, spread, train
 
 import normpass
+from normpass.passes import LeakyReLU
 
 C = 4
 

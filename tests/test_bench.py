@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu import run_all
-from normpass.kernels import kernels_for
 from torch import nn
 from torch._functorch import config
 
 from normpass import bench, bench_kernels, bench_layers, bench_networks, bench_tables, contenders, environment, timing
 from normpass.bench_layers import Case
 from normpass.bench_networks import Setting
+from normpass.kernels import kernels_for
 from normpass.measure import Ratio
 
 CPU = torch.device("cpu")

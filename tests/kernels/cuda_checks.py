@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from normpass.kernels import Kernels, Layout, Running
 from torch import Tensor
+
+from normpass.kernels import Kernels, Layout, Running
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

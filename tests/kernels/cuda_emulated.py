@@ -8,11 +8,12 @@ import struct
 import subprocess
 from pathlib import Path
 
-import normpass.kernels
 import torch
+from torch import Tensor
+
+import normpass.kernels
 from normpass.kernels.cuda_compiler import Variant
 from normpass.kernels.cuda_device import Launch
-from torch import Tensor
 
 HERE = Path(__file__).parent
 SOURCES = Path(normpass.kernels.__file__).parent
@@ -60,7 +61,7 @@ class EmulatedDevice:
             command = [
                 str(COMPILER),
                 "-std=c++17",
-                "-O0",
+                "-O1",
                 "-shared",
                 "-fPIC",
                 "-fno-strict-aliasing",

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parent))
 import cuda_checks as checks
 from cuda_checks import Site
 from cuda_emulated import COMPILER, EmulatedDevice
+
 from normpass.kernels import ACTIVATIONS, Layout, Running
 from normpass.kernels.cuda_library import CudaKernels
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from normpass.kernels import Layout, cuda_compiler, cuda_library
 from normpass.kernels.cuda_compiler import Variant, cubin
 from normpass.kernels.cuda_geometry import THREADS, geometry

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,11 @@ from normpass.functional import FunctionalBatchNorm, fused_norm_act, inplace_abn
 from normpass.ops.eager import eager_device
 
 pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 class Ops(TorchDispatchMode):
@@ -133,7 +139,7 @@ def test_running_statistics_are_batch_norms(layout, momentum, dtype, way, error,
         plain(x)
         assert [b._version for b in norm.buffers()] == [version + 1 for version in versions]
     assert norm.num_batches_tracked == 3
-    assert error(norm.running_mean, plain.running_mean) < 1e-6
+    assert error(norm.running_mean, plain.running_mean) < 1e-5
     assert error(norm.running_var, plain.running_var) < 1e-6
 
 
@@ -155,7 +161,7 @@ def test_running_statistics_in_inference_mode(way, error):
         way(inside, x)
         plain(x)
     for other in (norm, inside):
-        assert error(other.running_mean, plain.running_mean) < 1e-6
+        assert error(other.running_mean, plain.running_mean) < 1e-5
         assert error(other.running_var, plain.running_var) < 1e-6
 
 
@@ -244,19 +250,13 @@ def test_torch_compile_sees_the_ops(way, error):
 
 
 def test_fake_tensors_go_through_the_ops(way):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    norm = make_norm()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x = mode.from_tensor(torch.randn(4, 3, 5, 6))
-        assert way(mode_copy(norm, mode).eval(), x).shape == x.shape
-
-
-def mode_copy(norm, mode):
-    norm = copy.deepcopy(norm)
+    mode, norm = FakeTensorMode(), make_norm()
     for store in (norm._parameters, norm._buffers):
         store.update({name: mode.from_tensor(t) for name, t in store.items()})
-    return norm
+    x = mode.from_tensor(torch.randn(4, 3, 5, 6).requires_grad_())
+    z = way(norm, x)
+    (dx,) = torch.autograd.grad(z, x, mode.from_tensor(torch.randn(4, 3, 5, 6)))
+    assert type(z) is type(dx) is FakeTensor and z.shape == dx.shape == x.shape
 
 
 def test_a_tensor_in_the_place_of_a_parameter(way, error):

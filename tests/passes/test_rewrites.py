@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from normpass.passes import InplaceABN, LeakyReLU, SplitBN
 from torch import nn
 
 import normpass
 from normpass.capture import capture, required_arguments
 from normpass.functional import fused_norm_act, inplace_abn, split_norm_act
 from normpass.module import part_of
+from normpass.passes import InplaceABN, LeakyReLU, SplitBN
 from normpass.rewrite import Match, Refusal
 from normpass.sites import find_sites
 
