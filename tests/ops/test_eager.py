@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from functools import partial
 
@@ -105,7 +106,9 @@ def test_what_hides_a_tensor_or_looks_on_is_noticed():
     seen = []
     torch.vmap(lambda t: seen.append(eager_device(t)) or t)(x)
     torch.func.grad(lambda t: seen.append(eager_device(t)) or t.sum())(x)
-    torch.jit.trace(lambda t: seen.append(eager_device(t)) or t + 1, (x,), check_trace=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jit.trace is deprecated, and still used
+        torch.jit.trace(lambda t: seen.append(eager_device(t)) or t + 1, (x,), check_trace=False)
     assert seen == [None] * len(seen) and len(seen) >= 3
     assert eager_device(x) == "cpu"
 
