@@ -50,7 +50,7 @@ gpu:  ## on a machine with a GPU, with its own Python, in 8 minutes: tests, sani
 clean:  ## remove what the other commands made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis normpass-demo.png
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/* kernels/include/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the other packages into $(VENV), once: some gigabytes, a minute or more"
