@@ -1,0 +1,47 @@
+"""Every CUDA kernel once, on small tensors: to be run under compute-sanitizer.
+
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+
+import cuda_checks as checks
+from cuda_checks import Site
+
+from normpass.kernels import Layout, Running, cuda_library
+from normpass.kernels.cuda_library import CudaKernels
+
+LAYOUTS = (Layout(3000, 24, 1), Layout(700, 5, 1), Layout(40, 300, 1), Layout(9, 24, 8), Layout(300, 3, 49))
+
+
+def run(kernels: CudaKernels) -> int:
+    """Each kernel at each layout, compared with the formulas; how many calls that were."""
+    calls = 0
+    for dtype in checks.DTYPES:
+        for layout in LAYOUTS if dtype in (torch.float32, torch.bfloat16) else LAYOUTS[:1]:
+            site = Site(layout, dtype, "leaky_relu", residual=True, device="cuda")
+            checks.check_moments(kernels, site.x, layout)
+            checks.check_norm_act(kernels, site)
+            checks.check_norm_act_backward(kernels, site)
+            checks.check_inplace_abn_backward(kernels, site)
+            calls += 4
+    running = Running(torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda"), 0.1)
+    kernels.running_stats(running, torch.ones(1000, device="cuda"), torch.ones(1000, device="cuda"), 10)
+    torch.cuda.synchronize()
+    return calls + 1
+
+
+if __name__ == "__main__":
+    found, words = cuda_library.load()
+    print(words)
+    if found is None:
+        sys.exit(1)
+    print(f"{run(found)} calls compared")
