@@ -14,6 +14,11 @@ WIDEST_TILE = 32
 """Vectors of channels side by side in a block: 512 bytes of each row."""
 
 
+MOST_ROUNDS = 8
+GOOD_SHARE = 0.95
+"""Of the multiprocessors' time until the last block is done, counting blocks alone."""
+
+
 class Geometry(NamedTuple):
     """How a grid walks over one layout; `cuda/walk.cuh` says what the numbers mean."""
 
@@ -51,13 +56,16 @@ def geometry(layout: Layout, itemsize: int, alignment: int, multiprocessors: int
 
 
 def _slabs(tiles: int, most: int, multiprocessors: int) -> int:
-    """Slabs of each tile: as few as keep nine tenths of the multiprocessors busy to the end, at most `most`."""
-    best, best_share = 1, 0.0
-    for slabs in range(1, min(most, 4 * multiprocessors) + 1):
-        waves = tiles * slabs / multiprocessors
-        share = waves / -(-tiles * slabs // multiprocessors)
-        if share > best_share + 1e-9:
+    """Slabs of each tile, at most `most`: one block for every multiprocessor, or a few rounds without a poor last."""
+    first = min(max(multiprocessors // tiles, 1), most)
+    best, best_share = first, 0.0
+    for slabs in range(first, most + 1):
+        rounds = -(-tiles * slabs // multiprocessors)
+        if rounds > MOST_ROUNDS:
+            break
+        share = tiles * slabs / (rounds * multiprocessors)
+        if share > best_share:
             best, best_share = slabs, share
-        if best_share >= 0.9:
+        if best_share >= GOOD_SHARE:
             break
     return best

@@ -1,5 +1,5 @@
-// The gradients of a norm and its activation, for any Site: a channel that knows y and the deviation u behind x̂ = k·u
-// from what was kept (`NormSite`: from x, u = x − mean, k = r; `OutputSite` in inplace_abn_backward.cu: from z).
+// The gradients of a norm and its activation, for any Site: a channel that knows y and the deviation u of x̂ = k·u from
+// what was kept (`NormSite`: from x, u = x − mean, k = r; `OutputSite` in inplace_abn_backward.cu: from z).
 //
 //   reduce   dy = g·act'(y), S1 = Σdy, S2 = k·Σ dy·u; dbias = S1, dweight = S2, and what `apply` needs of them
 //   apply    dx = a·dy + B·u + C    B = −a·k·S2/m,  C = −a·S1/m;  B = C = 0 for running statistics
@@ -139,7 +139,10 @@ NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activat
         int c = channel_of<ROWS>(i);
         T dy = batch.dy(own[c].site, activation, k, i);
         T rest = 0;
-        if (through_sums) rest = multiply_add(own[c].site.deviation(activation, batch.kept[k][i]), own[c].slope, own[c].shift);
+        if (through_sums) {
+          T deviation = own[c].site.deviation(activation, batch.kept[k][i]);
+          rest = multiply_add(deviation, own[c].slope, own[c].shift);
+        }
         dresidual[i] = dy;
         dx[i] = multiply_add(dy, own[c].site.scale, rest);
       }

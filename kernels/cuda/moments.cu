@@ -13,7 +13,7 @@
 
 namespace normpass {
 
-constexpr int CHUNK = 64;
+constexpr int CHUNK = 64;  // vectors
 
 // The mean of those of the loaded values that are there.
 template <int LOADS, int VECTOR, bool ROWS, class T, class Loaded>
@@ -55,7 +55,9 @@ NORMPASS_DEVICE void moments(const Storage* x, Statistics<Storage>* mean, Statis
       }
 #pragma unroll
       for (int k = 0; k < LOADS; ++k) {
-        for (int i = 0; i < VECTOR && k < count; ++i) {
+        if (k >= count) break;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
           int c = channel_of<ROWS>(i);
           T deviation = loaded[k][i] - own[c].mean;
           sum[c] += deviation;

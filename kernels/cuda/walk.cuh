@@ -103,8 +103,8 @@ NORMPASS_DEVICE int next_vectors(AnyWalk& walk, long long (&offsets)[LOADS], Loa
   return count;
 }
 
-// Vectors of each tensor in flight for a thread: up to 128 bytes of what is read, less where registers are short. Where
-// a layout allows only narrow accesses, more of them.
+// Vectors of each tensor in flight for a thread: up to 128 bytes of what is read, less where registers are short.
+// Where a layout allows only narrow accesses, more of them.
 template <class Vectors> NORMPASS_DEVICE constexpr int loads_in_flight(int read, bool writes) {
   return (read == 1 ? (writes ? 6 : 8) : (read == 2 ? (writes ? 3 : 4) : 2)) * (Vectors::WORDS < 2 ? 2 : 1);
 }

@@ -31,7 +31,7 @@ def run(kernels: CudaKernels) -> int:
             checks.check_moments(kernels, site.x, layout)
             checks.check_norm_act(kernels, site)
             checks.check_norm_act_backward(kernels, site)
-            checks.check_inplace_abn_backward(kernels, site)
+            checks.check_inplace_abn_backward(kernels, site.keep_weight_from_zero())
             calls += 4
     running = Running(torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda"), 0.1)
     kernels.running_stats(running, torch.ones(1000, device="cuda"), torch.ones(1000, device="cuda"), 10)

@@ -110,6 +110,12 @@ class Site:
         near = torch.stack([(y - kink).abs() < 1e-4 for kink in KINKS]).any(0)
         self.grad[near] = 0  # there act' depends on the last bit
 
+    def keep_weight_from_zero(self) -> Site:
+        """In-place ABN divides by it: near 0 the last bits of z decide."""
+        assert self.weight is not None
+        self.weight = self.weight + self.weight.sign() * 0.5
+        return self
+
     def scale(self) -> Tensor:
         r = (self.var.double() + EPS).rsqrt()
         return r if self.weight is None else r * self.weight.double()

@@ -23,11 +23,12 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run CUDA 
 
 ROWS = [Layout(700, 24, 1), Layout(333, 5, 1), Layout(90, 100, 1), Layout(40, 300, 1), Layout(1, 7, 1)]
 PLANES = [Layout(6, 3, 49), Layout(3, 5, 196), Layout(9, 24, 8), Layout(2, 2, 3136), Layout(500, 1, 9)]
-FEWER = [ROWS[0], ROWS[1], PLANES[0], PLANES[2]]  # for the dtypes that differ from the others in little
+FEWER = [ROWS[0], ROWS[2], PLANES[0], PLANES[2]]
+FEWEST = [ROWS[0], PLANES[0]]  # for dtypes that differ from the others in little
 CASES = [
     pytest.param(dtype, layout, id=f"{str(dtype).removeprefix('torch.')}-{'x'.join(map(str, layout))}")
     for dtype in checks.DTYPES
-    for layout in ([*ROWS, *PLANES] if dtype in (torch.float32, torch.bfloat16) else FEWER)
+    for layout in {torch.float32: [*ROWS, *PLANES], torch.bfloat16: FEWER}.get(dtype, FEWEST)
 ]
 EACH_CASE = pytest.mark.parametrize("dtype, layout", CASES)
 
@@ -87,7 +88,7 @@ def test_norm_act_backward(kernels, dtype, layout):
 
 @EACH_CASE
 def test_inplace_abn_backward(kernels, dtype, layout):
-    checks.check_inplace_abn_backward(kernels, Site(layout, dtype, "leaky_relu"))
+    checks.check_inplace_abn_backward(kernels, Site(layout, dtype, "leaky_relu").keep_weight_from_zero())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -98,7 +99,7 @@ def test_activations(kernels, activation):
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "elu"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_activations_in_other_dtypes(kernels, dtype, activation):
     site = Site(Layout(300, 8, 1), dtype, activation)
     checks.check_norm_act(kernels, site)
@@ -108,8 +109,7 @@ def test_activations_in_other_dtypes(kernels, dtype, activation):
 @pytest.mark.parametrize("activation", checks.INVERTIBLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_inverses(kernels, dtype, activation):
-    site = Site(Layout(300, 5, 1), dtype, activation)
-    site.weight = site.weight.abs() + 0.3
+    site = Site(Layout(300, 5, 1), dtype, activation).keep_weight_from_zero()
     checks.check_inplace_abn_backward(kernels, site)
 
 
