@@ -3,8 +3,8 @@
 //   reduce   sum_dy = Σdy      sum_dy_c = Σ dy·c
 //   apply    dx = A·dy + B·c + C, per channel
 //
-// A source says how dy and c of one tile come from what was kept. The sums are taken in the wide type over some
-// tiles, then in double.
+// A source calls back, for each pass, with a function from i to dy and c of a tile's value i, so that each pass is one
+// loop. The sums are taken in the wide type over some tiles, then in double.
 #pragma once
 
 #include "affine.h"
@@ -16,6 +16,11 @@ struct Sums {
   explicit Sums(int64_t channels = 0) : dy(channels, 0.0), dy_centred(channels, 0.0) {}
 };
 
+// What a source gives for one value.
+template <class A> struct Derivative {
+  A dy, centred;
+};
+
 // One thread's sums over tiles of rows: a value of its own for every position of the pattern.
 template <class A> class RowAccumulator {
  public:
@@ -23,14 +28,15 @@ template <class A> class RowAccumulator {
       : channels_(rows.layout().channels), dy_(rows.width(), A(0)), dy_centred_(rows.width(), A(0)),
         total_(rows.layout().channels) {}
 
-  void add(const A* __restrict dy, const A* __restrict centred, int64_t n, int64_t position) {
+  template <class Tile> void add(const Tile& tile, int64_t n, int64_t position) {
     if (position == 0 && ++patterns_ > patterns_per_flush) flush();
-    A* __restrict s1 = dy_.data() + position;
-    A* __restrict s2 = dy_centred_.data() + position;
+    A* s1 = dy_.data() + position;
+    A* s2 = dy_centred_.data() + position;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      s1[i] += dy[i];
-      s2[i] = multiply_add(dy[i], centred[i], s2[i]);
+      Derivative<A> at = tile(i);
+      s1[i] += at.dy;
+      s2[i] = multiply_add(at.dy, at.centred, s2[i]);
     }
   }
   const Sums& total() {
@@ -63,12 +69,13 @@ template <class A> class PlaneAccumulator {
  public:
   explicit PlaneAccumulator(const Planes& planes) : total_(planes.width()) {}
 
-  void add(const A* dy, const A* centred, int64_t n, int64_t channel) {
+  template <class Tile> void add(const Tile& tile, int64_t n, int64_t channel) {
     A s1 = 0, s2 = 0;
 #pragma omp simd reduction(+ : s1, s2)
     for (int64_t i = 0; i < n; ++i) {
-      s1 += dy[i];
-      s2 += dy[i] * centred[i];
+      Derivative<A> at = tile(i);
+      s1 += at.dy;
+      s2 += at.dy * at.centred;
     }
     total_.dy[channel] += s1;
     total_.dy_centred[channel] += s2;
@@ -97,7 +104,7 @@ template <class A> struct Coefficients {
 };
 
 template <class A> struct TileBuffers {
-  alignas(64) A wide_grad[tile_size], wide_kept[tile_size], wide_residual[tile_size], dy[tile_size], centred[tile_size];
+  alignas(64) A grad[tile_size], kept[tile_size], residual[tile_size], result[tile_size];
 };
 
 template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const Source& source, int threads) {
@@ -109,9 +116,9 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
     auto sums = accumulator_for<A>(walk);
     int thread = omp_get_thread_num();
     walk.tiles(thread, omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
-      source.differentiate(walk, buffers, offset, n, position, true);
-      sums.add(buffers.dy, buffers.centred, n, position);
+      source.first_pass(walk, buffers, offset, n, position, [&](auto tile) { sums.add(tile, n, position); });
     });
+    source.end_of_first_pass();
     shares[thread] = sums.total();
   }
   Sums total(walk.layout().channels);
@@ -123,12 +130,13 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
   return total;
 }
 
-template <class A, class PerChannel>
-void combine(const A* __restrict dy, const A* __restrict centred, A* __restrict dx, int64_t n, PerChannel slope,
-                                    PerChannel by_centred, PerChannel constant) {
+template <class Tile, class A, class PerChannel>
+void combine(const Tile& tile, A* dx, int64_t n, PerChannel slope, PerChannel by_centred, PerChannel constant) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    dx[i] = multiply_add(slope[i], dy[i], multiply_add(by_centred[i], centred[i], constant[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    Derivative<A> at = tile(i);
+    dx[i] = multiply_add(slope[i], at.dy, multiply_add(by_centred[i], at.centred, constant[i]));
+  }
 }
 
 template <class S, class Walk, class Source>
@@ -138,10 +146,11 @@ void apply(const Walk& walk, const Source& source, const Coefficients<Wide<S>>& 
   {
     TileBuffers<Wide<S>> buffers;
     walk.tiles(omp_get_thread_num(), omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
-      source.differentiate(walk, buffers, offset, n, position, false);
-      Wide<S>* target = target_of(dx + offset, buffers.wide_grad, streamed);
-      combine(buffers.dy, buffers.centred, target, n, walk.at(c.slope, position), walk.at(c.by_centred, position),
-              walk.at(c.constant, position));
+      Wide<S>* target = target_of(dx + offset, buffers.result, streamed);
+      source.second_pass(walk, buffers, offset, n, position, [&](auto tile) {
+        combine(tile, target, n, walk.at(c.slope, position), walk.at(c.by_centred, position),
+                walk.at(c.constant, position));
+      });
       finish_tile(dx + offset, target, n, streamed);
     });
     if (streamed) end_of_stream();

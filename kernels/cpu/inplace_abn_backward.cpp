@@ -11,16 +11,17 @@
 namespace normpass {
 namespace {
 
-template <class A, class PerChannel, class Activation>
-void differentiate_tile(const A* __restrict grad, const A* __restrict z, A* __restrict dy, A* __restrict centred,
-                        int64_t n, PerChannel bias, PerChannel reciprocal, Activation activation) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+template <class A, class PerChannel, class Activation> struct OutputTile {
+  const A* grad;
+  const A* z;
+  PerChannel bias, reciprocal;
+  Activation activation;
+
+  NORMPASS_ALWAYS_INLINE Derivative<A> operator()(int64_t i) const {
     A y = activation.inverse(z[i]);
-    centred[i] = (y - bias[i]) * reciprocal[i];
-    dy[i] = activation.gradient(grad[i], y);
+    return {activation.gradient(grad[i], y), (y - bias[i]) * reciprocal[i]};
   }
-}
+};
 
 template <class S> struct FromOutput {
   using A = Wide<S>;
@@ -29,15 +30,20 @@ template <class S> struct FromOutput {
   std::vector<A> bias, reciprocal;
   ActivationCall activation;
 
-  template <class Walk>
-  void differentiate(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position,
-                     bool) const {
-    const A* from = read_tile(z + offset, buffers.wide_kept, n);
-    const A* outer = read_tile(grad + offset, buffers.wide_grad, n);
+  template <class Walk, class F>
+  void first_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
+    const A* from = read_tile(z + offset, buffers.kept, n);
+    const A* outer = read_tile(grad + offset, buffers.grad, n);
+    auto shift = walk.at(bias, position), divisor = walk.at(reciprocal, position);
     with_activation<A>(activation, [&](auto act) {
-      differentiate_tile(outer, from, buffers.dy, buffers.centred, n, walk.at(bias, position),
-                         walk.at(reciprocal, position), act);
+      f(OutputTile<A, decltype(shift), decltype(act)>{outer, from, shift, divisor, act});
     });
+  }
+  void end_of_first_pass() const {}
+
+  template <class Walk, class F>
+  void second_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
+    first_pass(walk, buffers, offset, n, position, f);
   }
 };
 

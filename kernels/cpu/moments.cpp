@@ -1,94 +1,105 @@
 // moments: mean and biased variance of every channel, in one pass.
 //
 // Values are summed as deviations from the mean of those before them, block by block, and the blocks are merged in
-// double with Chan's formula (include/moments.h). The first block is read twice, to have a mean to begin with. So
+// double with Chan's formula (include/moments.h). A few values are read twice, to have a mean to begin with. So
 // nothing cancels: a sum of squares about 0 has a relative error of 0.25 at mean/std = 1000 in float.
 #include "layout.h"
 
 namespace normpass {
 namespace {
 
-constexpr int64_t patterns_per_block = 128;
-
-// One thread's moments, for every position of a layout's width.
-template <class A> struct Partial {
-  std::vector<double> count, mean, m2;
-
-  explicit Partial(int64_t width) : count(width, 0.0), mean(width, 0.0), m2(width, 0.0) {}
-  void merge(int64_t i, const Moments<double>& other) {
-    Moments<double> own;
-    own.count = count[i], own.mean = mean[i], own.m2 = m2[i];
-    own.merge(other);
-    count[i] = own.count, mean[i] = own.mean, m2[i] = own.m2;
-  }
-};
-
 // --- rows ------------------------------------------------------------------------------------------------------
 
-template <class A> struct RowSums {
-  std::vector<A> shift, sum, squares;
-  explicit RowSums(int64_t width) : shift(width, A(0)), sum(width, A(0)), squares(width, A(0)) {}
+constexpr int64_t patterns_to_begin_with = 16, patterns_per_block = 128, patterns_at_once = 4;
 
-  void add(const A* __restrict values, int64_t n, int64_t position) {
-    A* __restrict s = sum.data() + position;
-    A* __restrict q = squares.data() + position;
-    const A* __restrict about = shift.data() + position;
+// The sums of a block, and the moments of the blocks before it, for every position of a pattern.
+template <class A> struct RowMoments {
+  double count = 0;
+  std::vector<A> shift, sum, squares;
+  std::vector<double> mean, m2;
+
+  explicit RowMoments(int64_t width) : shift(width), sum(width), squares(width), mean(width), m2(width) {}
+
+  template <int PATTERNS> void add(const A* const (&values)[PATTERNS], int64_t n, int64_t position) {
+    A* s = sum.data() + position;
+    A* q = squares.data() + position;
+    const A* about = shift.data() + position;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      A deviation = values[i] - about[i];
-      s[i] += deviation;
-      q[i] = multiply_add(deviation, deviation, q[i]);
+      A deviations = 0, products = 0;
+#pragma GCC unroll 4
+      for (int p = 0; p < PATTERNS; ++p) {
+        A deviation = values[p][i] - about[i];
+        deviations += deviation;
+        products = multiply_add(deviation, deviation, products);
+      }
+      s[i] += deviations;
+      q[i] += products;
     }
+  }
+
+  void begin(int64_t patterns) {
+    for (size_t i = 0; i < shift.size(); ++i) shift[i] = sum[i] / static_cast<A>(patterns);
+    std::fill(sum.begin(), sum.end(), A(0));
+    std::fill(squares.begin(), squares.end(), A(0));
+  }
+
+  void close_block(int64_t patterns) {
+    double n = static_cast<double>(patterns);
+    for (size_t i = 0; i < shift.size(); ++i) {
+      Moments<double> before;
+      before.count = count, before.mean = mean[i], before.m2 = m2[i];
+      before.merge(moments_from_shifted_sums<double>(n, shift[i], sum[i], squares[i]));
+      mean[i] = before.mean, m2[i] = before.m2;
+      shift[i] = static_cast<A>(before.mean);
+      sum[i] = squares[i] = A(0);
+    }
+    count += n;
   }
 };
 
-// `counts[i]` is how many values position i got in this block: the last pattern may be cut short.
-template <class A> void close_block(RowSums<A>& sums, Partial<A>& partial, int64_t whole, int64_t cut) {
-  int64_t width = static_cast<int64_t>(sums.shift.size());
-  for (int64_t i = 0; i < width; ++i) {
-    double count = static_cast<double>(whole + (i < cut));
-    if (count > 0)
-      partial.merge(i, moments_from_shifted_sums<double>(count, sums.shift[i], sums.sum[i], sums.squares[i]));
-    sums.shift[i] = static_cast<A>(partial.mean[i]);
-    sums.sum[i] = sums.squares[i] = A(0);
-  }
-}
-
-template <class S> void sum_rows(const Rows& rows, const S* x, int64_t begin, int64_t end, RowSums<Wide<S>>& sums) {
-  alignas(64) Wide<S> widened[tile_size];
-  int64_t width = rows.width(), size = rows.layout().size();
-  for (int64_t index = begin; index < end; ++index) {
-    int64_t start = index * width, length = std::min(width, size - start);
-    for (int64_t i = 0; i < length; i += tile_size) {
-      int64_t n = std::min(tile_size, length - i);
-      sums.add(read_tile(x + start + i, widened, n), n, i);
-    }
-  }
-}
-
-template <class S> Partial<Wide<S>> moments_of_share(const Rows& rows, const S* x, int thread, int threads) {
+template <class S, int PATTERNS>
+void add_patterns(const S* from, int64_t width, RowMoments<Wide<S>>& moments) {
   using A = Wide<S>;
-  int64_t width = rows.width(), size = rows.layout().size();
-  int64_t patterns = (size + width - 1) / width, cut = size % width;
-  int64_t begin = patterns * thread / threads, end = patterns * (thread + 1) / threads;
-  Partial<A> partial(width);
-  RowSums<A> sums(width);
-  for (int64_t i = begin; i < end; i += patterns_per_block) {
-    int64_t stop = std::min(end, i + patterns_per_block);
-    bool ends_cut = cut != 0 && stop == patterns;
-    int64_t whole = stop - i - ends_cut;
-    if (i == begin) {  // the values themselves first, for their rough mean
-      sum_rows(rows, x, i, stop, sums);
-      for (int64_t p = 0; p < width; ++p) {
-        int64_t count = whole + (ends_cut && p < cut);
-        sums.shift[p] = count > 0 ? sums.sum[p] / static_cast<A>(count) : A(0);
-        sums.sum[p] = sums.squares[p] = A(0);
-      }
-    }
-    sum_rows(rows, x, i, stop, sums);
-    close_block(sums, partial, whole, ends_cut ? cut : 0);
+  alignas(64) A widened[PATTERNS][tile_size];
+  for (int64_t i = 0; i < width; i += tile_size) {
+    int64_t n = std::min(tile_size, width - i);
+    const A* values[PATTERNS];
+    for (int p = 0; p < PATTERNS; ++p) values[p] = read_tile(from + p * width + i, widened[p], n);
+    moments.add(values, n, i);
   }
-  return partial;
+}
+
+template <class S> void sum_patterns(const S* x, int64_t width, int64_t begin, int64_t end, RowMoments<Wide<S>>& moments) {
+  int64_t i = begin;
+  for (; i + patterns_at_once <= end; i += patterns_at_once) add_patterns<S, patterns_at_once>(x + i * width, width, moments);
+  for (; i < end; ++i) add_patterns<S, 1>(x + i * width, width, moments);
+}
+
+template <class S>
+void moments_of_share(const Rows& rows, const S* x, int thread, int threads, std::vector<Moments<double>>& channels) {
+  using A = Wide<S>;
+  int64_t width = rows.width(), size = rows.layout().size(), patterns = size / width;
+  int64_t begin = patterns * thread / threads, end = patterns * (thread + 1) / threads;
+  int64_t count = static_cast<int64_t>(channels.size());
+  if (begin < end) {
+    RowMoments<A> moments(width);
+    int64_t few = std::min(patterns_to_begin_with, end - begin);
+    sum_patterns(x, width, begin, begin + few, moments);
+    moments.begin(few);
+    for (int64_t i = begin; i < end; i += patterns_per_block) {
+      int64_t stop = std::min(end, i + patterns_per_block);
+      sum_patterns(x, width, i, stop, moments);
+      moments.close_block(stop - i);
+    }
+    for (int64_t i = 0; i < width; ++i) channels[i % count].merge(moments.count, moments.mean[i], moments.m2[i]);
+  }
+  for (int64_t i = patterns * width; thread == 0 && i < size; i += tile_size) {  // rows that fill no pattern
+    alignas(64) A widened[tile_size];
+    int64_t n = std::min(tile_size, size - i);
+    const A* values = read_tile(x + i, widened, n);
+    for (int64_t p = 0; p < n; ++p) channels[(i + p) % count].merge(1.0, values[p], 0.0);
+  }
 }
 
 // --- planes ----------------------------------------------------------------------------------------------------
@@ -111,34 +122,33 @@ template <class A> Moments<double> moments_about(A shift, const A* values, int64
   return moments_from_shifted_sums<double>(static_cast<double>(n), shift, sum, squares);
 }
 
-template <class S> Partial<Wide<S>> moments_of_share(const Planes& planes, const S* x, int thread, int threads) {
+template <class S>
+void moments_of_share(const Planes& planes, const S* x, int thread, int threads, std::vector<Moments<double>>& channels) {
   using A = Wide<S>;
-  Partial<A> partial(planes.width());
   planes.tiles(thread, threads, [&](int64_t offset, int64_t n, int64_t channel) {
     alignas(64) A widened[tile_size];
     const A* values = read_tile(x + offset, widened, n);
-    bool is_first = partial.count[channel] == 0;
-    A shift = is_first ? sum_of(values, n) / static_cast<A>(n) : static_cast<A>(partial.mean[channel]);
-    partial.merge(channel, moments_about(shift, values, n));
+    Moments<double>& own = channels[channel];
+    A shift = own.count == 0 ? sum_of(values, n) / static_cast<A>(n) : static_cast<A>(own.mean);
+    own.merge(moments_about(shift, values, n));
   });
-  return partial;
 }
 
 // --- both ------------------------------------------------------------------------------------------------------
 
 template <class S, class Walk> void moments(const Walk& walk, const void* x, void* mean, void* var, int threads) {
   using A = Wide<S>;
-  int64_t channels = walk.layout().channels, width = walk.width();
-  std::vector<Partial<A>> partials(threads, Partial<A>(0));
+  int64_t channels = walk.layout().channels;
+  std::vector<std::vector<Moments<double>>> shares(threads);
 #pragma omp parallel num_threads(threads)
   {
-    int thread = omp_get_thread_num();
-    partials[thread] = moments_of_share(walk, static_cast<const S*>(x), thread, omp_get_num_threads());
+    std::vector<Moments<double>>& share = shares[omp_get_thread_num()];
+    share.resize(channels);
+    moments_of_share(walk, static_cast<const S*>(x), omp_get_thread_num(), omp_get_num_threads(), share);
   }
   std::vector<Moments<double>> total(channels);
-  for (const Partial<A>& partial : partials)
-    for (int64_t i = 0; i < (partial.count.empty() ? 0 : width); ++i)
-      total[i % channels].merge(partial.count[i], partial.mean[i], partial.m2[i]);
+  for (const std::vector<Moments<double>>& share : shares)
+    for (size_t c = 0; c < share.size(); ++c) total[c].merge(share[c]);
   for (int64_t c = 0; c < channels; ++c) {
     static_cast<A*>(mean)[c] = static_cast<A>(total[c].mean);
     static_cast<A*>(var)[c] = static_cast<A>(total[c].variance());

@@ -10,24 +10,33 @@
 namespace normpass {
 namespace {
 
-template <class A, class PerChannel, class Activation>
-void differentiate_tile(const A* __restrict grad, const A* __restrict x, const A* __restrict residual,
-                        A* __restrict dy, A* __restrict centred, int64_t n, AffineAt<PerChannel> at,
-                        Activation activation) {
-  if (residual == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      centred[i] = x[i] - at.mean[i];
-      dy[i] = activation.gradient(grad[i], affine_value(centred[i], at, i));
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      centred[i] = x[i] - at.mean[i];
-      dy[i] = activation.gradient(grad[i], affine_value(centred[i], at, i) + residual[i]);
-    }
+template <class A, class PerChannel, class Activation> struct InputTile {
+  const A* grad;
+  const A* x;
+  AffineAt<PerChannel> at;
+  Activation activation;
+
+  NORMPASS_ALWAYS_INLINE Derivative<A> operator()(int64_t i) const {
+    A centred = x[i] - at.mean[i];
+    return {activation.gradient(grad[i], affine_value(centred, at, i)), centred};
   }
-}
+};
+
+// Writes dy too.
+template <class A, class PerChannel, class Activation> struct JoinedTile {
+  const A* grad;
+  const A* x;
+  const A* residual;
+  A* dy;
+  AffineAt<PerChannel> at;
+  Activation activation;
+
+  NORMPASS_ALWAYS_INLINE Derivative<A> operator()(int64_t i) const {
+    A centred = x[i] - at.mean[i];
+    dy[i] = activation.gradient(grad[i], affine_value(centred, at, i) + residual[i]);
+    return {dy[i], centred};
+  }
+};
 
 template <class S> struct FromInput {
   using A = Wide<S>;
@@ -37,29 +46,38 @@ template <class S> struct FromInput {
   S* dresidual;
   const Affine<A>& affine;
   ActivationCall activation;
+  bool streamed;
 
-  template <class Walk>
-  void differentiate(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position,
-                     bool is_first_pass) const {
+  template <class Walk, class F>
+  void first_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
     auto at = affine_at(walk, affine, position);
-    const A* from = read_tile(x + offset, buffers.wide_kept, n);
-    if (!is_first_pass && dresidual != nullptr) {  // there is dy already
-      const A* dy = read_tile(dresidual + offset, buffers.wide_grad, n);
-      differentiate_tile<A>(dy, from, nullptr, buffers.dy, buffers.centred, n, at, Identity<A>(0, 0));
+    using PerChannel = decltype(at.mean);
+    const A* from = read_tile(x + offset, buffers.kept, n);
+    const A* outer = read_tile(grad + offset, buffers.grad, n);
+    if (residual == nullptr) {
+      with_activation<A>(activation, [&](auto act) {
+        f(InputTile<A, PerChannel, decltype(act)>{outer, from, at, act});
+      });
       return;
     }
-    const A* outer = read_tile(grad + offset, buffers.wide_grad, n);
-    const A* added = residual == nullptr ? nullptr : read_tile(residual + offset, buffers.wide_residual, n);
+    const A* added = read_tile(residual + offset, buffers.residual, n);
+    A* dy = dresidual == nullptr ? buffers.result : target_of(dresidual + offset, buffers.result, streamed);
     with_activation<A>(activation, [&](auto act) {
-      differentiate_tile(outer, from, added, buffers.dy, buffers.centred, n, at, act);
+      f(JoinedTile<A, PerChannel, decltype(act)>{outer, from, added, dy, at, act});
     });
-    if (dresidual != nullptr) store(buffers.dy, dresidual + offset, n);
+    if (dresidual != nullptr) finish_tile(dresidual + offset, dy, n, streamed);
+  }
+  void end_of_first_pass() const {
+    if (dresidual != nullptr && streamed) end_of_stream();
   }
 
- private:
-  static void store(const A* dy, S* to, int64_t n) {
-    if constexpr (std::is_same<A, S>::value) std::copy(dy, dy + n, to);
-    else narrow(dy, to, n);
+  template <class Walk, class F>
+  void second_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
+    if (dresidual == nullptr) return first_pass(walk, buffers, offset, n, position, f);
+    auto at = affine_at(walk, affine, position);
+    const A* from = read_tile(x + offset, buffers.kept, n);
+    const A* dy = read_tile(dresidual + offset, buffers.grad, n);
+    f(InputTile<A, decltype(at.mean), Identity<A>>{dy, from, at, Identity<A>(0, 0)});
   }
 };
 
@@ -84,8 +102,12 @@ template <class S, class Walk> void differentiate_only(const Walk& walk, const F
   {
     TileBuffers<Wide<S>> buffers;
     walk.tiles(omp_get_thread_num(), omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
-      source.differentiate(walk, buffers, offset, n, position, true);
+      source.first_pass(walk, buffers, offset, n, position, [&](auto tile) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) tile(i);
+      });
     });
+    source.end_of_first_pass();
   }
 }
 
@@ -126,7 +148,7 @@ NORMPASS_EXPORT int normpass_norm_act_backward(void* dx, void* dresidual, void* 
                        static_cast<const A*>(mean), static_cast<const A*>(var), eps);
       FromInput<S> source{static_cast<const S*>(grad), static_cast<const S*>(x),
                           static_cast<const S*>(residual), static_cast<S*>(dresidual),
-                          affine, {activation, arg0, arg1}};
+                          affine, {activation, arg0, arg1}, is_streamed<S>(walk.layout())};
       backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, var, eps, batch_statistics != 0, threads);
     });
   });
