@@ -1,7 +1,7 @@
 // The elementary functions that activation.h asks for. Those in float have no branch and no table, so that a loop
 // over them vectorises; each is within a few units in the last place. Those in double are the C library's.
 //
-// Polynomials: Cephes (S. L. Moshier, expf, logf, tanhf, ndtrf).
+// Polynomials: Cephes (S. L. Moshier, exp2f, expf, logf, tanhf, ndtrf).
 #pragma once
 
 #include <cmath>
@@ -64,12 +64,17 @@ NORMPASS_ALWAYS_INLINE float power_of_2(int32_t n) {
   return same_bits<float>((static_cast<uint32_t>(n) + 127u) << 23);
 }
 
+// 2ⁿ·2ᶠ with |f| <= 1/2. Below −87 it stays at exp(−87), the smallest there is before subnormals; above 88.4 it is
+// infinite.
 NORMPASS_ALWAYS_INLINE float exponential(float x) {
-  x = x < -104.f ? -104.f : x;
+  constexpr float rounder = 12582912.f, log2e = 1.44269504f, rest_of_log2e = 1.92596299e-8f;
+  x = x < -87.f ? -87.f : x;
   x = x > 89.f ? 89.f : x;
-  ReducedExponent e = reduce_exponent(x);
-  int32_t half = e.n >> 1;  // in two steps: 2ⁿ itself may be out of range
-  return (e.q + 1.f) * power_of_2(half) * power_of_2(e.n - half);
+  float shifted = multiply_add(x, log2e, rounder);
+  float f = multiply_add(x, rest_of_log2e, multiply_add(x, log2e, rounder - shifted));
+  float p = polynomial(f, 1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                       2.402264791363012e-1f, 6.931472028550421e-1f, 1.f);
+  return p * same_bits<float>((same_bits<uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
 // For x <= 0, which is all that the ELUs ask for (and up to 88).
