@@ -1,4 +1,4 @@
-// y = (x − mean)·scale + shift of one norm, per channel. Forward and backward both use `affine_value`, so that the sign
+// y = (x − mean)·scale + shift of one norm, per channel. Forward and backward both use `AffineValues::value`, so that the sign
 // of y, and with it a ReLU's mask, is the same in both.
 #pragma once
 
@@ -35,9 +35,13 @@ template <class Walk, class A> auto affine_at(const Walk& walk, const Affine<A>&
                               walk.at(affine.shift, position)};
 }
 
-template <class A, class PerChannel>
-NORMPASS_ALWAYS_INLINE A affine_value(A centred, const AffineAt<PerChannel>& at, int64_t i) {
-  return multiply_add(centred, at.scale[i], at.shift[i]);
-}
+// Those of one value: loaded once for all runs of a tile.
+template <class A> struct AffineValues {
+  A mean, scale, shift;
+  template <class PerChannel>
+  NORMPASS_ALWAYS_INLINE AffineValues(const AffineAt<PerChannel>& at, int64_t i)
+      : mean(at.mean[i]), scale(at.scale[i]), shift(at.shift[i]) {}
+  NORMPASS_ALWAYS_INLINE A value(A centred) const { return multiply_add(centred, scale, shift); }
+};
 
 }  // namespace normpass

@@ -3,8 +3,9 @@
 //   reduce   sum_dy = Σdy      sum_dy_c = Σ dy·c
 //   apply    dx = A·dy + B·c + C, per channel
 //
-// A source calls back, for each pass, with a function from i to dy and c of a tile's value i, so that each pass is one
-// loop. The sums are taken in the wide type over some tiles, then in double.
+// A source calls back for each tile of each pass with the gradients of its values: `channel(i)`, what those of value i
+// of every run have in common, and `at(channel, run, i)`, dy and c. So each pass is one loop over a tile. The sums are
+// taken in the wide type over some tiles, then in double.
 #pragma once
 
 #include "affine.h"
@@ -28,15 +29,25 @@ template <class A> class RowAccumulator {
       : channels_(rows.layout().channels), dy_(rows.width(), A(0)), dy_centred_(rows.width(), A(0)),
         total_(rows.layout().channels) {}
 
-  template <class Tile> void add(const Tile& tile, int64_t n, int64_t position) {
-    if (position == 0 && ++patterns_ > patterns_per_flush) flush();
+  template <int RUNS, class Gradients> void add(const Gradients& gradients, int64_t n, int64_t position) {
+    if (position == 0) {
+      if (patterns_ >= patterns_per_flush) flush();
+      patterns_ += RUNS;
+    }
     A* s1 = dy_.data() + position;
     A* s2 = dy_centred_.data() + position;
-#pragma omp simd
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      Derivative<A> at = tile(i);
-      s1[i] += at.dy;
-      s2[i] = multiply_add(at.dy, at.centred, s2[i]);
+      auto channel = gradients.channel(i);
+      A dy = 0, products = 0;
+#pragma GCC unroll 4
+      for (int run = 0; run < RUNS; ++run) {
+        Derivative<A> at = gradients.at(channel, run, i);
+        dy += at.dy;
+        products = multiply_add(at.dy, at.centred, products);
+      }
+      s1[i] += dy;
+      s2[i] += products;
     }
   }
   const Sums& total() {
@@ -56,7 +67,7 @@ template <class A> class RowAccumulator {
       }
     std::fill(dy_.begin(), dy_.end(), A(0));
     std::fill(dy_centred_.begin(), dy_centred_.end(), A(0));
-    patterns_ = 1;
+    patterns_ = 0;
   }
 
   int64_t channels_;
@@ -69,11 +80,11 @@ template <class A> class PlaneAccumulator {
  public:
   explicit PlaneAccumulator(const Planes& planes) : total_(planes.width()) {}
 
-  template <class Tile> void add(const Tile& tile, int64_t n, int64_t channel) {
+  template <int RUNS, class Gradients> void add(const Gradients& gradients, int64_t n, int64_t channel) {
     A s1 = 0, s2 = 0;
 #pragma omp simd reduction(+ : s1, s2)
     for (int64_t i = 0; i < n; ++i) {
-      Derivative<A> at = tile(i);
+      Derivative<A> at = gradients.at(gradients.channel(i), 0, i);
       s1 += at.dy;
       s2 += at.dy * at.centred;
     }
@@ -104,7 +115,7 @@ template <class A> struct Coefficients {
 };
 
 template <class A> struct TileBuffers {
-  alignas(64) A grad[tile_size], kept[tile_size], residual[tile_size], result[tile_size];
+  alignas(64) A grad[tile_size], kept[tile_size], residual[tile_size], result[runs_at_once * tile_size];
 };
 
 template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const Source& source, int threads) {
@@ -115,8 +126,10 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
     TileBuffers<A> buffers;
     auto sums = accumulator_for<A>(walk);
     int thread = omp_get_thread_num();
-    walk.tiles(thread, omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
-      source.first_pass(walk, buffers, offset, n, position, [&](auto tile) { sums.add(tile, n, position); });
+    walk.template tiles<S>(thread, omp_get_num_threads(), [&](const Tile& tile) {
+      source.first_pass(walk, buffers, tile, [&](auto gradients, auto runs) {
+        sums.template add<runs.value>(gradients, tile.n, tile.position);
+      });
     });
     source.end_of_first_pass();
     shares[thread] = sums.total();
@@ -130,28 +143,37 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
   return total;
 }
 
-template <class Tile, class A, class PerChannel>
-void combine(const Tile& tile, A* dx, int64_t n, PerChannel slope, PerChannel by_centred, PerChannel constant) {
-#pragma omp simd
+template <int RUNS, class Gradients, class A, class PerChannel>
+void combine(const Gradients& gradients, Runs<A> dx, int64_t n, PerChannel slopes, PerChannel by_centred,
+             PerChannel constants) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    Derivative<A> at = tile(i);
-    dx[i] = multiply_add(slope[i], at.dy, multiply_add(by_centred[i], at.centred, constant[i]));
+    auto channel = gradients.channel(i);
+    A slope = slopes[i], factor = by_centred[i], constant = constants[i];
+#pragma GCC unroll 4
+    for (int run = 0; run < RUNS; ++run) {
+      Derivative<A> at = gradients.at(channel, run, i);
+      dx(run, i) = multiply_add(slope, at.dy, multiply_add(factor, at.centred, constant));
+    }
   }
 }
 
 template <class S, class Walk, class Source>
 void apply(const Walk& walk, const Source& source, const Coefficients<Wide<S>>& c, S* dx, int threads) {
+  using A = Wide<S>;
   const bool streamed = is_streamed<S>(walk.layout());
+  const int64_t stride = walk.width();
 #pragma omp parallel num_threads(threads)
   {
-    TileBuffers<Wide<S>> buffers;
-    walk.tiles(omp_get_thread_num(), omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
-      Wide<S>* target = target_of(dx + offset, buffers.result, streamed);
-      source.second_pass(walk, buffers, offset, n, position, [&](auto tile) {
-        combine(tile, target, n, walk.at(c.slope, position), walk.at(c.by_centred, position),
-                walk.at(c.constant, position));
+    TileBuffers<A> buffers;
+    walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
+      Runs<A> target = target_of(dx, stride, buffers.result, tile, streamed);
+      auto slope = walk.at(c.slope, tile.position), by_centred = walk.at(c.by_centred, tile.position);
+      auto constant = walk.at(c.constant, tile.position);
+      source.second_pass(walk, buffers, tile, [&](auto gradients, auto runs) {
+        combine<runs.value>(gradients, target, tile.n, slope, by_centred, constant);
       });
-      finish_tile(dx + offset, target, n, streamed);
+      finish_tile(dx, stride, target, tile, streamed);
     });
     if (streamed) end_of_stream();
   }

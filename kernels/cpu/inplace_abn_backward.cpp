@@ -11,15 +11,19 @@
 namespace normpass {
 namespace {
 
-template <class A, class PerChannel, class Activation> struct OutputTile {
-  const A* grad;
-  const A* z;
+template <class A> struct BiasAndReciprocal {
+  A bias, reciprocal;
+};
+
+template <class A, class PerChannel, class Activation> struct FromOutputTile {
+  Runs<const A> grad, z;
   PerChannel bias, reciprocal;
   Activation activation;
 
-  NORMPASS_ALWAYS_INLINE Derivative<A> operator()(int64_t i) const {
-    A y = activation.inverse(z[i]);
-    return {activation.gradient(grad[i], y), (y - bias[i]) * reciprocal[i]};
+  NORMPASS_ALWAYS_INLINE BiasAndReciprocal<A> channel(int64_t i) const { return {bias[i], reciprocal[i]}; }
+  NORMPASS_ALWAYS_INLINE Derivative<A> at(const BiasAndReciprocal<A>& channel, int run, int64_t i) const {
+    A y = activation.inverse(z(run, i));
+    return {activation.gradient(grad(run, i), y), (y - channel.bias) * channel.reciprocal};
   }
 };
 
@@ -31,19 +35,21 @@ template <class S> struct FromOutput {
   ActivationCall activation;
 
   template <class Walk, class F>
-  void first_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
-    const A* from = read_tile(z + offset, buffers.kept, n);
-    const A* outer = read_tile(grad + offset, buffers.grad, n);
-    auto shift = walk.at(bias, position), divisor = walk.at(reciprocal, position);
+  void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+    const int64_t stride = walk.width();
+    Runs<const A> from = read_tile(z, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
+    auto shift = walk.at(bias, tile.position), divisor = walk.at(reciprocal, tile.position);
     with_activation<A>(activation, [&](auto act) {
-      f(OutputTile<A, decltype(shift), decltype(act)>{outer, from, shift, divisor, act});
+      with_runs<S>(tile, [&](auto runs) {
+        f(FromOutputTile<A, decltype(shift), decltype(act)>{outer, from, shift, divisor, act}, runs);
+      });
     });
   }
   void end_of_first_pass() const {}
 
   template <class Walk, class F>
-  void second_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
-    first_pass(walk, buffers, offset, n, position, f);
+  void second_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+    first_pass(walk, buffers, tile, f);
   }
 };
 

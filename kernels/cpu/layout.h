@@ -1,13 +1,13 @@
 // The two ways in which the values of a dense (N, C, *) tensor lie in memory, cut into tiles.
 //
-//   Rows    inner == 1: every C values are one row (channels_last, two-dimensional). A tile holds whole rows, or a
-//           part of one. Per-channel values are spread over a pattern of rows as wide as a tile, so that one loop
-//           over consecutive values does for any C.
+//   Rows    inner == 1: every C values are one row (channels_last, two-dimensional). Per-channel values are spread
+//           over a pattern of rows as wide as a tile, so that one loop over consecutive values does for any C. A tile
+//           is a part of one pattern, or the same part of several.
 //   Planes  inner > 1: `inner` values of one channel after another. A tile is a part of one plane.
 //
-// `tiles(thread, threads, f)` calls f(offset, n, position) for the tiles of one thread's share: `offset` of the first
-// of `n` values, and where the tile's per-channel values stand in an array of `width()`. In ascending order: walking
-// back to what a pass before left in the cache was twice as slow, for the processor prefetches upwards.
+// `tiles<S>(thread, threads, f)` calls f(tile) for the tiles of one thread's share; S is the storage type.
+// `width()`: of the arrays of per-channel values that a tile's position refers to, and from run to run. In ascending
+// order: walking back to what a pass before left in the cache was slower, for the processor prefetches upwards.
 #pragma once
 
 #include <omp.h>
@@ -32,11 +32,6 @@ template <class T> struct OneForAll {
   NORMPASS_ALWAYS_INLINE T operator[](int64_t) const { return value; }
 };
 
-template <class F> void each_of_share(int64_t units, int thread, int threads, F f) {
-  int64_t begin = units * thread / threads, end = units * (thread + 1) / threads;
-  for (int64_t i = begin; i < end; ++i) f(i);
-}
-
 class Rows {
  public:
   explicit Rows(const Layout& layout) : layout_(layout), pattern_(layout.channels) {
@@ -48,12 +43,20 @@ class Rows {
   template <class T> OnePerValue<T> at(const std::vector<T>& values, int64_t position) const {
     return {values.data() + position};
   }
-  template <class F> void tiles(int thread, int threads, F f) const {
-    int64_t size = layout_.size();
-    each_of_share((size + pattern_ - 1) / pattern_, thread, threads, [&](int64_t index) {
+  template <class S, class F> void tiles(int thread, int threads, F f) const {
+    // Rows so wide that their per-channel values leave no room in the first-level cache: several at a time. Others
+    // one after another, which the processor prefetches better.
+    const int64_t group = has_several_runs<S>() && pattern_ > tile_size ? runs_at_once : 1;
+    int64_t size = layout_.size(), patterns = (size + pattern_ - 1) / pattern_, whole = size / pattern_;
+    int64_t end = patterns * (thread + 1) / threads, grouped = std::min(end, whole);
+    int64_t index = patterns * thread / threads;
+    for (; group > 1 && index + group <= grouped; index += group)
+      for (int64_t i = 0; i < pattern_; i += tile_size)
+        f(Tile{index * pattern_ + i, std::min(tile_size, pattern_ - i), i, runs_at_once});
+    for (; index < end; ++index) {
       int64_t start = index * pattern_, length = std::min(pattern_, size - start);
-      for (int64_t i = 0; i < length; i += tile_size) f(start + i, std::min(tile_size, length - i), i);
-    });
+      for (int64_t i = 0; i < length; i += tile_size) f(Tile{start + i, std::min(tile_size, length - i), i});
+    }
   }
 
  private:
@@ -70,14 +73,14 @@ class Planes {
   template <class T> OneForAll<T> at(const std::vector<T>& values, int64_t position) const {
     return {values[position]};
   }
-  template <class F> void tiles(int thread, int threads, F f) const {
+  template <class S, class F> void tiles(int thread, int threads, F f) const {
     int64_t units = layout_.outer * layout_.channels * parts_;
-    each_of_share(units, thread, threads, [&](int64_t unit) {
+    for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) {
       int64_t plane = unit / parts_, first = unit % parts_ * part_;
       int64_t length = std::min(part_, layout_.inner - first);
       int64_t start = plane * layout_.inner + first, channel = plane % layout_.channels;
-      for (int64_t i = 0; i < length; i += tile_size) f(start + i, std::min(tile_size, length - i), channel);
-    });
+      for (int64_t i = 0; i < length; i += tile_size) f(Tile{start + i, std::min(tile_size, length - i), channel});
+    }
   }
 
  private:

@@ -8,6 +8,10 @@
 namespace normpass {
 namespace {
 
+template <class S> const Wide<S>* read_values(const S* from, Wide<S>* buffer, int64_t n) {
+  return read_tile(from, 0, buffer, {0, n, 0}).values;
+}
+
 // --- rows ------------------------------------------------------------------------------------------------------
 
 constexpr int64_t patterns_to_begin_with = 16, patterns_per_block = 128, patterns_at_once = 4;
@@ -65,14 +69,16 @@ void add_patterns(const S* from, int64_t width, RowMoments<Wide<S>>& moments) {
   for (int64_t i = 0; i < width; i += tile_size) {
     int64_t n = std::min(tile_size, width - i);
     const A* values[PATTERNS];
-    for (int p = 0; p < PATTERNS; ++p) values[p] = read_tile(from + p * width + i, widened[p], n);
+    for (int p = 0; p < PATTERNS; ++p) values[p] = read_values(from + p * width + i, widened[p], n);
     moments.add(values, n, i);
   }
 }
 
-template <class S> void sum_patterns(const S* x, int64_t width, int64_t begin, int64_t end, RowMoments<Wide<S>>& moments) {
+template <class S>
+void sum_patterns(const S* x, int64_t width, int64_t begin, int64_t end, RowMoments<Wide<S>>& moments) {
   int64_t i = begin;
-  for (; i + patterns_at_once <= end; i += patterns_at_once) add_patterns<S, patterns_at_once>(x + i * width, width, moments);
+  for (; i + patterns_at_once <= end; i += patterns_at_once)
+    add_patterns<S, patterns_at_once>(x + i * width, width, moments);
   for (; i < end; ++i) add_patterns<S, 1>(x + i * width, width, moments);
 }
 
@@ -97,7 +103,7 @@ void moments_of_share(const Rows& rows, const S* x, int thread, int threads, std
   for (int64_t i = patterns * width; thread == 0 && i < size; i += tile_size) {  // rows that fill no pattern
     alignas(64) A widened[tile_size];
     int64_t n = std::min(tile_size, size - i);
-    const A* values = read_tile(x + i, widened, n);
+    const A* values = read_values(x + i, widened, n);
     for (int64_t p = 0; p < n; ++p) channels[(i + p) % count].merge(1.0, values[p], 0.0);
   }
 }
@@ -123,14 +129,15 @@ template <class A> Moments<double> moments_about(A shift, const A* values, int64
 }
 
 template <class S>
-void moments_of_share(const Planes& planes, const S* x, int thread, int threads, std::vector<Moments<double>>& channels) {
+void moments_of_share(const Planes& planes, const S* x, int thread, int threads,
+                      std::vector<Moments<double>>& channels) {
   using A = Wide<S>;
-  planes.tiles(thread, threads, [&](int64_t offset, int64_t n, int64_t channel) {
+  planes.template tiles<S>(thread, threads, [&](const Tile& tile) {
     alignas(64) A widened[tile_size];
-    const A* values = read_tile(x + offset, widened, n);
-    Moments<double>& own = channels[channel];
-    A shift = own.count == 0 ? sum_of(values, n) / static_cast<A>(n) : static_cast<A>(own.mean);
-    own.merge(moments_about(shift, values, n));
+    const A* values = read_values(x + tile.offset, widened, tile.n);
+    Moments<double>& own = channels[tile.position];
+    A shift = own.count == 0 ? sum_of(values, tile.n) / static_cast<A>(tile.n) : static_cast<A>(own.mean);
+    own.merge(moments_about(shift, values, tile.n));
   });
 }
 

@@ -5,15 +5,24 @@
 namespace normpass {
 namespace {
 
-template <class A, class PerChannel, class Activation>
-void forward_tile(const A* __restrict x, const A* __restrict residual, A* __restrict z, int64_t n,
-                  AffineAt<PerChannel> at, Activation activation) {
-  if (residual == nullptr) {
+template <int RUNS, class A, class PerChannel, class Activation>
+void forward_tile(Runs<const A> x, Runs<const A> residual, Runs<A> z, int64_t n, AffineAt<PerChannel> at,
+                  Activation activation) {
+  if (residual.values == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = activation.value(affine_value(x[i] - at.mean[i], at, i));
+    for (int64_t i = 0; i < n; ++i) {
+      AffineValues<A> affine(at, i);
+#pragma GCC unroll 4
+      for (int run = 0; run < RUNS; ++run) z(run, i) = activation.value(affine.value(x(run, i) - affine.mean));
+    }
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = activation.value(affine_value(x[i] - at.mean[i], at, i) + residual[i]);
+    for (int64_t i = 0; i < n; ++i) {
+      AffineValues<A> affine(at, i);
+#pragma GCC unroll 4
+      for (int run = 0; run < RUNS; ++run)
+        z(run, i) = activation.value(affine.value(x(run, i) - affine.mean) + residual(run, i));
+    }
   }
 }
 
@@ -22,17 +31,20 @@ void norm_act(const Walk& walk, S* z, const S* x, const S* residual, const Affin
               ActivationCall call, int threads) {
   using A = Wide<S>;
   const bool streamed = is_streamed<S>(walk.layout());
+  const int64_t stride = walk.width();
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) A wide_x[tile_size], wide_residual[tile_size], buffer[tile_size];
-    walk.tiles(omp_get_thread_num(), omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
-      const A* from = read_tile(x + offset, wide_x, n);
-      const A* added = residual == nullptr ? nullptr : read_tile(residual + offset, wide_residual, n);
-      A* target = target_of(z + offset, buffer, streamed);
+    alignas(64) A wide_x[tile_size], wide_residual[tile_size], buffer[runs_at_once * tile_size];
+    walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
+      Runs<const A> from = read_tile(x, stride, wide_x, tile), added{nullptr, 0};
+      if (residual != nullptr) added = read_tile(residual, stride, wide_residual, tile);
+      Runs<A> target = target_of(z, stride, buffer, tile, streamed);
       with_activation<A>(call, [&](auto activation) {
-        forward_tile(from, added, target, n, affine_at(walk, affine, position), activation);
+        with_runs<S>(tile, [&](auto runs) {
+          forward_tile<runs.value>(from, added, target, tile.n, affine_at(walk, affine, tile.position), activation);
+        });
       });
-      finish_tile(z + offset, target, n, streamed);
+      finish_tile(z, stride, target, tile, streamed);
     });
     if (streamed) end_of_stream();
   }

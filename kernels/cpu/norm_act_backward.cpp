@@ -10,31 +10,31 @@
 namespace normpass {
 namespace {
 
-template <class A, class PerChannel, class Activation> struct InputTile {
-  const A* grad;
-  const A* x;
-  AffineAt<PerChannel> at;
+template <class A, class PerChannel, class Activation> struct FromInputTile {
+  Runs<const A> grad, x;
+  AffineAt<PerChannel> affine;
   Activation activation;
 
-  NORMPASS_ALWAYS_INLINE Derivative<A> operator()(int64_t i) const {
-    A centred = x[i] - at.mean[i];
-    return {activation.gradient(grad[i], affine_value(centred, at, i)), centred};
+  NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {affine, i}; }
+  NORMPASS_ALWAYS_INLINE Derivative<A> at(const AffineValues<A>& channel, int run, int64_t i) const {
+    A centred = x(run, i) - channel.mean;
+    return {activation.gradient(grad(run, i), channel.value(centred)), centred};
   }
 };
 
 // Writes dy too.
-template <class A, class PerChannel, class Activation> struct JoinedTile {
-  const A* grad;
-  const A* x;
-  const A* residual;
-  A* dy;
-  AffineAt<PerChannel> at;
+template <class A, class PerChannel, class Activation> struct FromJoinTile {
+  Runs<const A> grad, x, residual;
+  Runs<A> dy;
+  AffineAt<PerChannel> affine;
   Activation activation;
 
-  NORMPASS_ALWAYS_INLINE Derivative<A> operator()(int64_t i) const {
-    A centred = x[i] - at.mean[i];
-    dy[i] = activation.gradient(grad[i], affine_value(centred, at, i) + residual[i]);
-    return {dy[i], centred};
+  NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {affine, i}; }
+  NORMPASS_ALWAYS_INLINE Derivative<A> at(const AffineValues<A>& channel, int run, int64_t i) const {
+    A centred = x(run, i) - channel.mean;
+    A gradient = activation.gradient(grad(run, i), channel.value(centred) + residual(run, i));
+    dy(run, i) = gradient;
+    return {gradient, centred};
   }
 };
 
@@ -49,35 +49,45 @@ template <class S> struct FromInput {
   bool streamed;
 
   template <class Walk, class F>
-  void first_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
-    auto at = affine_at(walk, affine, position);
+  void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+    auto at = affine_at(walk, affine, tile.position);
     using PerChannel = decltype(at.mean);
-    const A* from = read_tile(x + offset, buffers.kept, n);
-    const A* outer = read_tile(grad + offset, buffers.grad, n);
-    if (residual == nullptr) {
+    const int64_t stride = walk.width();
+    Runs<const A> from = read_tile(x, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
+    if (residual == nullptr && dresidual == nullptr) {
       with_activation<A>(activation, [&](auto act) {
-        f(InputTile<A, PerChannel, decltype(act)>{outer, from, at, act});
+        with_runs<S>(tile, [&](auto runs) {
+          f(FromInputTile<A, PerChannel, decltype(act)>{outer, from, at, act}, runs);
+        });
       });
       return;
     }
-    const A* added = read_tile(residual + offset, buffers.residual, n);
-    A* dy = dresidual == nullptr ? buffers.result : target_of(dresidual + offset, buffers.result, streamed);
+    alignas(64) static constexpr A zeros[tile_size] = {};
+    Runs<const A> added{zeros, 0};
+    if (residual != nullptr) added = read_tile(residual, stride, buffers.residual, tile);
+    Runs<A> dy = {buffers.result, tile_size};
+    if (dresidual != nullptr) dy = target_of(dresidual, stride, buffers.result, tile, streamed);
     with_activation<A>(activation, [&](auto act) {
-      f(JoinedTile<A, PerChannel, decltype(act)>{outer, from, added, dy, at, act});
+      with_runs<S>(tile, [&](auto runs) {
+        f(FromJoinTile<A, PerChannel, decltype(act)>{outer, from, added, dy, at, act}, runs);
+      });
     });
-    if (dresidual != nullptr) finish_tile(dresidual + offset, dy, n, streamed);
+    if (dresidual != nullptr) finish_tile(dresidual, stride, dy, tile, streamed);
   }
   void end_of_first_pass() const {
     if (dresidual != nullptr && streamed) end_of_stream();
   }
 
   template <class Walk, class F>
-  void second_pass(const Walk& walk, TileBuffers<A>& buffers, int64_t offset, int64_t n, int64_t position, F f) const {
-    if (dresidual == nullptr) return first_pass(walk, buffers, offset, n, position, f);
-    auto at = affine_at(walk, affine, position);
-    const A* from = read_tile(x + offset, buffers.kept, n);
-    const A* dy = read_tile(dresidual + offset, buffers.grad, n);
-    f(InputTile<A, decltype(at.mean), Identity<A>>{dy, from, at, Identity<A>(0, 0)});
+  void second_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+    if (dresidual == nullptr) return first_pass(walk, buffers, tile, f);
+    auto at = affine_at(walk, affine, tile.position);
+    const int64_t stride = walk.width();
+    Runs<const A> from = read_tile(x, stride, buffers.kept, tile);
+    Runs<const A> dy = read_tile(dresidual, stride, buffers.grad, tile);
+    with_runs<S>(tile, [&](auto runs) {
+      f(FromInputTile<A, decltype(at.mean), Identity<A>>{dy, from, at, Identity<A>(0, 0)}, runs);
+    });
   }
 };
 
@@ -98,13 +108,18 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
 
 // dresidual alone: dy, written in the pass of the reduction where there is one.
 template <class S, class Walk> void differentiate_only(const Walk& walk, const FromInput<S>& source, int threads) {
+  using A = Wide<S>;
 #pragma omp parallel num_threads(threads)
   {
-    TileBuffers<Wide<S>> buffers;
-    walk.tiles(omp_get_thread_num(), omp_get_num_threads(), [&](int64_t offset, int64_t n, int64_t position) {
-      source.first_pass(walk, buffers, offset, n, position, [&](auto tile) {
+    TileBuffers<A> buffers;
+    walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
+      source.first_pass(walk, buffers, tile, [&](auto gradients, auto runs) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) tile(i);
+        for (int64_t i = 0; i < tile.n; ++i) {
+          auto channel = gradients.channel(i);
+#pragma GCC unroll 4
+          for (int run = 0; run < runs.value; ++run) gradients.at(channel, run, i);
+        }
       });
     });
     source.end_of_first_pass();

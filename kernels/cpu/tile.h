@@ -1,7 +1,6 @@
-// A tile: a run of consecutive values in the first-level cache, where several short loops work on it in turn.
-//
-// What a kernel costs is the memory it moves; the loops over a tile are cheap beside that, and stay simple enough
-// for the compiler to vectorise: one for the storage type, one for the algebra, one for the activation.
+// A tile: some runs of consecutive values, all of the same channels, that are worked on together. The per-channel
+// values are loaded once for all runs; 16-bit storage is widened into a buffer first. The loops over a tile stay simple
+// enough for the compiler to vectorise.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +19,8 @@
 
 namespace normpass {
 
-constexpr int64_t tile_size = 512;  // with its operands and results, within a cache of 32 KiB
+constexpr int64_t tile_size = 512;  // values in a run: with its operands and results, within a cache of 32 KiB
+constexpr int runs_at_once = 4;     // in a tile of several runs
 
 // Results of this many bytes are written past the caches.
 constexpr int64_t streamed_from = int64_t(1) << 24;
@@ -83,12 +83,40 @@ inline void narrow(const float* from, Half* to, int64_t n) {
   for (; i < n; ++i) to[i].bits = float_to_half(from[i]);
 }
 
-// The values of a tile for reading: in place where the storage type is the wide one, else widened into `buffer`.
-inline const float* read_tile(const float* from, float*, int64_t) { return from; }
-inline const double* read_tile(const double* from, double*, int64_t) { return from; }
-template <class S> inline const float* read_tile(const S* from, float* buffer, int64_t n) {
-  widen(from, buffer, n);
-  return buffer;
+struct Tile {
+  int64_t offset;    // of the first value of the first run
+  int64_t n;         // values in a run
+  int64_t position;  // where the per-channel values of a run begin
+  int runs = 1;      // 1, or runs_at_once for float storage
+};
+
+// The runs of a tile, for reading or writing.
+template <class A> struct Runs {
+  A* values;
+  int64_t stride;
+  NORMPASS_ALWAYS_INLINE A& operator()(int run, int64_t i) const { return values[run * stride + i]; }
+};
+
+// In place where the storage type is the wide one, else widened into `buffer`. `stride`: from run to run.
+template <class S>
+Runs<const Wide<S>> read_tile(const S* from, int64_t stride, Wide<S>* buffer, const Tile& tile) {
+  if constexpr (std::is_same<S, Wide<S>>::value) {
+    return {from + tile.offset, stride};
+  } else {
+    widen(from + tile.offset, buffer, tile.n);
+    return {buffer, 0};
+  }
+}
+
+// Tiles of several runs are for float storage: doubles do without the code, and 16 bits would need larger buffers.
+template <class S> constexpr bool has_several_runs() { return std::is_same<S, float>::value; }
+
+// Calls f with the number of runs as a constant.
+template <class S, class F> void with_runs(const Tile& tile, F f) {
+  if constexpr (has_several_runs<S>()) {
+    if (tile.runs == runs_at_once) return f(std::integral_constant<int, runs_at_once>());
+  }
+  f(std::integral_constant<int, 1>());
 }
 
 // Past the caches, so that what is overwritten is not read into them first.
@@ -118,15 +146,17 @@ inline void end_of_stream() {
 #endif
 }
 
-// Where the last loop over a tile writes, and what takes the values from there if that is not their place yet.
-template <class S> Wide<S>* target_of(S* to, Wide<S>* buffer, bool streamed) {
-  if constexpr (std::is_same<S, Wide<S>>::value) return streamed ? buffer : to;
-  else return buffer;
+// Where the last loop over a tile writes (`buffer` has room for runs_at_once runs), and what takes the values from there if that is not their place yet.
+template <class S>
+Runs<Wide<S>> target_of(S* to, int64_t stride, Wide<S>* buffer, const Tile& tile, bool streamed) {
+  if constexpr (std::is_same<S, Wide<S>>::value)
+    if (!streamed) return {to + tile.offset, stride};
+  return {buffer, tile_size};
 }
 
-template <class S> void finish_tile(S* to, const Wide<S>* values, int64_t n, bool streamed) {
+template <class S> void finish_run(S* to, const Wide<S>* values, int64_t n, bool streamed) {
   if constexpr (std::is_same<S, Wide<S>>::value) {
-    if (streamed) stream_bytes(to, values, n * sizeof(S));
+    stream_bytes(to, values, n * sizeof(S));
   } else if (streamed) {
     alignas(64) S narrowed[tile_size];
     narrow(values, narrowed, n);
@@ -134,6 +164,13 @@ template <class S> void finish_tile(S* to, const Wide<S>* values, int64_t n, boo
   } else {
     narrow(values, to, n);
   }
+}
+
+template <class S>
+void finish_tile(S* to, int64_t stride, const Runs<Wide<S>>& target, const Tile& tile, bool streamed) {
+  if (std::is_same<S, Wide<S>>::value && !streamed) return;
+  for (int run = 0; run < tile.runs; ++run)
+    finish_run(to + tile.offset + run * stride, target.values + run * target.stride, tile.n, streamed);
 }
 
 struct ActivationCall {
