@@ -18,7 +18,7 @@ FOLDERS = {
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
     ("guard", "measure", "ops"),
-    ("tracing", "recipe"),
+    ("tracing", "recipe", "nn"),
     ("functional", "report"),
     ("capture",),
     ("sites",),

@@ -6,11 +6,14 @@ Importing this package registers them all. The functions below are the same oper
 from .activation import Activation, activate, activate_, activation_backward, deactivate
 from .inplace_abn import inplace_abn
 from .inplace_abn_backward import inplace_abn_backward
+from .instance_moments import instance_moments, merged_moments
 from .layout import memory_format_of
 from .moments import moments
 from .norm_act import norm_act
 from .norm_act_backward import norm_act_backward
 from .running_stats import updated_running_stats
+from .shift_scale import shift_scale
+from .sparsest_max import sparsest_max
 
 __all__ = [
     "Activation",
@@ -20,9 +23,13 @@ __all__ = [
     "deactivate",
     "inplace_abn",
     "inplace_abn_backward",
+    "instance_moments",
     "memory_format_of",
+    "merged_moments",
     "moments",
     "norm_act",
     "norm_act_backward",
+    "shift_scale",
+    "sparsest_max",
     "updated_running_stats",
 ]

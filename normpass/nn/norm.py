@@ -1,0 +1,100 @@
+"""What the norm layers of this package share with `nn.BatchNorm`: parameters, running statistics, checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normpass.ops import updated_running_stats
+from normpass.ops.layout import statistics_dtype
+from normpass.ops.shift_scale import shift_scale
+
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class BatchNormLike(_NormBase):
+    """A norm with BatchNorm's parameters and buffers, but no BatchNorm: nothing converts it to a SyncBatchNorm."""
+
+    dims: tuple[int, ...] = ()
+    """how many dimensions its input may have"""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() not in self.dims:
+            allowed = " or ".join(f"{d}-d" for d in self.dims)
+            raise ValueError(f"{type(self).__name__}: expected {allowed} input, got shape {tuple(x.shape)}")
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether statistics come from the batch, not from running averages."""
+        return self.training or self.running_mean is None
+
+    def normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """(x − mean)·rsqrt(var + eps)·weight + bias for statistics (N, C) or (1, C) that have gradients."""
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.to(scale.dtype)
+        return shift_scale(x, mean, scale, self.bias)
+
+    def running(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The running mean and variance as (1, C), in the dtype of the statistics of `x`."""
+        dtype = statistics_dtype(x)
+        assert self.running_mean is not None and self.running_var is not None
+        return self.running_mean.to(dtype)[None], self.running_var.to(dtype)[None]
+
+    def check_count(self, x: Tensor, count: int) -> None:
+        """ValueError where a batch has no variance, as `nn.BatchNorm` raises."""
+        if count < 2:
+            raise ValueError(
+                f"{type(self).__name__}: expected more than 1 value per channel when training, "
+                f"got input size {tuple(x.shape)}"
+            )
+
+    def update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running averages towards (C,) `mean` and biased `var` of `count` values, as `nn.BatchNorm` does."""
+        if not self.training or not self.track_running_stats or self.running_mean is None:
+            return
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        mean, var = mean.detach(), var.detach()
+        with torch.no_grad():
+            if self.momentum is not None:
+                new = updated_running_stats(self.running_mean, self.running_var, mean, var, self.momentum, count)
+                self.running_mean.copy_(new[0])
+                self.running_var.copy_(new[1])
+                return
+            share = 1 / self.num_batches_tracked.to(mean.dtype)  # on the device: nothing is read back
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share.to(self.running_mean.dtype))
+            var = var * (count / (count - 1))
+            self.running_var.lerp_(var.to(self.running_var.dtype), share.to(self.running_var.dtype))
+
+
+def adopt(layer: Any, norm: nn.Module) -> Any:
+    """Give `layer` the very parameters and buffers of a BatchNorm; returns it. Both are `_NormBase`."""
+    for name in ("weight", "bias"):
+        layer._parameters[name] = norm._parameters[name]
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        layer._buffers[name] = norm._buffers[name]
+    layer.training = norm.training
+    return layer
+
+
+def options_of(norm: Any) -> dict[str, Any]:
+    """The arguments with which a norm like `norm` is made."""
+    reference = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
+    return {
+        "num_features": norm.num_features,
+        "eps": norm.eps,
+        "momentum": norm.momentum,
+        "affine": norm.affine,
+        "track_running_stats": norm.track_running_stats,
+        "device": reference.device if reference is not None else None,
+        "dtype": reference.dtype if reference is not None else None,
+    }
+
+
+def dimension_of(norm: nn.Module) -> int | None:
+    """1, 2 or 3 for `nn.BatchNorm1d`, 2d or 3d; None for any other class, subclasses too."""
+    return next((d for d, kind in enumerate(BATCH_NORMS, 1) if type(norm) is kind), None)

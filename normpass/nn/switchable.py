@@ -1,0 +1,218 @@
+"""Sparse switchable normalisation: every layer learns which of instance, layer and batch norm it is.
+
+    y = weight·(x − Σ p_k·mean_k)/√(Σ q_k·var_k + eps) + bias        k in instance, layer, batch
+
+p and q are SparsestMax of three logits each (initially 1), of radius `radius`, which a `RadiusSchedule` raises
+until every layer has chosen one norm for its mean and one for its variance (SSN, Shao et al. 2019, arXiv
+1903.03793). The moments are taken once, over the positions of each channel of each sample, and merged to those
+of the layer and the batch. All variances are biased, so that a layer that has chosen is exactly that norm (the
+authors take the instance variance unbiased, which is NaN for maps of 1×1).
+
+In eval mode the batch's statistics are the running ones. A layer that has `chosen` computes nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normpass.nn.norm import BatchNormLike, adopt, dimension_of, options_of
+from normpass.ops.instance_moments import instance_moments, merged_moments
+from normpass.ops.layout import statistics_dtype
+from normpass.ops.sparsest_max import sparsest_max
+
+NORMS = ("instance", "layer", "batch")
+"""The norms in the order of the logits."""
+
+
+class _SparseSwitchableNorm(BatchNormLike):
+    mean_logits: nn.Parameter
+    var_logits: nn.Parameter
+    radius: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.mean_logits = nn.Parameter(torch.ones(len(NORMS), device=device, dtype=wide))
+        self.var_logits = nn.Parameter(torch.ones(len(NORMS), device=device, dtype=wide))
+        self.register_buffer("radius", torch.zeros((), device=device, dtype=wide))
+        self.chosen: tuple[str, str] | None = None
+        """the norms of mean and variance, once both are decided; set by `freeze_decided`, on loading, by hand"""
+
+    @property
+    def logits(self) -> Tensor:
+        """(2, 3): those of the mean, those of the variance; at least float32."""
+        logits = torch.stack((self.mean_logits, self.var_logits))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """p and q, each (3,), in the order of `NORMS`."""
+        logits = self.logits
+        p, q = sparsest_max(logits, self.radius.to(logits.dtype)).unbind(0)
+        return p, q
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, *) -> the same shape, dtype and layout."""
+        self._check_input_dim(x)
+        if self.chosen is not None:
+            return self._as_chosen(x, *self.chosen)
+        mean, var = instance_moments(x)
+        means, variances = zip((mean, var), merged_moments(mean, var, 1), self._batch(x, mean, var), strict=True)
+        dtype = statistics_dtype(x)
+        p, q = (ratios.to(dtype) for ratios in self.ratios())
+        return self.normalise(x, _weighted(p, means), _weighted(q, variances))
+
+    def _batch(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (1, C) of the batch from those of its instances, or the running ones."""
+        if not self.uses_batch:
+            return self.running(x)
+        count = x.numel() // x.shape[1]
+        self.check_count(x, count)
+        batch_mean, batch_var = merged_moments(mean, var, 0)
+        self.update_running(batch_mean[0], batch_var[0], count)
+        return batch_mean, batch_var
+
+    # --- decided layers ---
+
+    def _as_chosen(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
+        if mean_of == var_of:
+            return _PLAIN[mean_of](self, x)
+        if {mean_of, var_of} == {"layer", "batch"} or "instance" in (mean_of, var_of):
+            return self._mixed(x, mean_of, var_of)
+        raise ValueError(f"`chosen` must name two of {NORMS}, it is {(mean_of, var_of)}")
+
+    def _mixed(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
+        """One norm's mean and another's variance, from one pass over x."""
+        mean, var = instance_moments(x)
+        found = {"instance": (mean, var)}
+        if "layer" in (mean_of, var_of):
+            found["layer"] = merged_moments(mean, var, 1)
+        if "batch" in (mean_of, var_of):
+            found["batch"] = self._batch(x, mean, var)
+        return self.normalise(x, *torch.broadcast_tensors(found[mean_of][0], found[var_of][1]))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}mean_logits" in state_dict and not self.mean_logits.is_meta:
+            settle([self])
+
+    def extra_repr(self) -> str:
+        chosen = "" if self.chosen is None else f", chosen={self.chosen}"
+        return super().extra_repr() + chosen
+
+
+def _weighted(ratios: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    instance, layer, batch = parts
+    return ratios[0] * instance + ratios[1] * layer + ratios[2] * batch
+
+
+def _instance_norm(norm: Any, x: Tensor) -> Tensor:
+    wide = x.unsqueeze(-1) if x.dim() == 2 else x
+    y = torch.instance_norm(wide, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
+    return y.reshape(x.shape)
+
+
+def _layer_norm(norm: Any, x: Tensor) -> Tensor:
+    return torch.group_norm(x, 1, norm.weight, norm.bias, norm.eps)
+
+
+def _batch_norm(norm: Any, x: Tensor) -> Tensor:
+    return nn.modules.batchnorm._BatchNorm.forward(norm, x)
+
+
+_PLAIN = {"instance": _instance_norm, "layer": _layer_norm, "batch": _batch_norm}
+
+
+class SparseSwitchableNorm1d(_SparseSwitchableNorm):
+    """Sparse switchable norm of (N, C) or (N, C, L). Arguments are those of `nn.BatchNorm1d`."""
+
+    dims = (2, 3)
+
+
+class SparseSwitchableNorm2d(_SparseSwitchableNorm):
+    """Sparse switchable norm of (N, C, H, W). Arguments are those of `nn.BatchNorm2d`."""
+
+    dims = (4,)
+
+
+class SparseSwitchableNorm3d(_SparseSwitchableNorm):
+    """Sparse switchable norm of (N, C, D, H, W). Arguments are those of `nn.BatchNorm3d`."""
+
+    dims = (5,)
+
+
+SWITCHABLE_NORMS = (SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d)
+
+
+def switchable_from(norm: nn.Module) -> _SparseSwitchableNorm:
+    """The undecided layer that has a BatchNorm's very parameters and buffers, in its mode."""
+    dimension = dimension_of(norm)
+    if dimension is None:
+        raise TypeError(f"`norm` must be an nn.BatchNorm1d, 2d or 3d, it is a {type(norm).__name__}")
+    layer: _SparseSwitchableNorm = adopt(SWITCHABLE_NORMS[dimension - 1](**options_of(norm)), norm)
+    return layer
+
+
+def switchable_layers(model: nn.Module) -> dict[str, _SparseSwitchableNorm]:
+    """Dotted path -> layer."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, _SparseSwitchableNorm)}
+
+
+def settle(layers: list[_SparseSwitchableNorm]) -> list[_SparseSwitchableNorm]:
+    """Set `chosen` of each layer from its logits and radius; returns those that have chosen.
+
+    Reads all decisions from the device at once. A layer that has chosen has its logits frozen: gradient None, not
+    zero, or an optimizer's momentum would move them on.
+    """
+    if not layers:
+        return []
+    device = layers[0].mean_logits.device
+    with torch.no_grad():
+        logits = torch.stack([layer.logits.double().to(device) for layer in layers])
+        radius = torch.stack([layer.radius.double().to(device) for layer in layers])[:, None]
+        ratios = sparsest_max(logits, radius)
+        decisions = torch.where(ratios.amax(-1) == 1, ratios.argmax(-1), -1).tolist()
+    for layer, pair in zip(layers, decisions, strict=True):
+        choose(layer, None if -1 in pair else (NORMS[pair[0]], NORMS[pair[1]]))
+    return [layer for layer in layers if layer.chosen is not None]
+
+
+def choose(layer: _SparseSwitchableNorm, chosen: tuple[str, str] | None) -> None:
+    """Fix the norms of a layer and freeze its logits; with None let it learn again."""
+    layer.chosen = chosen
+    for logits in (layer.mean_logits, layer.var_logits):
+        logits.requires_grad_(chosen is None)
+        if chosen is not None:
+            logits.grad = None
+
+
+def freeze_decided(model: nn.Module) -> list[str]:
+    """Freeze every layer whose ratios are both one-hot by now; returns the paths of all that are decided.
+
+    What is decided stays so: a larger radius leaves a one-hot result as it is. One read from the device for the
+    whole model, none where all layers are decided.
+    """
+    layers = switchable_layers(model)
+    settle([layer for layer in layers.values() if layer.chosen is None])
+    return [path for path, layer in layers.items() if layer.chosen is not None]
+
+
+def usage(model: nn.Module) -> dict[str, dict[str, float]]:
+    """For the mean and the variance: the share of each norm, averaged over the layers; for plots and logs."""
+    layers = list(switchable_layers(model).values())
+    if not layers:
+        return {}
+    with torch.no_grad():
+        ratios = torch.stack([torch.stack(layer.ratios()).double() for layer in layers]).mean(0).tolist()
+    return {name: dict(zip(NORMS, values, strict=True)) for name, values in zip(("mean", "var"), ratios, strict=True)}
