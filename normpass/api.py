@@ -41,8 +41,10 @@ def optimize(
         example_inputs: a tensor, or a tuple or dict of arguments, that the model accepts. Only used to
             check that the model runs on them and that, in eval mode, the result gives the same outputs.
         memory_budget: not available yet.
-        changes: rewrites that change the model's function, by name (`"leaky_relu"`) or as option
-            objects (`normpass.passes.LeakyReLU(negative_slope=0.02)`).
+        changes: rewrites that change the model's function, by name (`"leaky_relu"`, `"kalman"`,
+            `"sparse_switchable"`) or as option objects (`normpass.passes.LeakyReLU(negative_slope=0.02)`,
+            `normpass.passes.Kalman(prediction_weight=0.9)`). They may add parameters, which belong into the
+            optimizer.
         allow_lossy: also allow in-place activated batch norm, whose backward reconstructs a value
             from a rounded one.
         tune: not available yet.
@@ -61,14 +63,18 @@ def optimize(
     if example_inputs is not None:
         check_example_inputs(model, example_inputs)
     optimised = optimise_in_place(shared_copy(model), options)
-    verify_state(model, optimised)
+    verify_state(model, optimised, may_add=bool(options.changes))
     if example_inputs is not None and not options.changes:
         compare_in_eval_mode(model, optimised, example_inputs)
     return optimised
 
 
-def restore(optimised: nn.Module) -> nn.Module:
+def restore(optimised: nn.Module, *, keep_changes: bool = False) -> nn.Module:
     """The original structure of an optimised module, with its current parameters and buffers (shared).
+
+    Where `changes=` replaced a layer, the original one stands again: a BatchNorm where a Kalman or switchable norm
+    is. With `keep_changes` the replaced layers stay (a Kalman norm without predictions): what to optimise again
+    once switchable layers have chosen.
 
     Raises:
         InvalidModelError: the module was not made by `optimize`.
@@ -77,7 +83,7 @@ def restore(optimised: nn.Module) -> nn.Module:
         raise InvalidModelError(
             f"{type(optimised).__name__} was not made by normpass.optimize; there is nothing to restore"
         )
-    return plain_copy(optimised)
+    return plain_copy(optimised, keep_changes)
 
 
 def explain(

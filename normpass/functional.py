@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from normpass.graph import hooks_of
 from normpass.kernels import Running, kernels_for
+from normpass.nn.switchable import is_batch_norm_by_choice
 from normpass.ops.activation import activate
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.inplace_abn import inplace_abn_on
@@ -89,7 +90,8 @@ def is_norm_act_module(norm: Any) -> bool:
 
 def is_supported_norm(norm: Any) -> bool:
     """Whether the class of `norm` is one whose computation is known here (subclasses are not)."""
-    return type(norm) in _DIMS or type(norm) is FunctionalBatchNorm or is_norm_act_module(norm)
+    known = type(norm) in _DIMS or type(norm) is FunctionalBatchNorm or is_norm_act_module(norm)
+    return known or is_batch_norm_by_choice(norm)
 
 
 def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -36,6 +36,8 @@ from normpass.capture import (
 )
 from normpass.errors import InvalidModelError, StaleChangeError
 from normpass.graph import global_hooks
+from normpass.nn.norm import BatchNormLike, as_batch_norm
+from normpass.nn.switchable import decide, switchable_layers
 from normpass.planner import Plan, make_plan
 from normpass.sites import find_sites
 
@@ -83,8 +85,8 @@ class Optimized:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         part: Part = self.__dict__[_STATE]
-        plain = plain_copy(cast(nn.Module, self))
-        return (_optimise_again, (plain, part.options)) if part.is_root else (_identity, (plain,))
+        plain = plain_copy(cast(nn.Module, self), keep_changes=True)
+        return (_optimise_again, (plain, part.options, part.replaced)) if part.is_root else (_identity, (plain,))
 
 
 def part_of(optimised: nn.Module) -> Part:
@@ -96,8 +98,8 @@ def _identity(module: nn.Module) -> nn.Module:
     return module
 
 
-def _optimise_again(plain: nn.Module, options: Options) -> nn.Module:
-    return optimise_in_place(plain, options)
+def _optimise_again(plain: nn.Module, options: Options, replaced: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    return optimise_in_place(plain, options, replaced)
 
 
 @functools.cache
@@ -130,8 +132,11 @@ def shared_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def plain_copy(optimised: nn.Module) -> nn.Module:
-    """The original structure of an optimised module, sharing its parameters and buffers."""
+def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:
+    """The original structure of an optimised module, sharing its parameters and buffers.
+
+    With `keep_changes` the layers that changes put in stay.
+    """
     changed: list[tuple[nn.Module, type, dict]] = []
     part: Part = optimised.__dict__[_STATE]
     try:
@@ -144,19 +149,26 @@ def plain_copy(optimised: nn.Module) -> nn.Module:
         for module, cls, state in changed:
             module.__class__ = cls
             module.__dict__[_STATE] = state
-    for path, layer in part.replaced.items():
+    for path, layer in part.replaced.items() if not keep_changes else ():
         parent, _, name = path.rpartition(".")
         owner = plain.get_submodule(parent)
-        if type(getattr(owner, name, None)) is nn.LeakyReLU:
-            setattr(owner, name, copy.deepcopy(layer).train(getattr(owner, name).training))
+        current = getattr(owner, name, None)
+        if type(current) is nn.LeakyReLU:
+            setattr(owner, name, copy.deepcopy(layer).train(current.training))
+        elif isinstance(current, BatchNormLike):
+            setattr(owner, name, as_batch_norm(current))
     return plain
 
 
-def optimise_in_place(model: nn.Module, options: Options) -> nn.Module:
-    """Turn `model` (a copy that nobody else holds) into its optimised form."""
-    replaced: dict[str, nn.Module] = {}
+def optimise_in_place(model: nn.Module, options: Options, replaced: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """Turn `model` (a copy that nobody else holds) into its optimised form.
+
+    `replaced` has the layers that changes have replaced in it already.
+    """
+    replaced = dict(replaced or {})
     for change in options.changes:
         replaced.update(change.change_modules(model))
+    decide(list(switchable_layers(model).values()))  # what has chosen is rewritten as what it chose
     parts = find_parts(model)
     for path, captured in parts.captures.items():
         module = model.get_submodule(path)
@@ -203,7 +215,7 @@ def _attach(module: nn.Module, part: Part) -> None:
 def build_program(captured: Capture, options: Options) -> Program:
     """The rewritten form of one captured graph."""
     for change in options.changes:
-        change.change_graph(captured.graph)
+        change.change_graph(captured.graph, captured.root)
     plan = plan_capture(captured, options)
     return apply_plan(captured, plan, passes.ORDER, passes.AFTER_SITES, passes.RECOMPUTED)
 

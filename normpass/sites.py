@@ -22,10 +22,13 @@ from torch import fx, nn
 from normpass.capture import NORM_BASES, Capture, reason_to_keep_whole
 from normpass.functional import is_norm_act_module, is_supported_norm, sum_as_first
 from normpass.graph import Storage, bound, called, module_of
+from normpass.nn.kalman import KALMAN_NORMS, batch_norm_with_estimate
+from normpass.nn.switchable import SWITCHABLE_NORMS
 from normpass.ops.activation import Activation
 
 IDENTITY = Activation("identity")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add, sum_as_first)
+_PASSES_ON = "its statistics are passed on to Kalman norms, and have a gradient"
 _ADD_METHODS = ("add", "add_")
 
 
@@ -81,12 +84,14 @@ class _Finder:
     def is_norm(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(module_of(node, self.root), NORM_BASES)
-        return node.target in (F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.instance_norm)
+        return node.target in (batch_norm_with_estimate, F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.instance_norm)
 
     def site(self, norm: fx.Node) -> Site:
         module = module_of(norm, self.root)
         path = str(norm.target) if module is not None else norm.name
         kind = type(module).__name__ if module is not None else f"F.{norm.target.__name__}"
+        if norm.target is batch_norm_with_estimate:
+            return self._head_of_chain(norm)
         x = input_of(norm)
         producer = self._producer(x)
         refused = self._refusal(norm, module, x)
@@ -102,6 +107,12 @@ class _Finder:
         gamma = getattr(module, "weight", None)
         return Site(path, kind, norm, x, producer, residual, add, activation, out, written, gamma)
 
+    def _head_of_chain(self, norm: fx.Node) -> Site:
+        """A BatchNorm whose statistics are passed on to Kalman norms."""
+        path, x = str(norm.args[0].target), norm.args[1]
+        kind = type(self.root.get_submodule(path)).__name__
+        return Site(path, kind, norm, x, self._producer(x), None, None, IDENTITY, norm, None, None, _PASSES_ON)
+
     # --- the norm itself ---
 
     def _refusal(self, norm: fx.Node, module: nn.Module | None, x: fx.Node | None) -> str | None:
@@ -109,6 +120,12 @@ class _Finder:
             return "it is not called with one tensor"
         if module is None:
             return self._functional_refusal(norm)
+        if isinstance(module, KALMAN_NORMS):
+            return "its statistics come from the norm before it too, and have a gradient"
+        if isinstance(module, SWITCHABLE_NORMS) and module.chosen is None:
+            return "it has not chosen yet: it computes all three norms"
+        if isinstance(module, SWITCHABLE_NORMS) and set(module.chosen) != {"batch"}:
+            return f"it has chosen the mean of {module.chosen[0]} norm and the variance of {module.chosen[1]} norm"
         if isinstance(module, nn.SyncBatchNorm):
             return "SyncBatchNorm is not supported yet"
         whole = reason_to_keep_whole(module)

@@ -25,7 +25,7 @@ def verify_graph(before: list[str], graph: fx.Graph, root: nn.Module, plan: Plan
     names = {n.name for n in graph.nodes}
     for choice in plan.choices:
         path = choice.site.path
-        present = path in called if choice.site.norm.op == "call_module" else path in names
+        present = path in called if choice.site.norm.op == "call_module" else choice.site.norm.name in names
         if present != (choice.match is None):
             state = "still runs" if present else "is gone"
             raise VerificationError(f"`{path}`: planned {choice.rewrite}, but the norm {state}; please report it")
@@ -33,10 +33,13 @@ def verify_graph(before: list[str], graph: fx.Graph, root: nn.Module, plan: Plan
         root.get_submodule(target)
 
 
-def verify_state(plain: nn.Module, optimised: nn.Module) -> None:
-    """Same state_dict keys in the same order, and the very same parameters and buffers."""
+def verify_state(plain: nn.Module, optimised: nn.Module, may_add: bool = False) -> None:
+    """Same state_dict keys in the same order, and the very same parameters and buffers.
+
+    `may_add`: a change of the model may add keys of its own between them.
+    """
     before, after = plain.state_dict(keep_vars=True), optimised.state_dict(keep_vars=True)
-    if list(before) != list(after):
+    if list(before) != [key for key in after if key in before or not may_add]:
         differ = sorted(set(before) ^ set(after))[:5]
         raise VerificationError(f"state_dict keys changed (first differences: {differ}); please report this model")
     for key, tensor in before.items():

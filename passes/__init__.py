@@ -8,7 +8,9 @@ from __future__ import annotations
 from normpass.passes.derive_recipes import RECOMPUTED, DeriveRecipes
 from normpass.passes.fuse_norm_act import FuseNormAct
 from normpass.passes.inplace_abn import InplaceABN
+from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
+from normpass.passes.sparse_switchable import SparseSwitchable
 from normpass.passes.split_bn import SplitBN
 from normpass.rewrite import Rewrite
 
@@ -18,7 +20,11 @@ ORDER: tuple[Rewrite, ...] = (
     FuseNormAct(),  # where z cannot be rebuilt: still one tensor fewer than separate layers keep
 )
 AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
-CHANGES: dict[str, type] = {"leaky_relu": LeakyReLU}  # option objects of `changes=`, by name
+CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
+    "leaky_relu": LeakyReLU,
+    "kalman": Kalman,
+    "sparse_switchable": SparseSwitchable,
+}
 
 __all__ = [
     "AFTER_SITES",
@@ -28,6 +34,8 @@ __all__ = [
     "DeriveRecipes",
     "FuseNormAct",
     "InplaceABN",
+    "Kalman",
     "LeakyReLU",
+    "SparseSwitchable",
     "SplitBN",
 ]

@@ -44,7 +44,7 @@ class LeakyReLU:
                     replaced[f"{parent_path}.{name}" if parent_path else name] = child
         return replaced
 
-    def change_graph(self, graph: fx.Graph) -> None:
+    def change_graph(self, graph: fx.Graph, root: nn.Module) -> None:
         """Replace every functional ReLU of `graph`."""
         for node in list(graph.nodes):
             if not _is_functional_relu(node):

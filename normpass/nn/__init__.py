@@ -1,5 +1,13 @@
-"""Norm layers to place by hand, or with `normpass.optimize(model, changes=…)`."""
+"""Norm layers to place by hand, or with `normpass.optimize(model, changes=…)`.
 
+KalmanNorm1d, 2d, 3d               statistics from the batch and from the norm before
+SparseSwitchableNorm1d, 2d, 3d     learns to be instance, layer or batch norm
+RadiusSchedule, parameter_groups   what a switchable norm needs in training
+freeze_decided, usage              which have chosen, and what
+"""
+
+from normpass.nn.estimate import Estimate
+from normpass.nn.kalman import KalmanNorm1d, KalmanNorm2d, KalmanNorm3d
 from normpass.nn.radius_schedule import RadiusSchedule, parameter_groups
 from normpass.nn.switchable import (
     SparseSwitchableNorm1d,
@@ -10,6 +18,10 @@ from normpass.nn.switchable import (
 )
 
 __all__ = [
+    "Estimate",
+    "KalmanNorm1d",
+    "KalmanNorm2d",
+    "KalmanNorm3d",
     "RadiusSchedule",
     "SparseSwitchableNorm1d",
     "SparseSwitchableNorm2d",

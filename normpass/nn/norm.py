@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normpass.ops import updated_running_stats
+from normpass.ops import shift_scale, updated_running_stats
 from normpass.ops.layout import statistics_dtype
-from normpass.ops.shift_scale import shift_scale
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -26,53 +25,60 @@ class BatchNormLike(_NormBase):
             allowed = " or ".join(f"{d}-d" for d in self.dims)
             raise ValueError(f"{type(self).__name__}: expected {allowed} input, got shape {tuple(x.shape)}")
 
-    @property
-    def uses_batch(self) -> bool:
-        """Whether statistics come from the batch, not from running averages."""
-        return self.training or self.running_mean is None
 
-    def normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """(x − mean)·rsqrt(var + eps)·weight + bias for statistics (N, C) or (1, C) that have gradients."""
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.to(scale.dtype)
-        return shift_scale(x, mean, scale, self.bias)
+def uses_batch(norm: Any) -> bool:
+    """Whether the statistics of a norm come from the batch, not from running averages."""
+    return norm.training or norm.running_mean is None
 
-    def running(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The running mean and variance as (1, C), in the dtype of the statistics of `x`."""
-        dtype = statistics_dtype(x)
-        assert self.running_mean is not None and self.running_var is not None
-        return self.running_mean.to(dtype)[None], self.running_var.to(dtype)[None]
 
-    def check_count(self, x: Tensor, count: int) -> None:
-        """ValueError where a batch has no variance, as `nn.BatchNorm` raises."""
-        if count < 2:
-            raise ValueError(
-                f"{type(self).__name__}: expected more than 1 value per channel when training, "
-                f"got input size {tuple(x.shape)}"
-            )
+def batch_norm(norm: Any, x: Tensor) -> Tensor:
+    """What `nn.BatchNorm` computes from the parameters, buffers and mode of `norm`."""
+    return nn.modules.batchnorm._BatchNorm.forward(norm, x)
 
-    def update_running(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Move the running averages towards (C,) `mean` and biased `var` of `count` values, as `nn.BatchNorm` does."""
-        if not self.training or not self.track_running_stats or self.running_mean is None:
+
+def normalise(norm: Any, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """(x − mean)·rsqrt(var + eps)·weight + bias for statistics (N, C) or (1, C) that have gradients."""
+    scale = torch.rsqrt(var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(scale.dtype)
+    return shift_scale(x, mean, scale, norm.bias)
+
+
+def running_statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The running mean and variance as (1, C), in the dtype of the statistics of `x`."""
+    dtype = statistics_dtype(x)
+    return norm.running_mean.to(dtype)[None], norm.running_var.to(dtype)[None]
+
+
+def check_count(norm: nn.Module, x: Tensor, count: int) -> None:
+    """ValueError where a batch has no variance, as `nn.BatchNorm` raises."""
+    if count < 2:
+        raise ValueError(
+            f"{type(norm).__name__}: expected more than 1 value per channel when training, got input size "
+            f"{tuple(x.shape)}"
+        )
+
+
+def update_running(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move the running averages towards (C,) `mean` and biased `var` of `count` values, as `nn.BatchNorm` does."""
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None:
+        return
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    mean, var = mean.detach(), var.detach()
+    with torch.no_grad():
+        if norm.momentum is not None:
+            new = updated_running_stats(norm.running_mean, norm.running_var, mean, var, norm.momentum, count)
+            norm.running_mean.copy_(new[0])
+            norm.running_var.copy_(new[1])
             return
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        mean, var = mean.detach(), var.detach()
-        with torch.no_grad():
-            if self.momentum is not None:
-                new = updated_running_stats(self.running_mean, self.running_var, mean, var, self.momentum, count)
-                self.running_mean.copy_(new[0])
-                self.running_var.copy_(new[1])
-                return
-            share = 1 / self.num_batches_tracked.to(mean.dtype)  # on the device: nothing is read back
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share.to(self.running_mean.dtype))
-            var = var * (count / (count - 1))
-            self.running_var.lerp_(var.to(self.running_var.dtype), share.to(self.running_var.dtype))
+        share = 1 / norm.num_batches_tracked.to(mean.dtype)  # on the device: nothing is read back
+        for running, value in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+            running.lerp_(value.to(running.dtype), share.to(running.dtype))
 
 
-def adopt(layer: Any, norm: nn.Module) -> Any:
-    """Give `layer` the very parameters and buffers of a BatchNorm; returns it. Both are `_NormBase`."""
+def adopt(layer: Any, norm: Any) -> Any:
+    """Give `layer` the very parameters and buffers of a BatchNorm, and its mode; returns it."""
     for name in ("weight", "bias"):
         layer._parameters[name] = norm._parameters[name]
     for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -98,3 +104,9 @@ def options_of(norm: Any) -> dict[str, Any]:
 def dimension_of(norm: nn.Module) -> int | None:
     """1, 2 or 3 for `nn.BatchNorm1d`, 2d or 3d; None for any other class, subclasses too."""
     return next((d for d, kind in enumerate(BATCH_NORMS, 1) if type(norm) is kind), None)
+
+
+def as_batch_norm(norm: BatchNormLike) -> nn.Module:
+    """The `nn.BatchNorm` that has the very parameters and buffers of `norm`, and its mode."""
+    dimension = next(d for d in (1, 2, 3) if d + 2 in norm.dims)
+    return adopt(BATCH_NORMS[dimension - 1](**options_of(norm)), norm)

@@ -13,15 +13,26 @@ In eval mode the batch's statistics are the running ones. A layer that has `chos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normpass.nn.norm import BatchNormLike, adopt, dimension_of, options_of
-from normpass.ops.instance_moments import instance_moments, merged_moments
+from normpass.nn.norm import (
+    BatchNormLike,
+    adopt,
+    batch_norm,
+    check_count,
+    dimension_of,
+    normalise,
+    options_of,
+    running_statistics,
+    update_running,
+    uses_batch,
+)
+from normpass.ops import instance_moments, merged_moments, sparsest_max
 from normpass.ops.layout import statistics_dtype
-from normpass.ops.sparsest_max import sparsest_max
 
 NORMS = ("instance", "layer", "batch")
 """The norms in the order of the logits."""
@@ -71,16 +82,16 @@ class _SparseSwitchableNorm(BatchNormLike):
         means, variances = zip((mean, var), merged_moments(mean, var, 1), self._batch(x, mean, var), strict=True)
         dtype = statistics_dtype(x)
         p, q = (ratios.to(dtype) for ratios in self.ratios())
-        return self.normalise(x, _weighted(p, means), _weighted(q, variances))
+        return normalise(self, x, _weighted(p, means), _weighted(q, variances))
 
     def _batch(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (1, C) of the batch from those of its instances, or the running ones."""
-        if not self.uses_batch:
-            return self.running(x)
+        if not uses_batch(self):
+            return running_statistics(self, x)
         count = x.numel() // x.shape[1]
-        self.check_count(x, count)
+        check_count(self, x, count)
         batch_mean, batch_var = merged_moments(mean, var, 0)
-        self.update_running(batch_mean[0], batch_var[0], count)
+        update_running(self, batch_mean[0], batch_var[0], count)
         return batch_mean, batch_var
 
     # --- decided layers ---
@@ -88,24 +99,20 @@ class _SparseSwitchableNorm(BatchNormLike):
     def _as_chosen(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
         if mean_of == var_of:
             return _PLAIN[mean_of](self, x)
-        if {mean_of, var_of} == {"layer", "batch"} or "instance" in (mean_of, var_of):
-            return self._mixed(x, mean_of, var_of)
-        raise ValueError(f"`chosen` must name two of {NORMS}, it is {(mean_of, var_of)}")
-
-    def _mixed(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
-        """One norm's mean and another's variance, from one pass over x."""
+        # One norm's mean and another's variance, from one pass over x.
         mean, var = instance_moments(x)
         found = {"instance": (mean, var)}
         if "layer" in (mean_of, var_of):
             found["layer"] = merged_moments(mean, var, 1)
         if "batch" in (mean_of, var_of):
             found["batch"] = self._batch(x, mean, var)
-        return self.normalise(x, *torch.broadcast_tensors(found[mean_of][0], found[var_of][1]))
+        return normalise(self, x, *torch.broadcast_tensors(found[mean_of][0], found[var_of][1]))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}mean_logits" in state_dict and not self.mean_logits.is_meta:
-            settle([self])
+            decide([self])
+            freeze([self])
 
     def extra_repr(self) -> str:
         chosen = "" if self.chosen is None else f", chosen={self.chosen}"
@@ -127,11 +134,7 @@ def _layer_norm(norm: Any, x: Tensor) -> Tensor:
     return torch.group_norm(x, 1, norm.weight, norm.bias, norm.eps)
 
 
-def _batch_norm(norm: Any, x: Tensor) -> Tensor:
-    return nn.modules.batchnorm._BatchNorm.forward(norm, x)
-
-
-_PLAIN = {"instance": _instance_norm, "layer": _layer_norm, "batch": _batch_norm}
+_PLAIN = {"instance": _instance_norm, "layer": _layer_norm, "batch": batch_norm}
 
 
 class SparseSwitchableNorm1d(_SparseSwitchableNorm):
@@ -164,37 +167,43 @@ def switchable_from(norm: nn.Module) -> _SparseSwitchableNorm:
     return layer
 
 
+def is_batch_norm_by_choice(norm: Any) -> bool:
+    """Whether `norm` is a switchable layer that has chosen batch norm for its mean and its variance."""
+    return isinstance(norm, SWITCHABLE_NORMS) and norm.chosen == ("batch", "batch")
+
+
 def switchable_layers(model: nn.Module) -> dict[str, _SparseSwitchableNorm]:
     """Dotted path -> layer."""
     return {path: m for path, m in model.named_modules() if isinstance(m, _SparseSwitchableNorm)}
 
 
-def settle(layers: list[_SparseSwitchableNorm]) -> list[_SparseSwitchableNorm]:
-    """Set `chosen` of each layer from its logits and radius; returns those that have chosen.
+def decide(layers: Sequence[_SparseSwitchableNorm]) -> None:
+    """Set `chosen` of each layer from its logits and radius: the norms where both ratios are one-hot, else None.
 
-    Reads all decisions from the device at once. A layer that has chosen has its logits frozen: gradient None, not
-    zero, or an optimizer's momentum would move them on.
+    All decisions are read from the device at once. Parameters are not touched.
     """
     if not layers:
-        return []
+        return
     device = layers[0].mean_logits.device
     with torch.no_grad():
         logits = torch.stack([layer.logits.double().to(device) for layer in layers])
         radius = torch.stack([layer.radius.double().to(device) for layer in layers])[:, None]
         ratios = sparsest_max(logits, radius)
         decisions = torch.where(ratios.amax(-1) == 1, ratios.argmax(-1), -1).tolist()
-    for layer, pair in zip(layers, decisions, strict=True):
-        choose(layer, None if -1 in pair else (NORMS[pair[0]], NORMS[pair[1]]))
-    return [layer for layer in layers if layer.chosen is not None]
+    for layer, (mean_of, var_of) in zip(layers, decisions, strict=True):
+        layer.chosen = None if -1 in (mean_of, var_of) else (NORMS[mean_of], NORMS[var_of])
 
 
-def choose(layer: _SparseSwitchableNorm, chosen: tuple[str, str] | None) -> None:
-    """Fix the norms of a layer and freeze its logits; with None let it learn again."""
-    layer.chosen = chosen
-    for logits in (layer.mean_logits, layer.var_logits):
-        logits.requires_grad_(chosen is None)
-        if chosen is not None:
-            logits.grad = None
+def freeze(layers: Sequence[_SparseSwitchableNorm]) -> None:
+    """Freeze the logits of the layers that have chosen, and let the others learn.
+
+    A frozen parameter has no gradient: with one of zero an optimizer's momentum would move it on.
+    """
+    for layer in layers:
+        for logits in (layer.mean_logits, layer.var_logits):
+            logits.requires_grad_(layer.chosen is None)
+            if layer.chosen is not None:
+                logits.grad = None
 
 
 def freeze_decided(model: nn.Module) -> list[str]:
@@ -204,7 +213,9 @@ def freeze_decided(model: nn.Module) -> list[str]:
     whole model, none where all layers are decided.
     """
     layers = switchable_layers(model)
-    settle([layer for layer in layers.values() if layer.chosen is None])
+    undecided = [layer for layer in layers.values() if layer.chosen is None]
+    decide(undecided)
+    freeze([layer for layer in undecided if layer.chosen is not None])
     return [path for path, layer in layers.items() if layer.chosen is not None]
 
 

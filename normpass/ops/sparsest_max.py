@@ -86,7 +86,7 @@ def _reference(z: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         direction, norm, distance = _direction(z, p, support)
         reach = left.clamp(min=0).sqrt()
         moving = moving & (norm > 0) & (distance < reach)
-        size = support.sum(-1, keepdim=True)
+        size = support.sum(-1, keepdim=True, dtype=z.dtype)
         step = torch.where(moving, reach / torch.where(norm > 0, norm, 1), 0)
         pushed = torch.where(support, 1 / size + step * direction, 0)
         smaller = _sparsemax_on(pushed, support)
@@ -96,7 +96,7 @@ def _reference(z: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p = torch.where(stays, pushed, torch.where(moving, smaller, p))
         moving = moving & ~inside
         new_support = torch.where(moving, smaller > 0, support)
-        new_size = new_support.sum(-1, keepdim=True)
+        new_size = new_support.sum(-1, keepdim=True, dtype=z.dtype)
         left = left - torch.where(moving, 1 / new_size - 1 / size, 0)  # ‖u' − u‖², T within S
         support = new_support
     return p, support, on_sphere
@@ -104,7 +104,7 @@ def _reference(z: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _direction(z: Tensor, p: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """z less its mean over the support, the norm of that (0 for a tie), and the distance of p from the centre."""
-    size = support.sum(-1, keepdim=True)
+    size = support.sum(-1, keepdim=True, dtype=z.dtype)
     low = torch.where(support, z, torch.inf).amin(-1, keepdim=True)
     high = torch.where(support, z, -torch.inf).amax(-1, keepdim=True)
     direction = torch.where(support, z - high, 0)
@@ -142,19 +142,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None]:
     z, support, on_sphere = ctx.saved_tensors
-    size = support.sum(-1, keepdim=True)
+    size = support.sum(-1, keepdim=True, dtype=z.dtype)
+    pushed = on_sphere > 0
 
     def centred(values: Tensor) -> Tensor:
         values = torch.where(support, values, 0)
         return torch.where(support, values - values.sum(-1, keepdim=True) / size, 0)
 
-    pushed = on_sphere > 0
     flat = centred(grad)
-    direction = torch.where(pushed, centred(z), 1)  # 1, so that nothing below is 0/0
+    direction = torch.where(pushed, centred(z - z.amax(-1, keepdim=True)), 1)  # 1, so that nothing below is 0/0
     norm = _norm(direction)
     n = direction / norm
-    tangent = (flat - n * (n * flat).sum(-1, keepdim=True)) * (on_sphere / norm)
-    return torch.where(pushed, tangent, flat), None
+    tangent = flat
+    for _ in range(2):  # near a tie on_sphere/norm is large, and so is what one subtraction leaves by rounding
+        tangent = centred(tangent - n * (n * tangent).sum(-1, keepdim=True))
+    return torch.where(pushed, tangent * (on_sphere / norm), flat), None
 
 
 def _kernel(kernels: Any, z: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:

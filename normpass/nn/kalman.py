@@ -1,0 +1,179 @@
+"""Batch Kalman normalisation: a layer's statistics from its own batch and from the layer before.
+
+With the batch's mean and var, a prediction (pre_mean, pre_var) and its weight p, per channel:
+
+    mean' = p·pre_mean + (1 − p)·mean
+    var'  = p·pre_var + (1 − p)·var + p·(1 − p)·(mean − pre_mean)²
+
+and the batch's own where the average of pre_var/var is 100 or more (arXiv 1802.03133 and the authors' code; the
+paper's gain q weights the observation, q = 1 − p). (mean', var') normalise x and are the estimate that is passed
+on. What is computed is this smoothing, no more: no covariance between channels, no noise terms. The estimate is
+that of a norm's *input*, and it passes the norm's own scale and shift as it is: so the authors compute it.
+
+Without a prediction, or with p = 0, it is batch norm. With `micro_batches` each equal part of the batch has
+statistics and an estimate of its own. Running averages move towards the smoothed statistics, the mean over the
+micro-batches; as in `nn.BatchNorm` the batch's part of the variance is corrected by m/(m − 1). Eval mode is batch
+norm with the running averages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normpass.nn.estimate import Estimate, batch_estimate
+from normpass.nn.norm import (
+    BatchNormLike,
+    adopt,
+    batch_norm,
+    check_count,
+    dimension_of,
+    normalise,
+    options_of,
+    update_running,
+    uses_batch,
+)
+
+LARGEST_RATIO = 100.0
+"""Where the predicted variance is so many times the batch's, on average, the prediction is not used."""
+
+
+class _KalmanNorm(BatchNormLike):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        prediction_weight: float = 0.9,
+        learn_weight: bool = False,
+        micro_batches: int = 1,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        check_options(prediction_weight, learn_weight, micro_batches)
+        self.prediction_weight, self.micro_batches = float(prediction_weight), int(micro_batches)
+        self.weight_logit: nn.Parameter | None = None
+        if learn_weight:
+            logit = math.log(prediction_weight / (1 - prediction_weight))
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            self.weight_logit = nn.Parameter(torch.tensor(logit, device=device, dtype=wide))
+
+    def forward(self, x: Tensor, prediction: Estimate | None = None, with_estimate: bool = False) -> Any:
+        """Normalise `x` (N, C, *); with `with_estimate` also return the `Estimate` to pass on (None in eval mode)."""
+        self._check_input_dim(x)
+        y, estimate = kalman_norm(self, x, prediction, with_estimate)
+        return (y, estimate) if with_estimate else y
+
+    def extra_repr(self) -> str:
+        learned = ", learned" if self.weight_logit is not None else ""
+        kalman = f", prediction_weight={self.prediction_weight}{learned}, micro_batches={self.micro_batches}"
+        return super().extra_repr() + kalman
+
+
+class KalmanNorm1d(_KalmanNorm):
+    """Batch Kalman norm of (N, C) or (N, C, L). Arguments are those of `nn.BatchNorm1d`, and
+
+    prediction_weight: p, the weight of the prediction, in [0, 1]; 0 is batch norm.
+    learn_weight: learn p from there on, as the sigmoid of a parameter of the layer.
+    micro_batches: into how many equal parts a batch is divided; each has its own statistics.
+
+    Raises:
+        ValueError: an option outside its range; a batch that does not divide into the micro-batches.
+    """
+
+    dims = (2, 3)
+
+
+class KalmanNorm2d(_KalmanNorm):
+    """Batch Kalman norm of (N, C, H, W); see `KalmanNorm1d`."""
+
+    dims = (4,)
+
+
+class KalmanNorm3d(_KalmanNorm):
+    """Batch Kalman norm of (N, C, D, H, W); see `KalmanNorm1d`."""
+
+    dims = (5,)
+
+
+KALMAN_NORMS = (KalmanNorm1d, KalmanNorm2d, KalmanNorm3d)
+
+
+def check_options(prediction_weight: float, learn_weight: bool, micro_batches: int) -> None:
+    """ValueError for options outside their range."""
+    if not 0 <= prediction_weight <= 1:
+        raise ValueError(f"`prediction_weight` must be in [0, 1], it is {prediction_weight}")
+    if learn_weight and not 0 < prediction_weight < 1:
+        raise ValueError(f"`prediction_weight` must be inside (0, 1) to be learned, it is {prediction_weight}")
+    if micro_batches < 1 or int(micro_batches) != micro_batches:
+        raise ValueError(f"`micro_batches` must be a whole number from 1, it is {micro_batches}")
+
+
+def kalman_from(norm: nn.Module, **options: Any) -> _KalmanNorm:
+    """The Kalman norm that has a BatchNorm's very parameters and buffers, in its mode."""
+    dimension = dimension_of(norm)
+    if dimension is None:
+        raise TypeError(f"`norm` must be an nn.BatchNorm1d, 2d or 3d, it is a {type(norm).__name__}")
+    layer: _KalmanNorm = adopt(KALMAN_NORMS[dimension - 1](**options_of(norm), **options), norm)
+    return layer
+
+
+def kalman_norm(
+    norm: Any, x: Tensor, prediction: Estimate | None, with_estimate: bool
+) -> tuple[Tensor, Estimate | None]:
+    """One step of the filter at `norm`, a `KalmanNorm` or a BatchNorm, and the estimate to pass on.
+
+    A BatchNorm takes no prediction. Statistics that are not the batch's (eval mode) give no estimate.
+    """
+    micro_batches = getattr(norm, "micro_batches", 1)
+    if not uses_batch(norm):
+        return batch_norm(norm, x), None
+    if getattr(norm, "prediction_weight", 0.0) == 0.0:
+        prediction = None
+    if prediction is None and micro_batches == 1 and not with_estimate:
+        return batch_norm(norm, x), None
+    observed = batch_estimate(x, micro_batches)
+    count = x.numel() // x.shape[1] // micro_batches
+    check_count(norm, x, count)
+    if prediction is None:
+        estimate, unbiased = observed, observed.var
+    else:
+        estimate, unbiased = _smoothed(norm, observed, prediction, count)
+    update_running(norm, estimate.mean.mean(0), unbiased.mean(0), count)
+    mean, var = estimate
+    if micro_batches > 1:
+        mean, var = (v.repeat_interleave(x.shape[0] // micro_batches, 0) for v in estimate)
+    return normalise(norm, x, mean, var), estimate if with_estimate else None
+
+
+def _smoothed(norm: Any, observed: Estimate, prediction: Estimate, count: int) -> tuple[Estimate, Tensor]:
+    """The smoothed statistics; and their variance such that ·m/(m − 1) corrects the batch's part alone."""
+    p = norm.prediction_weight
+    if norm.weight_logit is not None:
+        p = norm.weight_logit.to(observed.mean.dtype).sigmoid()
+    mean = p * prediction.mean + (1 - p) * observed.mean
+    of_batch = (1 - p) * observed.var
+    of_prediction = p * prediction.var + p * (1 - p) * (observed.mean - prediction.mean).square()
+    usable = (prediction.var / observed.var).mean() < LARGEST_RATIO  # False for NaN
+    estimate = Estimate(
+        torch.where(usable, mean, observed.mean),
+        torch.where(usable, of_batch + of_prediction, observed.var),
+    )
+    with torch.no_grad():
+        unbiased = torch.where(usable, of_batch + of_prediction * ((count - 1) / count), observed.var)
+    return estimate, unbiased
+
+
+def batch_norm_with_estimate(norm: nn.Module, x: Tensor) -> tuple[Tensor, Estimate | None]:
+    """A BatchNorm at the head of a chain: what it computes, and the batch's moments as an estimate."""
+    if dimension_of(norm) is None or any(norm._forward_hooks) or any(norm._forward_pre_hooks):
+        y = norm(x)  # somebody changed or watches it: it is called as it is
+        return y, batch_estimate(x, 1) if norm.training else None
+    return kalman_norm(norm, x, None, True)
