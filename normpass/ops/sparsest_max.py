@@ -79,6 +79,7 @@ def _reference(z: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     radius = radius.to(z.dtype).unsqueeze(-1)
     p = sparsemax(z)
     support = p > 0
+    negligible = 4 * torch.finfo(z.dtype).eps  # at the circumscribed radius a corner is reached by rounding
     on_sphere = torch.zeros_like(z[..., :1])
     left = (radius * radius).expand_as(on_sphere)  # r², less what the changes of centre took
     moving = torch.ones_like(on_sphere, dtype=torch.bool)
@@ -89,8 +90,9 @@ def _reference(z: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = support.sum(-1, keepdim=True, dtype=z.dtype)
         step = torch.where(moving, reach / torch.where(norm > 0, norm, 1), 0)
         pushed = torch.where(support, 1 / size + step * direction, 0)
-        smaller = _sparsemax_on(pushed, support)
-        inside = ((pushed >= 0) | ~support).all(-1, keepdim=True)
+        above = pushed > negligible
+        smaller = _sparsemax_on(pushed, support & above)
+        inside = (above | ~support).all(-1, keepdim=True)
         stays = moving & inside
         on_sphere = torch.where(moving, torch.where(inside, reach, 0), on_sphere)
         p = torch.where(stays, pushed, torch.where(moving, smaller, p))
