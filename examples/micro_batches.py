@@ -93,7 +93,7 @@ def train(norm: str, batch_size: int, seed: int, epochs: int = 4, width: int = 1
     optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.1, momentum=0.9)
     steps = epochs * (trained // batch_size)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    radius = RadiusSchedule(model, steps) if norm == "switchable" else None
+    radius = RadiusSchedule(model, steps // 2) if norm == "switchable" else None
     used = []
     for step, chosen in enumerate(drawn(trained, batch_size, epochs, seed)):
         if radius is not None and step % max(steps // 40, 1) == 0:

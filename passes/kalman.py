@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from normpass.capture import find_parts, join, reason_to_keep_whole
 from normpass.graph import module_of
-from normpass.nn.estimate import activated, concatenated, padded, predicted, predicted_by_sample, summed
+from normpass.nn.estimate import activated, concatenated, padded, predicted, predicted_by_sample, summed, through_norm
 from normpass.nn.kalman import KALMAN_NORMS, batch_norm_with_estimate, check_options, kalman_from
 from normpass.nn.norm import dimension_of
 from normpass.passes.estimates import Activated, Estimates, Expression, Joined, Padded, Predicted, Source
@@ -44,6 +44,9 @@ class Kalman:
     transition: str = "closed_form"
     """how an estimate passes activations and convolutions: `"closed_form"`, deterministic, or `"sampled"`, the
     authors': by a random draw"""
+    state: str = "input"
+    """whose statistics are followed behind a norm: `"input"`, as the authors do, those of its input, as if it did
+    not scale and shift; `"output"` those that its input's estimate has once it is normalised, scaled and shifted"""
     micro_batches: int = 1
     """into how many equal parts a batch is divided; each has statistics of its own"""
 
@@ -51,6 +54,8 @@ class Kalman:
         check_options(self.prediction_weight, self.learn_weight, self.micro_batches)
         if self.transition not in ("closed_form", "sampled"):
             raise ValueError(f'`transition` must be "closed_form" or "sampled", it is "{self.transition}"')
+        if self.state not in ("input", "output"):
+            raise ValueError(f'`state` must be "input" or "output", it is "{self.state}"')
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Put a Kalman norm where an estimate arrives; returns path -> the BatchNorm that stood there."""
@@ -76,12 +81,17 @@ class Kalman:
         kalman = [n for n in estimates.norms if isinstance(module_of(n, root), KALMAN_NORMS)]
         predicted_for = {n: estimates.predictions[n] for n in kalman if n in estimates.predictions}
         sources = {source for expression in predicted_for.values() for source in expression.sources()}
+        if self.prediction_weight == 0:
+            return  # nothing would read them
         values = _Values(graph, self.transition == "sampled")
         for node in estimates.norms:
             if node not in predicted_for and node not in sources:
                 continue
             prediction = values.of(predicted_for[node]) if node in predicted_for else None
-            values.sources[node] = _wire(graph, root, node, prediction, node in sources)
+            estimate = _wire(graph, root, node, prediction, node in sources)
+            if self.state == "output" and estimate is not None:
+                estimate = _behind_norm(graph, str(node.target), estimate)
+            values.sources[node] = estimate
 
 
 def _estimates(graph: fx.Graph, root: nn.Module) -> Estimates:
@@ -120,6 +130,13 @@ def _wire(graph: fx.Graph, root: nn.Module, node: fx.Node, prediction: fx.Node |
     node.replace_all_uses_with(y)
     graph.erase_node(node)
     return estimate
+
+
+def _behind_norm(graph: fx.Graph, path: str, estimate: fx.Node) -> fx.Node:
+    with graph.inserting_after(estimate):
+        norm = graph.get_attr(path)
+    with graph.inserting_after(norm):
+        return graph.call_function(through_norm, (norm, estimate))
 
 
 class _Values:

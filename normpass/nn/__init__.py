@@ -4,10 +4,12 @@ KalmanNorm1d, 2d, 3d               statistics from the batch and from the norm b
 SparseSwitchableNorm1d, 2d, 3d     learns to be instance, layer or batch norm
 RadiusSchedule, parameter_groups   what a switchable norm needs in training
 freeze_decided, usage              which have chosen, and what
+as_plain_norms                     a copy with torch's own layers, for folding and export
 """
 
 from normpass.nn.estimate import Estimate
 from normpass.nn.kalman import KalmanNorm1d, KalmanNorm2d, KalmanNorm3d
+from normpass.nn.plain import as_plain_norms
 from normpass.nn.radius_schedule import RadiusSchedule, parameter_groups
 from normpass.nn.switchable import (
     SparseSwitchableNorm1d,
@@ -26,6 +28,7 @@ __all__ = [
     "SparseSwitchableNorm1d",
     "SparseSwitchableNorm2d",
     "SparseSwitchableNorm3d",
+    "as_plain_norms",
     "freeze_decided",
     "parameter_groups",
     "usage",

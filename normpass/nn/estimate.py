@@ -52,6 +52,18 @@ def activated(estimate: Estimate | None, name: str, args: Sequence[float], sampl
     return Estimate(mean.to(estimate.mean.dtype), var.to(estimate.var.dtype))
 
 
+def through_norm(norm: Any, estimate: Estimate | None) -> Estimate | None:
+    """The estimate behind a norm that normalises with it: mean bias, variance weight²·var/(var + eps)."""
+    if estimate is None:
+        return None
+    mean, var = estimate
+    var = var / (var + norm.eps)
+    if norm.weight is None:
+        return Estimate(torch.zeros_like(mean), var)
+    weight, bias = (v.to(mean.dtype) for v in (norm.weight, norm.bias))
+    return Estimate(bias.expand_as(mean), weight.square() * var)
+
+
 def predicted(layer: Any, estimate: Estimate | None) -> Estimate | None:
     """The estimate behind a convolution or linear layer, in closed form."""
     if estimate is None:
@@ -166,4 +178,5 @@ __all__ = [
     "predicted",
     "predicted_by_sample",
     "summed",
+    "through_norm",
 ]

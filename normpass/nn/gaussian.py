@@ -29,7 +29,8 @@ def activated_moments(mean: Tensor, var: Tensor, name: str, args: Sequence[float
     if name == "identity":
         return mean, var.double()
     if name == "relu":
-        return _leaky(mean, sigma, 0.0)
+        first, square = _rectified(mean, sigma)
+        return first, (square - first.square()).clamp(min=0)
     if name == "leaky_relu":
         return _leaky(mean, sigma, args[0])
     if name == "hardtanh":

@@ -97,7 +97,7 @@ def _reference(z: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         on_sphere = torch.where(moving, torch.where(inside, reach, 0), on_sphere)
         p = torch.where(stays, pushed, torch.where(moving, smaller, p))
         moving = moving & ~inside
-        new_support = torch.where(moving, smaller > 0, support)
+        new_support = (moving & (smaller > 0)) | (~moving & support)
         new_size = new_support.sum(-1, keepdim=True, dtype=z.dtype)
         left = left - torch.where(moving, 1 / new_size - 1 / size, 0)  # ‖u' − u‖², T within S
         support = new_support

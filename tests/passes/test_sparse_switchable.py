@@ -1,0 +1,232 @@
+"""`changes=("sparse_switchable",)`, and what `optimize` makes of layers that have chosen."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from training import ConvNet, assert_equal, train
+
+import normpass
+from normpass.functional import split_norm_act
+from normpass.measure import kept_bytes
+from normpass.module import part_of
+from normpass.nn import RadiusSchedule, SparseSwitchableNorm2d, freeze_decided, parameter_groups
+from normpass.nn.switchable import NORMS, SWITCHABLE_NORMS, switchable_layers
+
+PAIRS = list(itertools.product(NORMS, repeat=2))
+
+
+def image(*shape, seed=0):
+    return torch.randn(shape or (4, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def switchable_net(seed=0):
+    """A plain ConvNet with switchable layers placed by hand."""
+    torch.manual_seed(seed)
+    model = ConvNet().double()
+    model.stem[1], model.bn = SparseSwitchableNorm2d(4).double(), SparseSwitchableNorm2d(4).double()
+    return model
+
+
+def choose(layer, mean_of, var_of):
+    """Let the logits say so at the full radius; nothing is frozen yet."""
+    with torch.no_grad():
+        layer.radius.fill_(1.0)
+        layer.mean_logits[NORMS.index(mean_of)] += 1
+        layer.var_logits[NORMS.index(var_of)] += 1
+
+
+def targets(optimised):
+    return [n.target for n in part_of(optimised).programs[0][1].graph.nodes]
+
+
+# --- the change -------------------------------------------------------------------------------------
+
+
+def test_every_batch_norm_is_replaced_and_shares_its_tensors():
+    model = ConvNet().double()
+    before = copy.deepcopy(model.state_dict())
+    optimised = normpass.optimize(model, changes=("sparse_switchable",))
+    assert [type(m) for m in (optimised.stem[1], optimised.bn)] == [SparseSwitchableNorm2d] * 2
+    assert type(model.bn) is nn.BatchNorm2d and list(model.state_dict()) == list(before)
+    new = optimised.state_dict(keep_vars=True)
+    for key, value in model.state_dict(keep_vars=True).items():
+        assert new[key] is value
+    assert sorted(set(new) - set(before)) == sorted(
+        f"{path}.{name}" for path in ("stem.1", "bn") for name in ("mean_logits", "var_logits", "radius")
+    )
+
+
+def test_it_computes_what_the_layers_by_hand_compute():
+    by_hand = switchable_net()
+    plain = ConvNet().double()
+    plain.load_state_dict({k: v for k, v in by_hand.state_dict().items() if k in plain.state_dict()})
+    optimised = normpass.optimize(plain, changes=("sparse_switchable",))
+    for model in (by_hand, optimised):
+        for layer in switchable_layers(model).values():
+            layer.radius.fill_(0.3)
+    expected, found = train(by_hand, (image(),)), train(optimised, (image(),))
+    assert_equal({k: expected[k] for k in found}, found)
+
+
+def test_restore_gives_the_batch_norms_back():
+    model = ConvNet().double()
+    optimised = normpass.optimize(model, changes=("sparse_switchable",))
+    optimised(image())
+    plain = normpass.restore(optimised)
+    assert type(plain.bn) is nn.BatchNorm2d and list(plain.state_dict()) == list(model.state_dict())
+    assert plain.bn.weight is optimised.bn.weight and plain.bn.running_var is optimised.bn.running_var
+    assert not plain.bn.running_mean.eq(0).all()
+    kept = normpass.restore(optimised, keep_changes=True)
+    assert type(kept.bn) is SparseSwitchableNorm2d and kept.bn.mean_logits is optimised.bn.mean_logits
+
+
+def test_norms_with_hooks_and_other_classes_are_left_alone():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Own(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(1, 4))
+    model[3].register_forward_hook(lambda *_: None)
+    optimised = normpass.optimize(model, changes=("sparse_switchable",))
+    assert not switchable_layers(optimised)
+
+
+def test_a_norm_in_two_places_stays_one():
+    model = ConvNet()
+    model.stem[1] = model.bn
+    optimised = normpass.optimize(model, changes=("sparse_switchable",))
+    assert optimised.stem[1] is optimised.bn and isinstance(optimised.bn, SWITCHABLE_NORMS)
+    plain = normpass.restore(optimised)
+    assert type(plain.bn) is type(plain.stem[1]) is nn.BatchNorm2d
+
+
+def test_copies_and_pickles_keep_what_was_learned(tmp_path):
+    optimised = normpass.optimize(ConvNet().double(), changes=("sparse_switchable",))
+    choose(optimised.bn, "layer", "instance")
+    freeze_decided(optimised)
+    expected = optimised(image())
+    torch.save(optimised, tmp_path / "model.pt")
+    for other in (copy.deepcopy(optimised), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert other.bn.chosen == ("layer", "instance")
+        assert torch.equal(other(image()), expected)
+        assert type(normpass.restore(other).bn) is nn.BatchNorm2d
+
+
+def test_training_through_the_whole_schedule():
+    torch.manual_seed(0)
+    optimised = normpass.optimize(ConvNet(), changes=("sparse_switchable",))
+    optimizer = torch.optim.SGD(parameter_groups(optimised, 0.05, weight_decay=1e-4), momentum=0.9)
+    schedule = RadiusSchedule(optimised, 12)
+    for step in range(14):
+        optimizer.zero_grad()
+        F.cross_entropy(optimised(image(seed=step).float()), torch.arange(4)).backward()
+        optimizer.step()
+        schedule.step()
+    layers = switchable_layers(optimised).values()
+    assert all(layer.chosen is not None for layer in layers)
+    assert all(p.isfinite().all() for p in optimised.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_whole():
+    torch.manual_seed(0)
+    optimised = normpass.optimize(ConvNet().double(), changes=("sparse_switchable",))
+    for layer in switchable_layers(optimised).values():
+        layer.radius.fill_(0.3)
+    eager = copy.deepcopy(optimised)
+    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        for m in (eager, optimised):
+            m.zero_grad()
+            for layer in switchable_layers(m).values():
+                layer.radius.fill_(0.3 + 0.2 * step)  # a buffer: nothing is compiled again
+        expected, found = eager(image(seed=step)), compiled(image(seed=step))
+        expected.square().sum().backward()
+        found.square().sum().backward()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+        for a, b in zip(eager.parameters(), optimised.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-9)
+    torch.compiler.reset()
+
+
+# --- specialisation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, second", list(zip(PAIRS, PAIRS[::-1], strict=True)))
+def test_a_decided_model_trains_alike(first, second):
+    model = switchable_net()
+    choose(model.stem[1], *first)
+    choose(model.bn, *second)
+    optimised = normpass.optimize(copy.deepcopy(model))
+    assert_equal(without_logits(train(model, (image(),))), without_logits(train(optimised, (image(),))))
+    for path, (mean_of, var_of) in (("stem.1", first), ("bn", second)):
+        moved = not optimised.get_submodule(path).running_mean.eq(0).all()
+        assert moved == ("batch" in (mean_of, var_of))
+        if moved:
+            assert_buffers_alike(model.get_submodule(path), optimised.get_submodule(path))
+
+
+def assert_buffers_alike(a, b):
+    for one, two in zip(a.buffers(), b.buffers(), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-11)
+
+
+def without_logits(numbers):
+    """Without what differs on purpose. A decided layer's logits have no gradient, where they had one of zero; a
+    layer without batch norm no longer moves its running averages."""
+    names = [n for n in numbers if not ("gradient" in n and "logits" in n) and "running" not in n]
+    return {name: numbers[name] for name in names if "num_batches" not in name}
+
+
+def test_batch_norm_pairs_go_through_the_ordinary_rewrites():
+    model = switchable_net()
+    for layer in (model.stem[1], model.bn):
+        choose(layer, "batch", "batch")
+    plain = ConvNet().double()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    before = [p.requires_grad for p in model.parameters()]
+    optimised = normpass.optimize(model)
+    assert targets(optimised).count(split_norm_act) == 2
+    assert [row.rewrite for row in normpass.explain(model).rows] == ["split_bn", "split_bn"]
+    assert model.bn.chosen is None and [p.requires_grad for p in model.parameters()] == before  # it is untouched
+    expected = train(normpass.optimize(plain), (image(),))
+    assert_equal(expected, {k: v for k, v in train(optimised, (image(),)).items() if k in expected})
+    small, wide = (normpass.optimize(m.float()) for m in (copy.deepcopy(plain), copy.deepcopy(model)))
+    x = image(4, 3, 32, 32).float()
+    assert kept_bytes(wide, x) == kept_bytes(small, x)
+
+
+def test_a_partly_decided_model():
+    model = switchable_net()
+    choose(model.bn, "batch", "batch")
+    with torch.no_grad():
+        model.stem[1].radius.fill_(0.2)
+    optimised = normpass.optimize(copy.deepcopy(model))
+    assert targets(optimised).count(split_norm_act) == 1
+    reasons = {row.path: row.reason for row in normpass.explain(model).rows}
+    assert "it has not chosen yet" in reasons["stem.1"]
+    assert_equal(without_logits(train(model, (image(),))), without_logits(train(optimised, (image(),))))
+
+
+def test_loading_another_choice_runs_that_one():
+    """The nodes of a decided layer read its choice when they run."""
+    model, other = switchable_net(), switchable_net()
+    choose(model.bn, "batch", "batch")
+    choose(other.bn, "layer", "instance")
+    optimised = normpass.optimize(model)
+    optimised.load_state_dict(other.state_dict())
+    assert optimised.bn.chosen == ("layer", "instance")
+    torch.testing.assert_close(optimised(image()), other(image()), rtol=0, atol=1e-12)
+
+
+def test_specialising_what_was_changed_by_name():
+    optimised = normpass.optimize(ConvNet().double(), changes=("sparse_switchable",))
+    for layer in switchable_layers(optimised).values():
+        choose(layer, "batch", "batch")
+    freeze_decided(optimised)
+    again = normpass.optimize(normpass.restore(optimised, keep_changes=True))
+    assert targets(again).count(split_norm_act) == 2
+    torch.testing.assert_close(again(image()), optimised(image()), rtol=0, atol=1e-12)
