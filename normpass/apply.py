@@ -40,5 +40,5 @@ def apply_plan(capture: Capture, plan: Plan, rewrites: Sequence[Rewrite], after_
     verify_graph(inputs, graph, capture.root, plan)
     run = type(fx.GraphModule(capture.root, graph)).forward
     ops = frozenset(op for kind in set(derived.values()) for op in recomputed[kind])
-    ops |= {torch.ops.normpass.norm_act.default}
+    ops |= {torch.ops.normpass.norm_act.default, torch.ops.normpass.shift_scale.default}
     return Program(run, graph, plan, capture.guard, derived, ops)

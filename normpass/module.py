@@ -216,6 +216,7 @@ def build_program(captured: Capture, options: Options) -> Program:
     """The rewritten form of one captured graph."""
     for change in options.changes:
         change.change_graph(captured.graph, captured.root)
+    passes.SPECIALISE.change_graph(captured.graph, captured.root)
     plan = plan_capture(captured, options)
     return apply_plan(captured, plan, passes.ORDER, passes.AFTER_SITES, passes.RECOMPUTED)
 

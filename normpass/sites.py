@@ -23,11 +23,12 @@ from normpass.capture import NORM_BASES, Capture, reason_to_keep_whole
 from normpass.functional import is_norm_act_module, is_supported_norm, sum_as_first
 from normpass.graph import Storage, bound, called, module_of
 from normpass.nn.kalman import KALMAN_NORMS, batch_norm_with_estimate
-from normpass.nn.switchable import SWITCHABLE_NORMS
+from normpass.nn.switchable import SWITCHABLE_NORMS, instance_norm, layer_norm, mixed_norm
 from normpass.ops.activation import Activation
 
 IDENTITY = Activation("identity")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add, sum_as_first)
+CALLED_WITH_NORM = (batch_norm_with_estimate, instance_norm, layer_norm, mixed_norm)
 _PASSES_ON = "its statistics are passed on to Kalman norms, and have a gradient"
 _ADD_METHODS = ("add", "add_")
 
@@ -84,14 +85,21 @@ class _Finder:
     def is_norm(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(module_of(node, self.root), NORM_BASES)
-        return node.target in (batch_norm_with_estimate, F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.instance_norm)
+        return node.target in (
+            *CALLED_WITH_NORM,
+            F.batch_norm,
+            torch.batch_norm,
+            F.group_norm,
+            F.layer_norm,
+            F.instance_norm,
+        )
 
     def site(self, norm: fx.Node) -> Site:
         module = module_of(norm, self.root)
         path = str(norm.target) if module is not None else norm.name
         kind = type(module).__name__ if module is not None else f"F.{norm.target.__name__}"
-        if norm.target is batch_norm_with_estimate:
-            return self._head_of_chain(norm)
+        if norm.target in CALLED_WITH_NORM:
+            return self._called_with_norm(norm)
         x = input_of(norm)
         producer = self._producer(x)
         refused = self._refusal(norm, module, x)
@@ -107,11 +115,13 @@ class _Finder:
         gamma = getattr(module, "weight", None)
         return Site(path, kind, norm, x, producer, residual, add, activation, out, written, gamma)
 
-    def _head_of_chain(self, norm: fx.Node) -> Site:
-        """A BatchNorm whose statistics are passed on to Kalman norms."""
+    def _called_with_norm(self, norm: fx.Node) -> Site:
+        """A function that a change has put in a norm's place, with the norm as its first argument."""
         path, x = str(norm.args[0].target), norm.args[1]
-        kind = type(self.root.get_submodule(path)).__name__
-        return Site(path, kind, norm, x, self._producer(x), None, None, IDENTITY, norm, None, None, _PASSES_ON)
+        module = self.root.get_submodule(path)
+        reason = _PASSES_ON if norm.target is batch_norm_with_estimate else _has_chosen(module)
+        kind = type(module).__name__
+        return Site(path, kind, norm, x, self._producer(x), None, None, IDENTITY, norm, None, None, reason)
 
     # --- the norm itself ---
 
@@ -125,7 +135,7 @@ class _Finder:
         if isinstance(module, SWITCHABLE_NORMS) and module.chosen is None:
             return "it has not chosen yet: it computes all three norms"
         if isinstance(module, SWITCHABLE_NORMS) and set(module.chosen) != {"batch"}:
-            return f"it has chosen the mean of {module.chosen[0]} norm and the variance of {module.chosen[1]} norm"
+            return _has_chosen(module)
         if isinstance(module, nn.SyncBatchNorm):
             return "SyncBatchNorm is not supported yet"
         whole = reason_to_keep_whole(module)
@@ -194,6 +204,10 @@ class _Finder:
         user = next(iter(last.users))
         activation = activation_of(user, self.root)
         return (activation, user) if activation is not None else (IDENTITY, last)
+
+
+def _has_chosen(module: Any) -> str:
+    return f"it has chosen the mean of {module.chosen[0]} norm and the variance of {module.chosen[1]} norm"
 
 
 def is_add(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
 from normpass.passes.sparse_switchable import SparseSwitchable
+from normpass.passes.specialise_switchable import SpecialiseSwitchable
 from normpass.passes.split_bn import SplitBN
 from normpass.rewrite import Rewrite
 
@@ -19,6 +20,7 @@ ORDER: tuple[Rewrite, ...] = (
     SplitBN(),  # keeps one tensor exactly
     FuseNormAct(),  # where z cannot be rebuilt: still one tensor fewer than separate layers keep
 )
+SPECIALISE = SpecialiseSwitchable()  # before the sites: it makes other nodes of some norms
 AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
@@ -31,11 +33,13 @@ __all__ = [
     "CHANGES",
     "ORDER",
     "RECOMPUTED",
+    "SPECIALISE",
     "DeriveRecipes",
     "FuseNormAct",
     "InplaceABN",
     "Kalman",
     "LeakyReLU",
     "SparseSwitchable",
+    "SpecialiseSwitchable",
     "SplitBN",
 ]

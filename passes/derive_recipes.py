@@ -33,6 +33,7 @@ from normpass.graph import (
     written_nodes,
 )
 from normpass.ops.activation import activate
+from normpass.passes.specialise_switchable import is_rebuilt_norm
 from normpass.recipe import derived, derived_function, method_function
 from normpass.sites import activation_of, is_add
 
@@ -138,7 +139,7 @@ class DeriveRecipes:
     def apply(self, graph: fx.Graph, root: nn.Module) -> dict[str, str]:
         """Rewrite `graph` in place; returns node name -> kind (a key of RECOMPUTED) for each derived node."""
         storage = Storage(graph, root)
-        rebuilt = {n for n in graph.nodes if n.target is split_norm_act}
+        rebuilt = {n for n in graph.nodes if n.target is split_norm_act or is_rebuilt_norm(n, root)}
         kept = {n for n in graph.nodes if _is_kept(n, root)} - rebuilt
         chosen: dict[fx.Node, str] = {}
         for node in graph.nodes:
@@ -286,7 +287,10 @@ def _is_item_of_tuple(node: fx.Node) -> bool:
 
 def _may_be_functional(node: fx.Node, root: nn.Module) -> bool:
     """An in-place activation may run out of place where nobody else sees what it overwrites."""
-    return all(len(target.users) == 1 and owns_result(target, root, _OWN) for target in written_nodes(node, root))
+    return all(
+        len(target.users) == 1 and (owns_result(target, root, _OWN) or is_rebuilt_norm(target, root))
+        for target in written_nodes(node, root)
+    )
 
 
 def _replace(graph: fx.Graph, node: fx.Node, kind: str, root: nn.Module) -> fx.Node:

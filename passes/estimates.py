@@ -209,8 +209,11 @@ class Estimates:
 def _keeps_channels(index: Any) -> bool:
     """Whether `x[index]` takes all samples and channels, and some positions."""
     everything = slice(None)
-    return isinstance(index, tuple) and len(index) > 2 and index[:2] == (everything, everything) and all(
-        isinstance(i, slice) for i in index
+    return (
+        isinstance(index, tuple)
+        and len(index) > 2
+        and index[:2] == (everything, everything)
+        and all(isinstance(i, slice) for i in index)
     )
 
 

@@ -197,5 +197,3 @@ def _position(node: fx.Node) -> int:
         node = node.prev
         position += 1
     return position
-
-

@@ -21,9 +21,18 @@ def memory_shrinks(found):
     assert after < before / 2
 
 
+def every_norm_was_trained(runs):
+    assert len(runs) == 5 and all(0 <= run["error"] <= 100 for run in runs)
+    assert runs[-1]["decided"] == 9 and len(runs[-1]["usage"]) > 5
+
+
 # name -> (the sizes to run it with, what must hold of its result)
 EXAMPLES = {
     "train_resnet": ({"steps": 3, "batch_size": 4, "size": 32}, losses_are_finite),
+    "micro_batches": (
+        {"batch_sizes": (4,), "seeds": 1, "epochs": 1, "width": 4, "trained": 40},
+        every_norm_was_trained,
+    ),
     "densenet_memory": ({"blocks": (2, 2), "batch_size": 2, "size": 32}, memory_shrinks),
 }
 

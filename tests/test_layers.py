@@ -18,7 +18,8 @@ FOLDERS = {
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
     ("guard", "measure", "ops"),
-    ("tracing", "recipe", "nn"),
+    ("tracing", "recipe"),
+    ("nn",),
     ("functional", "report"),
     ("capture",),
     ("sites",),

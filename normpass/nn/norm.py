@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normpass.ops import shift_scale, updated_running_stats
 from normpass.ops.layout import statistics_dtype
+from normpass.recipe import is_recording, tag
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -37,11 +38,18 @@ def batch_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def normalise(norm: Any, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """(x − mean)·rsqrt(var + eps)·weight + bias for statistics (N, C) or (1, C) that have gradients."""
+    """(x − mean)·rsqrt(var + eps)·weight + bias for statistics (N, C) or (1, C) that have gradients.
+
+    Inside an optimised model who saves the result saves its recipe instead: x is all that is kept.
+    """
     scale = torch.rsqrt(var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.to(scale.dtype)
-    return shift_scale(x, mean, scale, norm.bias)
+    args = x, mean, scale, norm.bias
+    y = shift_scale(*args)
+    if not torch.compiler.is_compiling() and is_recording():
+        tag(y, shift_scale, args)
+    return y
 
 
 def running_statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:

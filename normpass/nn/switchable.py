@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normpass.graph import hooks_of
 from normpass.nn.norm import (
     BatchNormLike,
     adopt,
@@ -99,14 +100,18 @@ class _SparseSwitchableNorm(BatchNormLike):
     def _as_chosen(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
         if mean_of == var_of:
             return _PLAIN[mean_of](self, x)
-        # One norm's mean and another's variance, from one pass over x.
+        return self.by_moments(x, mean_of, var_of)
+
+    def by_moments(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
+        """One norm's mean and one norm's variance, from one pass over x; keeps x alone."""
         mean, var = instance_moments(x)
         found = {"instance": (mean, var)}
         if "layer" in (mean_of, var_of):
             found["layer"] = merged_moments(mean, var, 1)
         if "batch" in (mean_of, var_of):
             found["batch"] = self._batch(x, mean, var)
-        return normalise(self, x, *torch.broadcast_tensors(found[mean_of][0], found[var_of][1]))
+        chosen_mean, chosen_var, _ = torch.broadcast_tensors(found[mean_of][0], found[var_of][1], mean)
+        return normalise(self, x, chosen_mean, chosen_var)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -135,6 +140,33 @@ def _layer_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 _PLAIN = {"instance": _instance_norm, "layer": _layer_norm, "batch": batch_norm}
+
+
+# What an optimised graph calls where a layer stood that has chosen. Each reads the choice when it runs: where other
+# weights were loaded, or somebody watches the layer, the layer itself runs.
+
+
+def instance_norm(norm: Any, x: Tensor) -> Tensor:
+    """A switchable layer that has chosen instance norm twice; keeps x alone."""
+    return _specialised(norm, x)
+
+
+def layer_norm(norm: Any, x: Tensor) -> Tensor:
+    """A switchable layer that has chosen layer norm twice; keeps x alone."""
+    return _specialised(norm, x)
+
+
+def mixed_norm(norm: Any, x: Tensor) -> Tensor:
+    """A switchable layer that has chosen two norms; keeps x alone."""
+    return _specialised(norm, x)
+
+
+def _specialised(norm: Any, x: Tensor) -> Tensor:
+    chosen = getattr(norm, "chosen", None)
+    if chosen is None or chosen == ("batch", "batch") or any(hooks_of(norm)):
+        return norm(x)
+    norm._check_input_dim(x)
+    return norm.by_moments(x, *chosen)
 
 
 class SparseSwitchableNorm1d(_SparseSwitchableNorm):

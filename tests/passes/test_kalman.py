@@ -344,7 +344,9 @@ def test_estimates_pass(what):
     assert kalman_paths(model) == ["bn"]
     optimised = normpass.optimize(model, changes=("kalman",))
     optimised(torch.randn(4, 3, 8, 8)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in optimised.named_parameters() if "gate" not in n)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for n, p in optimised.named_parameters() if "gate" not in n
+    )
 
 
 @pytest.mark.parametrize("what", STOPPING)
@@ -384,6 +386,15 @@ def test_every_norm_is_reported():
 
 
 # --- living with it ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [k for k, _ in RECURSIONS])
+def test_it_keeps_about_as_little_as_the_optimised_batch_norm(kind):
+    model, x = prepared(kind)
+    x = torch.randn(4, 3, 32, 32)
+    plain, ordinary = (normpass.measure.kept_bytes(m, x) for m in (model.float(), normpass.optimize(model)))
+    kalman = normpass.measure.kept_bytes(normpass.optimize(model, changes=("kalman",)), x)
+    assert kalman < 1.1 * ordinary < 0.8 * plain
 
 
 def test_the_given_model_is_untouched_and_state_goes_round():

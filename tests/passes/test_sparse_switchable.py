@@ -14,7 +14,14 @@ from normpass.functional import split_norm_act
 from normpass.measure import kept_bytes
 from normpass.module import part_of
 from normpass.nn import RadiusSchedule, SparseSwitchableNorm2d, freeze_decided, parameter_groups
-from normpass.nn.switchable import NORMS, SWITCHABLE_NORMS, switchable_layers
+from normpass.nn.switchable import (
+    NORMS,
+    SWITCHABLE_NORMS,
+    instance_norm,
+    layer_norm,
+    mixed_norm,
+    switchable_layers,
+)
 
 PAIRS = list(itertools.product(NORMS, repeat=2))
 
@@ -197,6 +204,39 @@ def test_batch_norm_pairs_go_through_the_ordinary_rewrites():
     small, wide = (normpass.optimize(m.float()) for m in (copy.deepcopy(plain), copy.deepcopy(model)))
     x = image(4, 3, 32, 32).float()
     assert kept_bytes(wide, x) == kept_bytes(small, x)
+
+
+@pytest.mark.parametrize("pair", [("instance", "instance"), ("layer", "layer"), ("batch", "instance")])
+def test_other_pairs_become_nodes_of_their_own_and_keep_their_input_alone(pair):
+    model = switchable_net().float()
+    for layer in (model.stem[1], model.bn):
+        choose(layer, *pair)
+    node = {("instance", "instance"): instance_norm, ("layer", "layer"): layer_norm}.get(pair, mixed_norm)
+    optimised = normpass.optimize(model)
+    assert targets(optimised).count(node) == 2
+    reasons = {row.path: row.reason for row in normpass.explain(model).rows}
+    assert reasons["bn"] == f"it has chosen the mean of {pair[0]} norm and the variance of {pair[1]} norm"
+    x = image(4, 3, 32, 32).float()
+    plain = ConvNet()
+    assert kept_bytes(optimised, x) < 0.75 * kept_bytes(plain, x)
+    assert kept_bytes(optimised, x) < 1.05 * kept_bytes(normpass.optimize(plain), x)
+
+
+def test_undecided_layers_keep_their_input_alone():
+    optimised = normpass.optimize(ConvNet(), changes=("sparse_switchable",))
+    x = image(4, 3, 32, 32).float()
+    assert kept_bytes(optimised, x) < 1.1 * kept_bytes(normpass.optimize(ConvNet()), x)
+
+
+def test_a_hook_on_a_decided_layer_still_runs():
+    model = switchable_net()
+    choose(model.bn, "layer", "layer")
+    optimised = normpass.optimize(model)
+    expected = optimised(image())
+    seen = []
+    optimised.bn.register_forward_hook(lambda module, args, result: seen.append(module.chosen))
+    torch.testing.assert_close(optimised(image()), expected, rtol=0, atol=1e-12)
+    assert seen == [("layer", "layer")]
 
 
 def test_a_partly_decided_model():
