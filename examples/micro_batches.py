@@ -1,6 +1,6 @@
 """Batch, group, Kalman and sparse switchable norm at 32, 4 and 2 samples a batch, on scikit-learn's digits.
 
-    python examples/micro_batches.py --json examples/results/micro_batches.json --plot examples/results/micro_batches.png
+    python examples/micro_batches.py --json examples/results/micro_batches.json --plot micro_batches.png
 
 trains a small residual network once for every norm, batch size and seed, prints the mean error on held-out images
 with its spread over the seeds, records everything and draws it. Runs that the file has already are not repeated,

@@ -56,7 +56,7 @@ def _leaky(mean: Tensor, sigma: Tensor, slope: float) -> tuple[Tensor, Tensor]:
 
 
 def _clipped(mean: Tensor, sigma: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """f = low + g, g = relu(X − low) − relu(X − high), g² = relu(X − low)² − relu(X − high)² − 2·width·relu(X − high)."""
+    """f = low + g, g = relu(X − low) − relu(X − high), g² = relu(X − low)² − relu(X − high)² − 2w·relu(X − high)."""
     above_low, above_low_square = _rectified(mean - low, sigma)
     above_high, above_high_square = _rectified(mean - high, sigma)
     first = above_low - above_high
