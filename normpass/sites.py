@@ -85,14 +85,8 @@ class _Finder:
     def is_norm(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(module_of(node, self.root), NORM_BASES)
-        return node.target in (
-            *CALLED_WITH_NORM,
-            F.batch_norm,
-            torch.batch_norm,
-            F.group_norm,
-            F.layer_norm,
-            F.instance_norm,
-        )
+        functions = (F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.instance_norm)
+        return node.target in (*CALLED_WITH_NORM, *functions)
 
     def site(self, norm: fx.Node) -> Site:
         module = module_of(norm, self.root)

@@ -110,7 +110,8 @@ _PASSING_MODULES = (
 )
 _PASSING_FUNCTIONS = frozenset(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool2d dropout dropout2d dropout3d flatten interpolate contiguous boolean_dispatch".split()
+    "adaptive_avg_pool3d adaptive_max_pool2d dropout dropout2d dropout3d flatten interpolate contiguous "
+    "boolean_dispatch".split()
 )
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _PRODUCTS = (operator.mul, torch.mul, product_as_first)

@@ -108,7 +108,7 @@ def filtered(norm, x, prediction, p=P):
 
 
 def chain_recursion(m, x):
-    prediction = None
+    prediction = estimate = None
     for index, (conv_, norm) in enumerate(zip(m.convs, m.norms, strict=True)):
         x = conv_(x)
         if index:
@@ -251,7 +251,7 @@ def test_the_state_behind_the_norm():
     optimised = normpass.optimize(model, changes=(Kalman(prediction_weight=P, state="output"),))
 
     def recursion(m, x):
-        prediction = None
+        prediction = estimate = None
         for index, (conv_, norm) in enumerate(zip(m.convs, m.norms, strict=True)):
             x = conv_(x)
             if index:
