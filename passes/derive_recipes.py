@@ -147,7 +147,7 @@ class DeriveRecipes:
             if kind is None or not _is_worth_it(node, kind, rebuilt, kept):
                 continue
             read = [node, *(n for n in node.all_input_nodes if n not in rebuilt)]
-            if any(storage.writer_after(n, node) is not None for n in read):
+            if any(_is_changed_later(n, node, storage, root) for n in read):
                 continue  # what is kept must not change between forward and backward
             if not _may_be_functional(node, root):
                 continue
@@ -270,6 +270,15 @@ def _is_worth_it(node: fx.Node, kind: str, rebuilt: set, kept: set) -> bool:
         return bool(inputs) or any(len(n.users) > 1 for n in node.all_input_nodes)
     new = [n for n in node.all_input_nodes if n not in rebuilt and n not in kept]
     return not new and (any(n in rebuilt for n in inputs) or kind in ("add", "activation", "mul"))
+
+
+def _is_changed_later(node: fx.Node, after: fx.Node, storage: Storage, root: nn.Module) -> bool:
+    """Whether the value of `node` is written to behind `after`, but by an activation that becomes a recipe too."""
+    writer = storage.writer_after(node, after)
+    if writer is None:
+        return False
+    alone = node is after and list(node.users) == [writer]
+    return not (alone and kind_of(writer, root) == "activation" and _may_be_functional(writer, root))
 
 
 def _is_item(node: fx.Node) -> bool:

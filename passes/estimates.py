@@ -110,8 +110,7 @@ _PASSING_MODULES = (
 )
 _PASSING_FUNCTIONS = frozenset(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool2d dropout dropout2d dropout3d flatten interpolate contiguous "
-    "boolean_dispatch".split()
+    "adaptive_avg_pool3d adaptive_max_pool2d dropout dropout2d dropout3d flatten interpolate contiguous".split()
 )
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _PRODUCTS = (operator.mul, torch.mul, product_as_first)
@@ -192,7 +191,7 @@ class Estimates:
 
     def _concatenation(self, node: fx.Node) -> Expression | None:
         dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
-        tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+        tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors")
         if dim != 1 or not isinstance(tensors, (list, tuple)):
             return None
         parts = tuple(self._of[n] for n in tensors if isinstance(n, fx.Node) and n in self._of)
@@ -220,13 +219,13 @@ def _keeps_channels(index: Any) -> bool:
 
 def _is_over_space(node: fx.Node) -> bool:
     """Whether `x.mean(dim)` averages positions, not samples or channels."""
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     dims = dim if isinstance(dim, (list, tuple)) else (dim,)
     return all(isinstance(d, int) and (d >= 2 or d in (-1, -2)) for d in dims) and len(dims) > 1
 
 
 def _padded(node: fx.Node, source: Expression) -> Expression | None:
-    widths = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else None)
+    widths: Any = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else None)
     if not isinstance(widths, (list, tuple)) or not all(isinstance(w, int) for w in widths):
         return None
     if len(widths) <= 4:  # positions alone

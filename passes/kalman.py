@@ -99,9 +99,10 @@ def _estimates(graph: fx.Graph, root: nn.Module) -> Estimates:
 
     def is_filter(node: fx.Node) -> bool:
         module = module_of(node, root)
-        known = module is not None and (dimension_of(module) is not None or isinstance(module, KALMAN_NORMS))
+        if module is None or (dimension_of(module) is None and not isinstance(module, KALMAN_NORMS)):
+            return False
         once = calls[id(module)] == 1 and len(node.args) + len(node.kwargs) == 1
-        return known and once and reason_to_keep_whole(module) is None
+        return once and reason_to_keep_whole(module) is None
 
     return Estimates(graph, root, is_filter)
 
@@ -174,12 +175,12 @@ class _Values:
         layer = self._layer(expression.at)
         if not self.sampled:
             return predicted, (layer, self.of(expression.source)), {}
-        source, activation = expression.source, None
-        if isinstance(source, Activated):  # the draw itself goes through the activation
-            source, activation = source.source, source.activation
-        x = expression.at.all_input_nodes[0]
-        named = (activation.name, list(activation.args)) if activation is not None else ()
-        return predicted_by_sample, (layer, self.of(source), x, *named), {}
+        source, x = expression.source, expression.at.all_input_nodes[0]
+        if not isinstance(source, Activated):
+            return predicted_by_sample, (layer, self.of(source), x), {}
+        activation = source.activation  # the draw itself goes through it
+        args = (layer, self.of(source.source), x, activation.name, list(activation.args))
+        return predicted_by_sample, args, {}
 
     def _layer(self, call: fx.Node) -> fx.Node:
         with self.graph.inserting_before(call):

@@ -115,7 +115,7 @@ class _SparseSwitchableNorm(BatchNormLike):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}mean_logits" in state_dict and not self.mean_logits.is_meta:
+        if f"{prefix}mean_logits" in state_dict:
             decide([self])
             freeze([self])
 
@@ -214,6 +214,7 @@ def decide(layers: Sequence[_SparseSwitchableNorm]) -> None:
 
     All decisions are read from the device at once. Parameters are not touched.
     """
+    layers = [layer for layer in layers if not layer.mean_logits.is_meta]  # those have no values yet
     if not layers:
         return
     device = layers[0].mean_logits.device
