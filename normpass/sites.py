@@ -111,7 +111,7 @@ class _Finder:
 
     def _called_with_norm(self, norm: fx.Node) -> Site:
         """A function that a change has put in a norm's place, with the norm as its first argument."""
-        path, x = str(norm.args[0].target), norm.args[1]
+        path, x = str(norm.args[0].target), norm.all_input_nodes[1]
         module = self.root.get_submodule(path)
         reason = _PASSES_ON if norm.target is batch_norm_with_estimate else _has_chosen(module)
         kind = type(module).__name__
@@ -128,7 +128,7 @@ class _Finder:
             return "its statistics come from the norm before it too, and have a gradient"
         if isinstance(module, SWITCHABLE_NORMS) and module.chosen is None:
             return "it has not chosen yet: it computes all three norms"
-        if isinstance(module, SWITCHABLE_NORMS) and set(module.chosen) != {"batch"}:
+        if isinstance(module, SWITCHABLE_NORMS) and module.chosen != ("batch", "batch"):
             return _has_chosen(module)
         if isinstance(module, nn.SyncBatchNorm):
             return "SyncBatchNorm is not supported yet"

@@ -167,8 +167,8 @@ class _Values:
         if isinstance(expression, Joined):
             return SEVERAL[expression.how], tuple(self.of(e) for e in expression.parts), {}
         if isinstance(expression, Activated):
-            args = (self.of(expression.source), expression.activation.name, list(expression.activation.args))
-            return activated, args, {"sampled": self.sampled}
+            of_activation = expression.activation.name, list(expression.activation.args)
+            return activated, (self.of(expression.source), *of_activation), {"sampled": self.sampled}
         if isinstance(expression, Padded):
             return padded, (self.of(expression.source), expression.before, expression.after), {}
         assert isinstance(expression, Predicted)

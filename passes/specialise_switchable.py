@@ -52,7 +52,7 @@ def is_rebuilt_norm(node: fx.Node, root: nn.Module) -> bool:
     """Whether the value of `node` is what a norm of `normpass.nn` tags with its recipe."""
     if node.op == "call_function" and node.target is operator.getitem:
         source, index = node.args
-        return index == 0 and isinstance(source, fx.Node) and _gives_estimate(source, root)
+        return isinstance(index, int) and index == 0 and isinstance(source, fx.Node) and _gives_estimate(source, root)
     if node.op == "call_function":
         return node.target in _SPECIALISED
     module = module_of(node, root)

@@ -164,8 +164,8 @@ def batch_estimate(x: Tensor, micro_batches: int) -> Estimate:
             "give a batch size that is a multiple of it, or drop the last, smaller batch"
         )
     mean, var = instance_moments(x)
-    parts = (v.unflatten(0, (micro_batches, -1)) for v in (mean, var))
-    mean, var = merged_moments(*parts, 1)
+    mean, var = (v.unflatten(0, (micro_batches, -1)) for v in (mean, var))
+    mean, var = merged_moments(mean, var, 1)
     return Estimate(mean.squeeze(1), var.squeeze(1))
 
 

@@ -142,7 +142,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None]:
+def _backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Tensor, None]:
     z, support, on_sphere = ctx.saved_tensors
     size = support.sum(-1, keepdim=True, dtype=z.dtype)
     pushed = on_sphere > 0
