@@ -50,8 +50,12 @@ class Kalman:
     micro_batches: int = 1
     """into how many equal parts a batch is divided; each has statistics of its own"""
 
+    largest_ratio: float = 100.0
+    """a norm uses no prediction whose variance is so many times the observed one, averaged over the channels; with
+    few values a channel, as in maps of 1×1, take `math.inf`, which uses all"""
+
     def __post_init__(self) -> None:
-        check_options(self.prediction_weight, self.learn_weight, self.micro_batches)
+        check_options(self.prediction_weight, self.learn_weight, self.micro_batches, self.largest_ratio)
         if self.transition not in ("closed_form", "sampled"):
             raise ValueError(f'`transition` must be "closed_form" or "sampled", it is "{self.transition}"')
         if self.state not in ("input", "output"):
@@ -61,7 +65,11 @@ class Kalman:
         """Put a Kalman norm where an estimate arrives; returns path -> the BatchNorm that stood there."""
         if self.prediction_weight == 0 and self.micro_batches == 1:
             return {}  # it is batch norm
-        options = {"prediction_weight": self.prediction_weight, "learn_weight": self.learn_weight}
+        options = {
+            "prediction_weight": self.prediction_weight,
+            "learn_weight": self.learn_weight,
+            "largest_ratio": self.largest_ratio,
+        }
         new: dict[int, nn.Module] = {}
         for captured in find_parts(model).captures.values():
             estimates = _estimates(captured.graph, captured.root)

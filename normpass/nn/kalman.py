@@ -5,8 +5,10 @@ With the batch's mean and var, a prediction (pre_mean, pre_var) and its weight p
     mean' = p·pre_mean + (1 − p)·mean
     var'  = p·pre_var + (1 − p)·var + p·(1 − p)·(mean − pre_mean)²
 
-and the batch's own where the average of pre_var/var is 100 or more (arXiv 1802.03133 and the authors' code; the
-paper's gain q weights the observation, q = 1 − p). (mean', var') normalise x and are the estimate that is passed
+and the batch's own where the average over the channels of pre_var/var is `largest_ratio` = 100 or more (arXiv
+1802.03133 and the authors' code; the paper's gain q weights the observation, q = 1 − p). With two or three values a
+channel that average is nearly always large, since some observed variance is nearly 0: there nothing is smoothed,
+unless `largest_ratio` is infinite. (mean', var') normalise x and are the estimate that is passed
 on. What is computed is this smoothing, no more: no covariance between channels, no noise terms. The estimate is
 that of a norm's *input*, and it passes the norm's own scale and shift as it is: so the authors compute it.
 
@@ -37,9 +39,6 @@ from normpass.nn.norm import (
     uses_batch,
 )
 
-LARGEST_RATIO = 100.0
-"""Where the predicted variance is so many times the batch's, on average, the prediction is not used."""
-
 
 class _KalmanNorm(BatchNormLike):
     def __init__(
@@ -55,10 +54,12 @@ class _KalmanNorm(BatchNormLike):
         prediction_weight: float = 0.9,
         learn_weight: bool = False,
         micro_batches: int = 1,
+        largest_ratio: float = 100.0,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        check_options(prediction_weight, learn_weight, micro_batches)
+        check_options(prediction_weight, learn_weight, micro_batches, largest_ratio)
         self.prediction_weight, self.micro_batches = float(prediction_weight), int(micro_batches)
+        self.largest_ratio = float(largest_ratio)
         self.weight_logit: nn.Parameter | None = None
         if learn_weight:
             logit = math.log(prediction_weight / (1 - prediction_weight))
@@ -83,6 +84,8 @@ class KalmanNorm1d(_KalmanNorm):
     prediction_weight: p, the weight of the prediction, in [0, 1]; 0 is batch norm.
     learn_weight: learn p from there on, as the sigmoid of a parameter of the layer.
     micro_batches: into how many equal parts a batch is divided; each has its own statistics.
+    largest_ratio: where the average of predicted/observed variance is as large, the prediction is not used;
+        `math.inf` uses every prediction.
 
     Raises:
         ValueError: an option outside its range; a batch that does not divide into the micro-batches.
@@ -106,8 +109,12 @@ class KalmanNorm3d(_KalmanNorm):
 KALMAN_NORMS = (KalmanNorm1d, KalmanNorm2d, KalmanNorm3d)
 
 
-def check_options(prediction_weight: float, learn_weight: bool, micro_batches: int) -> None:
+def check_options(
+    prediction_weight: float, learn_weight: bool, micro_batches: int, largest_ratio: float = 100.0
+) -> None:
     """ValueError for options outside their range."""
+    if not largest_ratio > 0:
+        raise ValueError(f"`largest_ratio` must be > 0, it is {largest_ratio}")
     if not 0 <= prediction_weight <= 1:
         raise ValueError(f"`prediction_weight` must be in [0, 1], it is {prediction_weight}")
     if learn_weight and not 0 < prediction_weight < 1:
@@ -161,7 +168,11 @@ def _smoothed(norm: Any, observed: Estimate, prediction: Estimate, count: int) -
     mean = p * prediction.mean + (1 - p) * observed.mean
     of_batch = (1 - p) * observed.var
     of_prediction = p * prediction.var + p * (1 - p) * (observed.mean - prediction.mean).square()
-    usable = (prediction.var / observed.var).mean() < LARGEST_RATIO  # False for NaN
+    if norm.largest_ratio == math.inf:
+        with torch.no_grad():
+            unbiased = of_batch + of_prediction * ((count - 1) / count)
+        return Estimate(mean, of_batch + of_prediction), unbiased
+    usable = (prediction.var / observed.var).mean() < norm.largest_ratio  # False for NaN
     estimate = Estimate(
         torch.where(usable, mean, observed.mean),
         torch.where(usable, of_batch + of_prediction, observed.var),

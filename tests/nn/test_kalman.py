@@ -90,6 +90,13 @@ def test_a_prediction_far_off_is_not_used(far):
     torch.testing.assert_close(norm(x, before, True), plain(x, before, True), rtol=0, atol=1e-14)
 
 
+def test_every_prediction_is_used_where_the_ratio_may_be_infinite():
+    norm, x = layer(prediction_weight=0.9, largest_ratio=float("inf")), values(6, 4, 3, 2)
+    before = Estimate(prediction().mean, torch.full((1, 4), 1e4, dtype=torch.float64))
+    expected, mean, var = formula(x, norm, 0.9, before.mean[0], before.var[0])
+    torch.testing.assert_close(norm(x, before), expected, rtol=0, atol=1e-12)
+
+
 def test_micro_batches_have_statistics_of_their_own():
     norm, x, before = layer(prediction_weight=0.6, micro_batches=3), values(6, 4, 3, 2), prediction(3)
     y, estimate = norm(x, before, True)
@@ -156,6 +163,7 @@ def test_bfloat16_and_channels_last():
     [
         ({"prediction_weight": 1.5}, r"`prediction_weight` must be in \[0, 1\], it is 1.5"),
         ({"prediction_weight": 0.0, "learn_weight": True}, r"inside \(0, 1\) to be learned"),
+        ({"largest_ratio": 0.0}, "`largest_ratio` must be > 0, it is 0.0"),
         ({"micro_batches": 0}, "`micro_batches` must be a whole number from 1, it is 0"),
     ],
 )
