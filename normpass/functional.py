@@ -207,8 +207,8 @@ def _tensors_of(norm) -> NormTensors:
 def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormTensors | None:
     """What of `norm` the op needs, if these can be fused as they are now; None if not."""
     kind = type(norm)
-    if under_other_derivatives():
-        return None
+    if under_other_derivatives() or torch.compiler.is_exporting():
+        return None  # an exported graph is to have standard operators
     if kind is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
         return None
     tensors = _tensors_of(norm)

@@ -17,9 +17,9 @@ FOLDERS = {
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
-    ("guard", "measure", "ops"),
-    ("tracing", "recipe"),
-    ("functional", "report"),
+    ("guard", "measure", "ops", "extras", "files", "fold"),
+    ("tracing", "recipe", "weights", "export"),
+    ("functional", "report", "agreement"),
     ("capture",),
     ("sites",),
     ("rewrite",),
@@ -29,12 +29,14 @@ ORDER = (
     ("module",),
     ("explain",),
     ("api",),
+    ("convert",),
+    ("from_onnx",),
     ("normpass",),
     ("digits", "environment", "models", "timing"),
     ("bench_layers", "contenders", "overhead"),
     ("bench_kernels", "bench_networks"),
     ("bench_tables",),
-    ("bench", "demo"),
+    ("bench", "demo", "cli_convert"),
     ("cli",),
     ("__main__",),
 )
