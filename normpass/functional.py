@@ -28,7 +28,7 @@ from normpass.ops.activation import activate
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.inplace_abn import inplace_abn_on
 from normpass.ops.moments import moments_with_update
-from normpass.ops.norm_act import norm_act_on, rebuild_norm_act
+from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.recipe import is_recording, tag
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -126,6 +126,23 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
     if not torch.compiler.is_compiling() and is_recording():
         tag(z, rebuild_norm_act, args)
     return z
+
+
+def prepare_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
+    """What of `split_norm_act` is to run once a step: the moments, and the running statistics' move.
+
+    Returns what `finish_norm_act` takes: the arguments of its op, or the plain layers' result where the norm
+    cannot be fused. A compiler that runs `finish_norm_act` again in backward rebuilds z from x bit for bit.
+    """
+    tensors = _fusible(norm, x, residual, activation)
+    if tensors is None:
+        return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
+    return _op_args(eager_device(x, residual), norm, tensors, x, residual, activation, activation_args)
+
+
+def finish_norm_act(prepared):
+    """z = act(norm(x) + residual) from what `prepare_norm_act` returned."""
+    return prepared if isinstance(prepared, Tensor) else norm_act(*prepared)
 
 
 def inplace_abn(norm, x, activation="identity", activation_args=()):

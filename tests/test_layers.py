@@ -29,7 +29,7 @@ ORDER = (
     ("module",),
     ("explain",),
     ("api",),
-    ("convert",),
+    ("convert", "backend"),
     ("from_onnx",),
     ("normpass",),
     ("digits", "environment", "models", "timing"),
