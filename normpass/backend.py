@@ -158,6 +158,6 @@ def _mark(node: fx.Node) -> None:
 def _log_plan(plan: Plan, derived: Mapping[str, str]) -> None:
     """One line a norm, at level INFO: nothing is skipped silently."""
     for choice in plan.choices:
-        reasons = "; ".join(refusal.reason for refusal in choice.refusals)
-        _log.info("%s (%s): %s", choice.site.path, choice.site.pattern, choice.rewrite or f"left alone: {reasons}")
+        reasons = "".join(f"; not {refusal.rewrite}: {refusal.reason}" for refusal in choice.refusals)
+        _log.info("%s (%s): %s%s", choice.site.path, choice.site.pattern, choice.rewrite or "left alone", reasons)
     _log.info("%d norms, %d other recipes", len(plan.choices), len(derived))
