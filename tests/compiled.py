@@ -64,25 +64,40 @@ def largest_difference(found: Numbers, expected: Numbers) -> float:
     return worst
 
 
-def compare(entry: Network, inner: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def _format_of(x: Tensor, wanted: torch.memory_format) -> torch.memory_format:
+    return torch.contiguous_format if wanted is torch.preserve_format or x.dim() != 4 else wanted
+
+
+def compare(
+    entry: Network,
+    inner: str,
+    dtype: torch.dtype = torch.float64,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> dict[str, Any]:
     """Two steps of the plain network and of the compiled one, and how many graphs there were.
 
     `difference` is between the two; `graphs` counts them over five steps, `graphs of another batch` those that a
     batch of one more sample adds; `kept` is in bytes, plain, of `optimize` and of the backend.
     """
-    plain = entry.build().to(dtype)
+    plain = entry.build().to(dtype, memory_format=memory_format)
     own, optimised = copy.deepcopy(plain), normpass.optimize(copy.deepcopy(plain))
     reference = copy.deepcopy(plain).double()
-    expected = train(plain, plain, entry.make_inputs, dtype)
+
+    def inputs(step: int) -> tuple:
+        return tuple(
+            x.to(dtype).contiguous(memory_format=_format_of(x, memory_format)) for x in entry.make_inputs(step)
+        )
+
+    expected = train(plain, plain, inputs, dtype)
     compiled = compile_with(own, inner)
     before = counters["stats"]["unique_graphs"]
-    found = train(own, compiled, entry.make_inputs, dtype)
+    found = train(own, compiled, inputs, dtype)
     row: dict[str, Any] = {"network": entry.name, "inner": inner, "difference": largest_difference(found, expected)}
     if dtype != torch.float64:
         exact = train(reference, reference, entry.make_inputs, torch.float64)
         row["error"] = largest_difference(found, exact)
         row["error of eager"] = largest_difference(expected, exact)
-    x = entry.make_inputs(0)[0].to(dtype)
+    x = inputs(0)[0]
     for _ in range(3):
         quietly(compiled, x)
     row["graphs"] = counters["stats"]["unique_graphs"] - before

@@ -21,9 +21,17 @@ def memory_shrinks(found):
     assert after < before / 2
 
 
+def agrees(found):
+    assert found["error"] < 1e-4
+    assert found["same"] == 1
+
+
 # name -> (the sizes to run it with, what must hold of its result)
 EXAMPLES = {
     "train_resnet": ({"steps": 3, "batch_size": 4, "size": 32}, losses_are_finite),
+    "segmentation": ({"steps": 3, "batch_size": 2, "size": 16, "width": 4}, losses_are_finite),
+    "compile_backend": ({"steps": 3, "batch_size": 4, "size": 32, "inner": "eager"}, losses_are_finite),
+    "convert_to_onnx": ({"steps": 2, "batch_size": 4, "size": 32}, agrees),
     "densenet_memory": ({"blocks": (2, 2), "batch_size": 2, "size": 32}, memory_shrinks),
 }
 
