@@ -224,7 +224,7 @@ def _tensors_of(norm) -> NormTensors:
 def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormTensors | None:
     """What of `norm` the op needs, if these can be fused as they are now; None if not."""
     kind = type(norm)
-    if under_other_derivatives() or torch.compiler.is_exporting():
+    if under_other_derivatives() or _is_exporting():
         return None  # an exported graph is to have standard operators
     if kind is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
         return None
@@ -245,6 +245,11 @@ def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormT
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return None
     return tensors
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export traces this; Dynamo of torch 2.11 says so of torch.compile too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _dtypes_fit(tensors: NormTensors, x: Tensor) -> bool:
