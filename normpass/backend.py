@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import CheckpointPolicy
@@ -76,7 +77,7 @@ def compile_graph(
     )
     if will_differentiate:
         plan, derived = rewrite(graph_module)
-        _log_plan(plan, derived)
+        _log_plan(graph_module, plan, derived)
         if settings.inner != "eager":
             _mark_recomputed(graph_module, derived)
     if settings.inner == "eager":
@@ -155,9 +156,13 @@ def _mark(node: fx.Node) -> None:
     node.meta["ac_graph_id"] = 0  # one region: nothing is kept for being at the border of another
 
 
-def _log_plan(plan: Plan, derived: Mapping[str, str]) -> None:
+def _log_plan(graph_module: fx.GraphModule, plan: Plan, derived: Mapping[str, str]) -> None:
     """One line a norm, at level INFO: nothing is skipped silently."""
     for choice in plan.choices:
         reasons = "".join(f"; not {refusal.rewrite}: {refusal.reason}" for refusal in choice.refusals)
         _log.info("%s (%s): %s%s", choice.site.path, choice.site.pattern, choice.rewrite or "left alone", reasons)
+    for path, region in graph_module.named_modules():
+        if path and isinstance(region, fx.GraphModule):
+            count = sum(node.target is F.batch_norm for node in region.graph.nodes)
+            _log.info("%s: %d norms left alone, inside a region of its own (checkpoint, cond, …)", path, count)
     _log.info("%d norms, %d other recipes", len(plan.choices), len(derived))

@@ -85,10 +85,10 @@ assert "normpass.backend" in sys.modules
 
 
 def test_inductor_trains_the_same(net):
-    """The inner backend by default, in fp32, channels_last, with a batch that changes."""
+    """The inner backend by default, in fp32, channels_last; its mode is accepted (without a GPU it changes nothing)."""
     net = net.float().to(memory_format=torch.channels_last)
     own = copy.deepcopy(net)
-    compiled = torch.compile(own, backend="normpass", fullgraph=True)
+    compiled = torch.compile(own, backend="normpass", mode="reduce-overhead", fullgraph=True)
     with inductor_config.patch(fallback_random=True):  # eager's random numbers, for the dropout
         found = train(own, compiled, images, torch.float32)
     assert largest_difference(found, train(net, net, images, torch.float32)) < 1e-5
@@ -151,7 +151,7 @@ def test_channels_last_survives(net):
         assert compile_with(block, inner)(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_users_own_checkpoint_stays_in_charge(net):
+def test_the_users_own_checkpoint_stays_in_charge(net, caplog):
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -160,14 +160,13 @@ def test_the_users_own_checkpoint_stays_in_charge(net):
         def forward(self, x):
             return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
 
-    model = Checkpointed()
-    own = copy.deepcopy(model)
+    own, plain = Checkpointed(), copy.deepcopy(net)
     compiled = torch.compile(own, backend="normpass", options={"inner": "aot_eager"})
-    found, expected = (
-        train(own, compiled, images, torch.float64),
-        train(copy.deepcopy(model).net, net, images, torch.float64),
-    )
-    assert largest_difference({"outputs": found["outputs"][:1]}, {"outputs": expected["outputs"][:1]}) < 1e-12
+    caplog.set_level(logging.INFO, "normpass.backend")
+    found, expected = train(own, compiled, images, torch.float64), train(plain, plain, images, torch.float64)
+    del found["buffers"], expected["buffers"]  # a checkpoint moves running statistics twice, with or without us
+    assert largest_difference(found, expected) < 1e-12
+    assert "3 norms left alone, inside a region of its own" in caplog.text
 
 
 # --- what is done to the graph --------------------------------------------------------------------
