@@ -88,7 +88,8 @@ def convert(
     out = Path(out)
     model = _checked(model, out, opset)
     with appearing(out) as file, untouched(model):
-        write: Callable[..., Conversion] = {".onnx": _write_onnx, ".pt2": _write_pt2}.get(out.suffix, _write_weights)
+        writers: dict[str, Callable[..., Conversion]] = {".onnx": _write_onnx, ".pt2": _write_pt2}
+        write = writers.get(out.suffix, _write_weights)
         return write(model.eval(), file, out, _arguments(model, out, example_inputs), opset, dynamic_batch)
 
 

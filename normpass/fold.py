@@ -14,8 +14,9 @@ readers, or whose tensors are computed from the input.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -104,8 +105,7 @@ class Constants:
 
 def _fold(graph_module: fx.GraphModule, constants: Constants, norm: fx.Node) -> str | None:
     """Fold one norm; why not, if it cannot be."""
-    x, weight, bias, mean, var, training = norm.args[:6]
-    eps = norm.args[7]
+    x, weight, bias, mean, var, training, _, eps, *_ = cast(Any, norm.args)
     if training or mean is None or var is None:
         return "it normalises with the statistics of the batch"
     if not all(constants.is_constant(n) for n in (weight, bias, mean, var)):
@@ -118,9 +118,8 @@ def _fold(graph_module: fx.GraphModule, constants: Constants, norm: fx.Node) -> 
     kernel, shift = x.args[1], x.args[2] if len(x.args) > 2 else None
     if not (constants.is_constant(kernel) and constants.is_constant(shift)):
         return f"the weight of `{x.name}` is computed from the input"
-    tensors = (constants.value(n) for n in (weight, bias, mean, var))
-    scale, offset = _affine(*tensors, eps)
-    old, old_shift = constants.value(kernel), constants.value(shift)
+    scale, offset = _affine([constants.value(n) for n in (weight, bias, mean, var)], eps)
+    old, old_shift = cast(Tensor, constants.value(kernel)), constants.value(shift)
     groups = x.args[_GROUPS] if x.target in _TRANSPOSED and len(x.args) > _GROUPS else 1
     new = old.double() * _per_output(scale, old, axis, groups)
     new_shift = offset if old_shift is None else old_shift.double() * scale + offset
@@ -142,8 +141,9 @@ def _channel_axis(node: fx.Node) -> int | None:
     return 0 if is_of_vectors else None
 
 
-def _affine(weight, bias, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """a and bias − a·mean of y = a·(x − mean) + bias, float64."""
+def _affine(tensors: Sequence[Any], eps: float) -> tuple[Tensor, Tensor]:
+    """a and bias − a·mean of y = a·(x − mean) + bias, float64, from weight, bias, mean and var."""
+    weight, bias, mean, var = tensors
     scale = torch.rsqrt(var.double() + eps)
     if weight is not None:
         scale = scale * weight.double()

@@ -200,7 +200,7 @@ def test_several_inputs_by_name(tmp_path):
 
 def test_a_wrong_file_is_not_published(net, tmp_path, monkeypatch, capsys):
     (tmp_path / "net.onnx").write_text("old")
-    monkeypatch.setattr("normpass.fold._affine", lambda weight, bias, mean, var, eps: (torch.rsqrt(var + eps), -mean))
+    monkeypatch.setattr("normpass.fold._affine", lambda tensors, eps: (torch.rsqrt(tensors[3] + eps), -tensors[2]))
     monkeypatch.setattr("normpass.models.load", lambda spec: net)
     assert cli.main(f"convert m:m {tmp_path}/net.onnx --input 2x3x8x8 --report {tmp_path}/r.json".split()) == 1
     assert "differs by" in capsys.readouterr().err

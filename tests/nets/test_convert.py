@@ -18,7 +18,7 @@ NAMES = (
     "efficientnet_v2_s googlenet shufflenet_v2_x1_0 mnasnet1_0 regnet_y_400mf vgg16_bn deeplabv3_resnet50 "
     "lraspp_mobilenet_v3_large r3d_18 darknet53 cspdarknet53 cspresnet50 seresnet50 dla34 hrnet_w18_small ghostnet_100 "
     "repvgg_a0 dpn68 res2net50_26w_4s selecsls42 tf_efficientnet_b0 gernet_s ecaresnet26t skresnet18 rexnet_100 "
-    "tinynet_e lcnet_050 unet conv1d"
+    "tinynet_e lcnet_050 unet grouped decoder conv3d tiny_densenet"
 ).split()
 
 
