@@ -3,13 +3,16 @@
 optimize   the rewritten model: same function, same gradients, same state_dict
 explain    what optimize would do, and why not
 restore    the original structure back
+convert    an ONNX, torch.export or weights file, verified
 measure    bytes kept, peak, step time: the one definition used everywhere
 """
 
 from normpass import measure
 from normpass._version import __version__
 from normpass.api import explain, optimize, restore
+from normpass.convert import Conversion, convert
 from normpass.errors import (
+    ConversionError,
     InvalidInputError,
     InvalidModelError,
     ModifiedInPlaceError,
@@ -22,6 +25,8 @@ from normpass.module import Optimized
 from normpass.report import Report
 
 __all__ = [
+    "Conversion",
+    "ConversionError",
     "InvalidInputError",
     "InvalidModelError",
     "ModifiedInPlaceError",
@@ -32,6 +37,7 @@ __all__ = [
     "StaleChangeError",
     "VerificationError",
     "__version__",
+    "convert",
     "explain",
     "measure",
     "optimize",

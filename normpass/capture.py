@@ -189,7 +189,7 @@ def capture(module: nn.Module, arguments: dict[str, Any]) -> Capture:
             opaque[type(culprit)] = reason
             continue
         break
-    _normalise(graph, module)
+    normalise(graph, module)
     guard = make_guard(module, recorded, tracer.entered, tracer.is_leaf_module)
     return Capture(module, graph, _opaque_paths(graph, module, opaque), guard)
 
@@ -255,7 +255,7 @@ _OWN_RESULT = frozenset({operator.add, operator.mul, torch.add, torch.cat, F.bat
 _ACTIVATIONS = (F.relu, F.silu, F.gelu, F.leaky_relu, F.elu, F.hardtanh, F.relu6, F.hardswish, F.mish, torch.relu)
 
 
-def _normalise(graph: fx.Graph, root: nn.Module) -> None:
+def normalise(graph: fx.Graph, root: nn.Module) -> None:
     """One normal form of what the model spells in several ways; the same numbers.
 
     What does nothing goes (`nn.Identity`, stochastic depth that never drops); stochastic depth becomes a

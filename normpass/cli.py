@@ -1,4 +1,4 @@
-"""The command line: `normpass demo`, `explain MODEL`, `bench [MODEL…]`, `bench kernels`, `kernels`.
+"""The command line: `normpass demo`, `explain MODEL`, `convert MODEL OUT`, `bench [MODEL…]`, `kernels`.
 
 Reads the arguments, prints what the library returns. Bad input ends with status 2 and one line on stderr
 that says what to do; status 1 means that the work itself failed (the demo's losses differ, ours did not run).
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import normpass
-from normpass import bench, demo, kernels, models
+from normpass import bench, cli_convert, demo, kernels, models
 from normpass.bench_layers import DEFAULT_SHAPES, LAYERS, LAYOUTS, Case
 from normpass.bench_networks import NETWORKS, Setting
 from normpass.contenders import COMPILED, CONTENDERS
@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="train plain and optimised side by side and compare"))
     _add_explain(commands.add_parser("explain", help="say what would be rewritten, and why the rest would not"))
+    words = "write a trained model as ONNX, torch.export or weights, verified"
+    cli_convert.add_arguments(commands.add_parser("convert", help=words), _shapes, _output)
     _add_bench(commands.add_parser("bench", help="time, kept and peak bytes of whole networks, side by side"))
     _add_bench_kernels(commands.add_parser("bench kernels", help="batch norm and activation, and each op alone"))
     kernels_ = commands.add_parser("kernels", help="say which kernels are there, and why others are not")

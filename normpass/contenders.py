@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normpass import kernels
 from normpass.api import optimize
+from normpass.backend import compile_graph
 
 Make = Callable[[nn.Module, str], nn.Module]
 
@@ -120,6 +121,10 @@ def _compile_ours(network: nn.Module, backend: str) -> nn.Module:
     return compiled(optimize(network), backend)
 
 
+def _compile_normpass(network: nn.Module, backend: str) -> nn.Module:
+    return compiled(network, partial(compile_graph, options={"inner": backend}))
+
+
 def _compile(**flags: object) -> Make:
     return lambda network, backend: compiled(network, backend, **flags)
 
@@ -138,8 +143,9 @@ CONTENDERS = {
         _compile(aggressive_recomputation=True), "torch.compile, aggressive_recomputation=True"
     ),
     "compile_budget": Contender(_compile(activation_memory_budget=0.5), "torch.compile, activation_memory_budget=0.5"),
+    "compile_normpass": Contender(_compile_normpass, 'torch.compile, backend="normpass"'),
     "compile_ours": Contender(_compile_ours, "torch.compile of normpass.optimize"),
     "checkpoint": Contender(_checkpoint, "torch.utils.checkpoint around every block"),
 }
-COMPILED = ("compile", "compile_ban_recompute", "compile_aggressive", "compile_budget")
-"""torch.compile as it comes and with each of its partitioner's points."""
+COMPILED = ("compile", "compile_ban_recompute", "compile_aggressive", "compile_budget", "compile_normpass")
+"""torch.compile as it comes, with each of its partitioner's points, and with our backend."""

@@ -29,3 +29,7 @@ class StaleChangeError(NormpassError, RuntimeError):
 
 class ModifiedInPlaceError(NormpassError, RuntimeError):
     """A tensor that backward needs was changed in place after forward, as autograd itself would report."""
+
+
+class ConversionError(NormpassError, RuntimeError):
+    """A converted model does not compute what the model does, or is no valid file; nothing was written."""

@@ -29,7 +29,7 @@ from normpass.ops.activation import activate
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.inplace_abn import inplace_abn_on
 from normpass.ops.moments import moments_with_update
-from normpass.ops.norm_act import norm_act_on, rebuild_norm_act
+from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.recipe import is_recording, tag
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -130,6 +130,23 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
     return z
 
 
+def prepare_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
+    """What of `split_norm_act` is to run once a step: the moments, and the running statistics' move.
+
+    Returns what `finish_norm_act` takes: the arguments of its op, or the plain layers' result where the norm
+    cannot be fused. A compiler that runs `finish_norm_act` again in backward rebuilds z from x bit for bit.
+    """
+    tensors = _fusible(norm, x, residual, activation)
+    if tensors is None:
+        return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
+    return _op_args(eager_device(x, residual), norm, tensors, x, residual, activation, activation_args)
+
+
+def finish_norm_act(prepared):
+    """z = act(norm(x) + residual) from what `prepare_norm_act` returned."""
+    return prepared if isinstance(prepared, Tensor) else norm_act(*prepared)
+
+
 def inplace_abn(norm, x, activation="identity", activation_args=()):
     """act(norm(x)) that keeps only its result. The activation must be invertible."""
     tensors = _fusible(norm, x, None, activation)
@@ -209,8 +226,8 @@ def _tensors_of(norm) -> NormTensors:
 def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormTensors | None:
     """What of `norm` the op needs, if these can be fused as they are now; None if not."""
     kind = type(norm)
-    if under_other_derivatives():
-        return None
+    if under_other_derivatives() or _is_exporting():
+        return None  # an exported graph is to have standard operators
     if kind is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
         return None
     tensors = _tensors_of(norm)
@@ -230,6 +247,11 @@ def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormT
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return None
     return tensors
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export traces this; Dynamo of torch 2.11 says so of torch.compile too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _dtypes_fit(tensors: NormTensors, x: Tensor) -> bool:

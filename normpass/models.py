@@ -92,7 +92,7 @@ def _from_timm(name: str) -> nn.Module:
 
 
 def _from_callable(spec: str, module_name: str, name: str) -> nn.Module:
-    with _current_directory_on_path():
+    with current_directory_on_path():
         build = _attribute(spec, _module(spec, module_name), name)
         try:
             inspect.signature(build).bind()
@@ -149,7 +149,7 @@ def _hint(name: str, names: Iterable[str], prefix: str) -> str:
 
 
 @contextlib.contextmanager
-def _current_directory_on_path() -> Iterator[None]:
+def current_directory_on_path() -> Iterator[None]:
     sys.path.insert(0, "")
     try:
         yield

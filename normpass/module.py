@@ -318,10 +318,27 @@ def _stale_message(module: nn.Module) -> str:
 
 def _run_compiled(program: Program | None, body: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
     """Under torch.compile saved-tensor hooks are not allowed; a selective checkpoint says what to run again."""
-    if program is None or not torch.is_grad_enabled():
+    if program is None or not torch.is_grad_enabled() or _runs_as_it_is():
         return body(module, *args, **kwargs)
     context = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, program.recomputed))
     return checkpoint(body, module, *args, use_reentrant=False, context_fn=context)
+
+
+def _runs_as_it_is() -> bool:
+    """Whether the backend that Dynamo traces for runs the graph itself (`eager`), asked while it traces.
+
+    There a checkpoint would be the one of eager mode, which refuses a region that moves running statistics.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    backend = getattr(backend, "_torchdynamo_orig_backend", backend)
+    options = getattr(backend, "kwargs", {}).get("options", {})
+    return getattr(backend, "compiler_name", "") == "eager" or options.get("inner") == "eager"
+
+
+# What `torch.compiler.assume_constant_result` does, which would import Dynamo, for seconds, wherever nobody compiles.
+_runs_as_it_is._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _policy(recomputed: frozenset, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

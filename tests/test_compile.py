@@ -68,6 +68,15 @@ def test_aot_eager_trains_the_same_in_one_graph(models):
     torch.testing.assert_close(train(optimised, compiled), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "backend, options", [("eager", None), ("normpass", {"inner": "eager"}), ("normpass", {"inner": "aot_eager"})]
+)
+def test_other_backends_train_the_same(models, backend, options):
+    plain, optimised = models
+    compiled = torch.compile(optimised, backend=backend, options=options, fullgraph=True)
+    torch.testing.assert_close(train(optimised, compiled), train(plain, plain), rtol=0, atol=1e-12)
+
+
 def test_compiled_keeps_what_eager_keeps(models):
     plain, optimised = models
     compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)

@@ -26,6 +26,11 @@ def every_norm_was_trained(runs):
     assert runs[-1]["decided"] == 9 and len(runs[-1]["usage"]) > 5
 
 
+def agrees(found):
+    assert found["error"] < 1e-4
+    assert found["same"] == 1
+
+
 # name -> (the sizes to run it with, what must hold of its result)
 EXAMPLES = {
     "train_resnet": ({"steps": 3, "batch_size": 4, "size": 32}, losses_are_finite),
@@ -33,6 +38,9 @@ EXAMPLES = {
         {"batch_sizes": (4,), "seeds": 1, "epochs": 1, "width": 4, "trained": 40},
         every_norm_was_trained,
     ),
+    "segmentation": ({"steps": 3, "batch_size": 2, "size": 16, "width": 4}, losses_are_finite),
+    "compile_backend": ({"steps": 3, "batch_size": 4, "size": 32, "inner": "eager"}, losses_are_finite),
+    "convert_to_onnx": ({"steps": 2, "batch_size": 4, "size": 32}, agrees),
     "densenet_memory": ({"blocks": (2, 2), "batch_size": 2, "size": 32}, memory_shrinks),
 }
 

@@ -38,7 +38,8 @@ def declare(
     gradient.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    # Every op takes any strides: without `flexible_layout` Inductor copies its channels_last tensors at each.
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     for device, key in DISPATCH_KEYS.items():
         LIBRARY.impl(name, _on_device(device, kernel), key)  # type: ignore[no-untyped-call]

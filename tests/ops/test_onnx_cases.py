@@ -1,0 +1,53 @@
+"""ONNX's own node cases of BatchNormalization, from the onnx package: our ops compute what that operator is defined to.
+
+ONNX keeps the biased variance where PyTorch keeps the unbiased one, m/(m − 1) of it; so it is given scaled back.
+"""
+
+import warnings
+
+import pytest
+import torch
+from onnx.backend.test.case.node import collect_testcases
+
+from normpass.ops import moments, norm_act, updated_running_stats
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+NAMES = [
+    "test_batchnorm_example",
+    "test_batchnorm_epsilon",
+    "test_batchnorm_example_training_mode",
+    "test_batchnorm_epsilon_training_mode",
+]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the other operators' cases, which are made along with these
+        found = {case.name: case for case in collect_testcases("BatchNormalization")}
+    return {name: case for name, case in found.items() if "expanded" not in name}
+
+
+def test_there_are_no_others(cases):
+    assert sorted(cases) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_case(cases, name):
+    case = cases[name]
+    node = case.model.graph.node[0]
+    attributes = {a.name: a.f if a.type == a.FLOAT else a.i for a in node.attribute}
+    eps, momentum = attributes.get("epsilon", 1e-5), attributes.get("momentum", 0.9)
+    is_training = bool(attributes.get("training_mode", 0))
+    assert is_training == name.endswith("training_mode")
+    for inputs, outputs in case.data_sets:
+        x, weight, bias, mean, var = (torch.from_numpy(array.copy()) for array in inputs)
+        expected = [torch.from_numpy(array) for array in outputs]
+        used = moments(x) if is_training else (mean, var)
+        found = [norm_act(x, None, weight, bias, *used, eps, is_training)]
+        if is_training:
+            count = x.numel() // x.shape[1]
+            biased = used[1] * (count - 1) / count
+            found += updated_running_stats(mean, var, used[0], biased, 1 - momentum, count)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
