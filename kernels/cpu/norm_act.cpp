@@ -6,7 +6,7 @@ namespace normpass {
 namespace {
 
 template <int RUNS, class A, class PerChannel, class Activation>
-void forward_tile(Runs<const A> x, Runs<const A> residual, Runs<A> z, int64_t n, AffineAt<PerChannel> at,
+NORMPASS_SHARED void forward_tile(Runs<const A> x, Runs<const A> residual, Runs<A> z, int64_t n, AffineAt<PerChannel> at,
                   Activation activation) {
   if (residual.values == nullptr) {
 #pragma omp simd

@@ -106,6 +106,15 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
   return result;
 }
 
+template <int RUNS, class Gradients> NORMPASS_SHARED void differentiate(const Gradients& gradients, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    auto channel = gradients.channel(i);
+#pragma GCC unroll 4
+    for (int run = 0; run < RUNS; ++run) gradients.at(channel, run, i);
+  }
+}
+
 // dresidual alone: dy, written in the pass of the reduction where there is one.
 template <class S, class Walk> void differentiate_only(const Walk& walk, const FromInput<S>& source, int threads) {
   using A = Wide<S>;
@@ -114,12 +123,7 @@ template <class S, class Walk> void differentiate_only(const Walk& walk, const F
     TileBuffers<A> buffers;
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
       source.first_pass(walk, buffers, tile, [&](auto gradients, auto runs) {
-#pragma omp simd
-        for (int64_t i = 0; i < tile.n; ++i) {
-          auto channel = gradients.channel(i);
-#pragma GCC unroll 4
-          for (int run = 0; run < runs.value; ++run) gradients.at(channel, run, i);
-        }
+        differentiate<runs.value>(gradients, tile.n);
       });
     });
     source.end_of_first_pass();

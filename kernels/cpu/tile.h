@@ -146,7 +146,8 @@ inline void end_of_stream() {
 #endif
 }
 
-// Where the last loop over a tile writes (`buffer` has room for runs_at_once runs), and what takes the values from there if that is not their place yet.
+// Where the last loop over a tile writes (`buffer` has room for runs_at_once runs), and what takes the values from
+// there if that is not their place yet.
 template <class S>
 Runs<Wide<S>> target_of(S* to, int64_t stride, Wide<S>* buffer, const Tile& tile, bool streamed) {
   if constexpr (std::is_same<S, Wide<S>>::value)
