@@ -3,8 +3,8 @@
 //   y = c·a + bias      dy = grad·act'(y + residual)      dweight = r·Σdy·c      dbias = Σdy      dresidual = dy
 //   dx = a·dy − (a·r²/m)·(Σdy·c)·c − (a/m)·Σdy      (batch statistics)      dx = a·dy      (running statistics)
 //
-// Five array moves: read x and grad; read x and grad, write dx. With a residual the first pass writes dy, and the
-// second reads it in place of grad and the residual.
+// Five array moves: read x and grad; read x and grad, write dx. With a residual, or where act' is costly, the first pass
+// writes dy (to dresidual, or where dx will be), and the second reads it in place of grad and the residual.
 #include "backward.h"
 
 namespace normpass {
@@ -63,7 +63,7 @@ template <class S> struct FromInput {
       return;
     }
     alignas(64) static constexpr A zeros[tile_size] = {};
-    Runs<const A> added{zeros, 0};
+    Runs<const A> added{zeros, 0};  // for every run
     if (residual != nullptr) added = read_tile(residual, stride, buffers.residual, tile);
     Runs<A> dy = {buffers.result, tile_size};
     if (dresidual != nullptr) dy = target_of(dresidual, stride, buffers.result, tile, streamed);
@@ -130,13 +130,24 @@ template <class S, class Walk> void differentiate_only(const Walk& walk, const F
   }
 }
 
+// Whether act' costs more than to write dy and read it again. (dy rounded to 16 bits would be rounded once too often.)
+template <class S> bool is_costly(ActivationCall activation) {
+  switch (activation.code) {
+#define NORMPASS_CASE(CODE, NAME, TYPE) case CODE: return std::is_same<S, Wide<S>>::value && TYPE<Wide<S>>::is_costly;
+    NORMPASS_FOR_EACH_ACTIVATION(NORMPASS_CASE)
+#undef NORMPASS_CASE
+  }
+  return false;
+}
+
 template <class S, class Walk>
-void backward(const Walk& walk, const FromInput<S>& source, S* dx, void* dweight, void* dbias, const void* var,
+void backward(const Walk& walk, FromInput<S> source, S* dx, void* dweight, void* dbias, const void* var,
               double eps, bool batch_statistics, int threads) {
   using A = Wide<S>;
   const A* variance = static_cast<const A*>(var);
   bool sums_needed = dweight != nullptr || dbias != nullptr || (dx != nullptr && batch_statistics);
   Sums sums;
+  if (sums_needed && source.dresidual == nullptr && is_costly<S>(source.activation)) source.dresidual = dx;
   if (sums_needed) sums = reduce<S>(walk, source, threads);
   else if (source.dresidual != nullptr) differentiate_only(walk, source, threads);
   if (dx != nullptr) {

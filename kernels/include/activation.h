@@ -5,6 +5,7 @@
 //   value(y)        z = act(y)
 //   gradient(g, y)  dL/dy from g = dL/dz; where act is flat it is 0 even for an infinite g, as in ATen
 //   inverse(z)      y = act⁻¹(z); meant for the entries that Python calls invertible
+//   is_costly       whether gradient() takes longer on a CPU than one move of its result to memory and back
 //
 // T is float or double. The functions exponential, exponential_minus_1, logarithm_of_1_plus, hyperbolic_tangent
 // and error_function are given by the includer (cpu/math.h, cuda/math.cuh), before this file. All are written
@@ -28,6 +29,7 @@ template <class T> NORMPASS_INLINE T clamped(T y, T low, T high) {
 }
 
 template <class T> struct Identity {
+  static constexpr bool is_costly = false;
   NORMPASS_INLINE explicit Identity(double, double) {}
   NORMPASS_INLINE T value(T y) const { return y; }
   NORMPASS_INLINE T gradient(T g, T) const { return g; }
@@ -35,6 +37,7 @@ template <class T> struct Identity {
 };
 
 template <class T> struct Relu {
+  static constexpr bool is_costly = false;
   NORMPASS_INLINE explicit Relu(double, double) {}
   NORMPASS_INLINE T value(T y) const { return y < T(0) ? T(0) : y; }
   NORMPASS_INLINE T gradient(T g, T y) const { return y <= T(0) ? T(0) : g; }
@@ -42,6 +45,7 @@ template <class T> struct Relu {
 };
 
 template <class T> struct Hardtanh {
+  static constexpr bool is_costly = false;
   T low, high;
   NORMPASS_INLINE explicit Hardtanh(double low, double high) : low(T(low)), high(T(high)) {}
   NORMPASS_INLINE T value(T y) const { return clamped(y, low, high); }
@@ -50,6 +54,7 @@ template <class T> struct Hardtanh {
 };
 
 template <class T> struct LeakyRelu {
+  static constexpr bool is_costly = false;
   T slope;
   NORMPASS_INLINE explicit LeakyRelu(double slope, double) : slope(T(slope)) {}
   NORMPASS_INLINE T value(T y) const { return y > T(0) ? y : y * slope; }
@@ -59,6 +64,7 @@ template <class T> struct LeakyRelu {
 
 // scale·y above 0, scale·alpha·(exp(input_scale·y) − 1) below: ELU, SELU and CELU.
 template <class T> struct ExponentialUnit {
+  static constexpr bool is_costly = true;
   T alpha, scale, input_scale, smallest;
   NORMPASS_INLINE ExponentialUnit(double alpha, double scale, double input_scale)
       : alpha(T(alpha)), scale(T(scale)), input_scale(T(input_scale)),
@@ -92,6 +98,7 @@ template <class T> struct Celu : ExponentialUnit<T> {
 };
 
 template <class T> struct Silu {
+  static constexpr bool is_costly = true;
   NORMPASS_INLINE explicit Silu(double, double) {}
   NORMPASS_INLINE T value(T y) const { return y / (T(1) + exponential(-y)); }
   NORMPASS_INLINE T gradient(T g, T y) const {
@@ -102,6 +109,7 @@ template <class T> struct Silu {
 };
 
 template <class T> struct Gelu {
+  static constexpr bool is_costly = true;
   NORMPASS_INLINE explicit Gelu(double, double) {}
   static NORMPASS_INLINE T distribution(T y) {
     return T(0.5) * (T(1) + error_function(y * T(0.70710678118654752440)));
@@ -115,6 +123,7 @@ template <class T> struct Gelu {
 };
 
 template <class T> struct GeluTanh {
+  static constexpr bool is_costly = true;
   NORMPASS_INLINE explicit GeluTanh(double, double) {}
   static NORMPASS_INLINE T inner(T y) {
     return T(0.79788456080286535588) * (y + T(0.044715) * y * y * y);
@@ -129,6 +138,7 @@ template <class T> struct GeluTanh {
 };
 
 template <class T> struct Hardswish {
+  static constexpr bool is_costly = false;
   NORMPASS_INLINE explicit Hardswish(double, double) {}
   NORMPASS_INLINE T value(T y) const { return y * clamped(y + T(3), T(0), T(6)) / T(6); }
   NORMPASS_INLINE T gradient(T g, T y) const {
@@ -139,6 +149,7 @@ template <class T> struct Hardswish {
 };
 
 template <class T> struct Hardsigmoid {
+  static constexpr bool is_costly = false;
   NORMPASS_INLINE explicit Hardsigmoid(double, double) {}
   NORMPASS_INLINE T value(T y) const { return clamped(y + T(3), T(0), T(6)) / T(6); }
   NORMPASS_INLINE T gradient(T g, T y) const {
@@ -148,6 +159,7 @@ template <class T> struct Hardsigmoid {
 };
 
 template <class T> struct Sigmoid {
+  static constexpr bool is_costly = true;
   NORMPASS_INLINE explicit Sigmoid(double, double) {}
   NORMPASS_INLINE T value(T y) const { return sigmoid_of(y); }
   NORMPASS_INLINE T gradient(T g, T y) const {
@@ -158,6 +170,7 @@ template <class T> struct Sigmoid {
 };
 
 template <class T> struct Tanh {
+  static constexpr bool is_costly = true;
   NORMPASS_INLINE explicit Tanh(double, double) {}
   NORMPASS_INLINE T value(T y) const { return hyperbolic_tangent(y); }
   NORMPASS_INLINE T gradient(T g, T y) const {
@@ -168,6 +181,7 @@ template <class T> struct Tanh {
 };
 
 template <class T> struct Softplus {
+  static constexpr bool is_costly = true;
   T beta, threshold;
   NORMPASS_INLINE explicit Softplus(double beta, double threshold) : beta(T(beta)), threshold(T(threshold)) {}
   NORMPASS_INLINE T value(T y) const {
@@ -184,6 +198,7 @@ template <class T> struct Softplus {
 
 // With e = exp(y), tanh(log(1 + e)) = n/(n + 2) for n = e·(e + 2): no logarithm is needed.
 template <class T> struct Mish {
+  static constexpr bool is_costly = true;
   NORMPASS_INLINE explicit Mish(double, double) {}
   static NORMPASS_INLINE T gate(T y) {
     T e = exponential(y > T(20) ? T(20) : y);  // beyond, the gate is 1 in float and in double
