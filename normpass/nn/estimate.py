@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normpass.nn.gaussian import activated_moments
+from normpass.nn.gaussian import SMALLEST_VARIANCE, activated_moments
 from normpass.ops import activate, instance_moments, merged_moments
 
 
@@ -121,7 +121,7 @@ def _drawn(estimate: Estimate, sizes: Sequence[int]) -> Tensor:
     """Values from N(mean, var), (micro-batches, C, *sizes)."""
     shape = (*estimate.mean.shape, *[1] * len(sizes))
     noise = torch.randn(*estimate.mean.shape, *sizes, dtype=estimate.mean.dtype, device=estimate.mean.device)
-    sigma = estimate.var.clamp(min=1e-30).sqrt()  # √ has no derivative at 0
+    sigma = estimate.var.clamp(min=SMALLEST_VARIANCE).sqrt()
     return estimate.mean.reshape(shape) + sigma.reshape(shape) * noise
 
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from normpass.ops.activation import activate
 
-_SMALLEST = 1e-30
-"""A variance below counts as this: √var has no derivative at 0."""
+SMALLEST_VARIANCE = 1e-10
+"""A variance below counts as this, since the derivative of √var grows without bound towards 0. Two equal values of a
+channel are enough for that."""
 
 
 def activated_moments(mean: Tensor, var: Tensor, name: str, args: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean and variance of act(X), X ~ N(mean, var), for tensors of one shape; float64, differentiable."""
-    mean, sigma = mean.double(), var.double().clamp(min=_SMALLEST).sqrt()
+    mean, sigma = mean.double(), var.double().clamp(min=SMALLEST_VARIANCE).sqrt()
     if name == "identity":
         return mean, var.double()
     if name == "relu":

@@ -52,6 +52,7 @@ def test_gradients(name, args):
 def test_no_variance_is_the_value(name, args):
     mean, var = MEANS.clone().requires_grad_(), torch.zeros_like(MEANS).requires_grad_()
     found = activated_moments(mean, var, name, args)
-    torch.testing.assert_close(found[0], activate(MEANS, name, args), rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[0], activate(MEANS, name, args), rtol=0, atol=1e-5)
     assert found[1].abs().max() < 1e-9
-    assert all(g.isfinite().all() for g in torch.autograd.grad(found[0].sum() + found[1].sum(), (mean, var)))
+    grads = torch.autograd.grad(found[0].sum() + found[1].sum(), (mean, var))
+    assert all(g.abs().max() < 1e6 for g in grads)
