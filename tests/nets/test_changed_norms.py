@@ -1,7 +1,7 @@
 """ResNet-18 and MobileNetV2 with Kalman and switchable norms: 20 steps in float32 and under bfloat16 autocast.
 
-On images of 40×40, whose last maps are 2×2: with maps of 1×1 and micro-batches of 2 samples even batch norm overflows, in bfloat16 two values
-of a channel are often equal.
+On images of 40×40, whose last maps are 2×2: with maps of 1×1 and micro-batches of 2 samples even batch norm
+overflows, since in bfloat16 the two values of a channel are often equal.
 """
 
 import pytest
