@@ -224,7 +224,7 @@ def test_closed_form_is_exact_for_independent_values(module):
 def test_sampled_agrees_with_the_closed_form_within_sampling_error(module, activation):
     """Means of many draws lie within five standard errors, which the draws tell themselves."""
     torch.manual_seed(0)
-    module, before, draws = copy.deepcopy(module).double(), prediction(), 200
+    module, before, draws = copy.deepcopy(module).double(), prediction(), 60
     many = Estimate(*(v.expand(draws, -1) for v in before))
     exact = predicted(module, activated(before, *activation))
     with torch.no_grad():
