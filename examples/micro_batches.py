@@ -117,6 +117,7 @@ def train(norm: str, batch_size: int, seed: int, epochs: int, width: int, traine
         wrong = model(images[trained:]).argmax(1) != labels[trained:]
     run: dict[str, Any] = {"norm": norm, "batch_size": batch_size, "seed": seed, "epochs": epochs}
     run["error"] = round(100 * float(wrong.float().mean()), 3)
+    run["diverged"] = not all(bool(p.isfinite().all()) for p in model.parameters())
     if radius is not None:
         run["usage"] = [*used, {"step": steps, "radius": radius.radius, **usage(model)}]
         run["decided"] = len(freeze_decided(model))
