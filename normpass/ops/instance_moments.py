@@ -23,7 +23,7 @@ from torch import Tensor
 from normpass.kernels import Kernels
 
 from .layout import check_input, statistics_dtype
-from .library import declare
+from .library import declare, is_exporting
 
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `x` is not a floating (N, C, *) tensor, or has no spatial position.
     """
-    if torch.compiler.is_exporting():  # standard operators only
+    if is_exporting():
         return _reference(x)
     mean, var = _instance_moments(x)
     return mean, var

@@ -19,7 +19,7 @@ from torch import Tensor
 from normpass.kernels import Kernels
 
 from .layout import check_input, check_per_channel, memory_format_of, statistics_dtype
-from .library import declare
+from .library import declare, is_exporting
 
 
 def shift_scale(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,7 +36,7 @@ def shift_scale(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> 
     Raises:
         ValueError: a shape other than these.
     """
-    if torch.compiler.is_exporting():  # standard operators only
+    if is_exporting():
         return _computed(x, mean, scale, bias)
     y: Tensor = _shift_scale(x, mean, scale, bias)
     return y

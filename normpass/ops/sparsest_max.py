@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import declare
+from .library import declare, is_exporting
 
 
 def sparsest_max(z: Tensor, radius: Tensor | float) -> Tensor:
@@ -49,7 +49,7 @@ def sparsest_max(z: Tensor, radius: Tensor | float) -> Tensor:
     """
     if not isinstance(radius, Tensor):
         radius = torch.full((), radius, dtype=z.dtype, device=z.device)
-    if torch.compiler.is_exporting():  # standard operators only
+    if is_exporting():
         return _reference(z, radius)[0]
     p: Tensor = _sparsest_max(z, radius)[0]
     return p
