@@ -28,6 +28,7 @@ from normpass.nn.switchable import is_batch_norm_by_choice
 from normpass.ops.activation import activate
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.inplace_abn import inplace_abn_on
+from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.recipe import is_recording, tag
@@ -226,7 +227,7 @@ def _tensors_of(norm) -> NormTensors:
 def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormTensors | None:
     """What of `norm` the op needs, if these can be fused as they are now; None if not."""
     kind = type(norm)
-    if under_other_derivatives() or _is_exporting():
+    if under_other_derivatives() or is_exporting():
         return None  # an exported graph is to have standard operators
     if kind is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
         return None
@@ -247,11 +248,6 @@ def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormT
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return None
     return tensors
-
-
-def _is_exporting() -> bool:
-    """Whether torch.export traces this; Dynamo of torch 2.11 says so of torch.compile too."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _dtypes_fit(tensors: NormTensors, x: Tensor) -> bool:
