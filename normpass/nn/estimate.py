@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
     var: Tensor
 
 
-FEWEST_POSITIONS = 256
+FEWEST_POSITIONS = 64
 """A draw has at least so many positions, though the map may have fewer."""
 
 _CONVOLUTIONS: dict[type, Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}

@@ -230,7 +230,7 @@ def test_sampled_agrees_with_the_closed_form_within_sampling_error(module, activ
     with torch.no_grad():
         mean, var = predicted_by_sample(module, many, input_of(module), *activation)
     assert_means_agree(mean, exact.mean)
-    # the variance of a finite draw misses what the draw's own mean took: at most 1 in 256 positions, correlated
+    # the variance of a finite draw misses what the draw's own mean took: at most 1 in 64 positions, correlated
     # over a kernel's reach
     expected_second = exact.var + exact.mean.square()
     assert_means_agree(var + mean.square(), expected_second)
