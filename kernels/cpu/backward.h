@@ -30,7 +30,7 @@ template <class A> class RowAccumulator {
         total_(rows.layout().channels) {}
 
   template <int RUNS, class Gradients>
-  NORMPASS_SHARED void add(const Gradients& gradients, int64_t n, int64_t position) {
+  NORMPASS_SHARED void add(Gradients gradients, int64_t n, int64_t position) {
     if (position == 0) {
       if (patterns_ >= patterns_per_flush) flush();
       patterns_ += RUNS;
@@ -82,7 +82,7 @@ template <class A> class PlaneAccumulator {
   explicit PlaneAccumulator(const Planes& planes) : total_(planes.width()) {}
 
   template <int RUNS, class Gradients>
-  NORMPASS_SHARED void add(const Gradients& gradients, int64_t n, int64_t channel) {
+  NORMPASS_SHARED void add(Gradients gradients, int64_t n, int64_t channel) {
     A s1 = 0, s2 = 0;
 #pragma omp simd reduction(+ : s1, s2)
     for (int64_t i = 0; i < n; ++i) {
@@ -146,7 +146,7 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
 }
 
 template <int RUNS, class Gradients, class A, class PerChannel>
-NORMPASS_SHARED void combine(const Gradients& gradients, Runs<A> dx, int64_t n, PerChannel slopes, PerChannel by_centred,
+NORMPASS_SHARED void combine(Gradients gradients, Runs<A> dx, int64_t n, PerChannel slopes, PerChannel by_centred,
              PerChannel constants) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {

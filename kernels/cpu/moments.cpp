@@ -9,6 +9,7 @@ namespace normpass {
 namespace {
 
 template <class S> const Wide<S>* read_values(const S* from, Wide<S>* buffer, int64_t n) {
+  prefetch_next(from, n);
   return read_tile(from, 0, buffer, {0, n, 0}).values;
 }
 

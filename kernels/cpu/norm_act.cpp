@@ -38,6 +38,7 @@ void norm_act(const Walk& walk, S* z, const S* x, const S* residual, const Affin
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
       Runs<const A> from = read_tile(x, stride, wide_x, tile), added{nullptr, 0};
       if (residual != nullptr) added = read_tile(residual, stride, wide_residual, tile);
+      for (int run = 0; run < tile.runs; ++run) prefetch_next(x + tile.offset + run * stride, tile.n);
       Runs<A> target = target_of(z, stride, buffer, tile, streamed);
       with_activation<A>(call, [&](auto activation) {
         with_runs<S>(tile, [&](auto runs) {

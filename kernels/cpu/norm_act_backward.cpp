@@ -106,7 +106,7 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
   return result;
 }
 
-template <int RUNS, class Gradients> NORMPASS_SHARED void differentiate(const Gradients& gradients, int64_t n) {
+template <int RUNS, class Gradients> NORMPASS_SHARED void differentiate(Gradients gradients, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     auto channel = gradients.channel(i);

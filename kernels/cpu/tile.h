@@ -108,6 +108,13 @@ Runs<const Wide<S>> read_tile(const S* from, int64_t stride, Wide<S>* buffer, co
   }
 }
 
+// Asks the second-level cache for the n values that follow these n. Worth it where little is computed (a third of the
+// time of moments, a tenth of norm_act's); backward, which reads two arrays, is slower with it.
+template <class S> NORMPASS_ALWAYS_INLINE void prefetch_next(const S* values, int64_t n) {
+  const char* next = reinterpret_cast<const char*>(values + n);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) __builtin_prefetch(next + i, 0, 2);
+}
+
 // Tiles of several runs are for float storage: doubles do without the code, and 16 bits would need larger buffers.
 template <class S> constexpr bool has_several_runs() { return std::is_same<S, float>::value; }
 

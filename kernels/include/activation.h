@@ -55,11 +55,11 @@ template <class T> struct Hardtanh {
 
 template <class T> struct LeakyRelu {
   static constexpr bool is_costly = false;
-  T slope;
-  NORMPASS_INLINE explicit LeakyRelu(double slope, double) : slope(T(slope)) {}
+  T slope, reciprocal;
+  NORMPASS_INLINE explicit LeakyRelu(double slope, double) : slope(T(slope)), reciprocal(T(1 / slope)) {}
   NORMPASS_INLINE T value(T y) const { return y > T(0) ? y : y * slope; }
   NORMPASS_INLINE T gradient(T g, T y) const { return y > T(0) ? g : g * slope; }
-  NORMPASS_INLINE T inverse(T z) const { return z > T(0) ? z : z / slope; }
+  NORMPASS_INLINE T inverse(T z) const { return z > T(0) ? z : z * reciprocal; }
 };
 
 // scale·y above 0, scale·alpha·(exp(input_scale·y) − 1) below: ELU, SELU and CELU.
