@@ -83,12 +83,19 @@ template <class A> class PlaneAccumulator {
 
   template <int RUNS, class Gradients>
   NORMPASS_SHARED void add(Gradients gradients, int64_t n, int64_t channel) {
+    // Two loops: with the gradients in it, a reduction would not vectorise.
+    alignas(64) A dy[tile_size], products[tile_size];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      Derivative<A> at = gradients.at(gradients.channel(i), 0, i);
+      dy[i] = at.dy;
+      products[i] = at.dy * at.centred;
+    }
     A s1 = 0, s2 = 0;
 #pragma omp simd reduction(+ : s1, s2)
     for (int64_t i = 0; i < n; ++i) {
-      Derivative<A> at = gradients.at(gradients.channel(i), 0, i);
-      s1 += at.dy;
-      s2 += at.dy * at.centred;
+      s1 += dy[i];
+      s2 += products[i];
     }
     total_.dy[channel] += s1;
     total_.dy_centred[channel] += s2;

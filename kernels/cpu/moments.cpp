@@ -9,7 +9,6 @@ namespace normpass {
 namespace {
 
 template <class S> const Wide<S>* read_values(const S* from, Wide<S>* buffer, int64_t n) {
-  prefetch_next(from, n);
   return read_tile(from, 0, buffer, {0, n, 0}).values;
 }
 
@@ -70,7 +69,10 @@ void add_patterns(const S* from, int64_t width, RowMoments<Wide<S>>& moments) {
   for (int64_t i = 0; i < width; i += tile_size) {
     int64_t n = std::min(tile_size, width - i);
     const A* values[PATTERNS];
-    for (int p = 0; p < PATTERNS; ++p) values[p] = read_values(from + p * width + i, widened[p], n);
+    for (int p = 0; p < PATTERNS; ++p) {
+      prefetch_next(from + p * width + i, n);
+      values[p] = read_values(from + p * width + i, widened[p], n);
+    }
     moments.add(values, n, i);
   }
 }
