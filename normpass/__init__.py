@@ -2,6 +2,7 @@
 
 optimize   the rewritten model: same function, same gradients, same state_dict
 explain    what optimize would do, and why not
+plan       what optimize would do for a memory budget, as a file to keep and edit
 restore    the original structure back
 convert    an ONNX, torch.export or weights file, verified
 measure    bytes kept, peak, step time: the one definition used everywhere
@@ -9,10 +10,12 @@ measure    bytes kept, peak, step time: the one definition used everywhere
 
 from normpass import measure
 from normpass._version import __version__
-from normpass.api import explain, optimize, restore
+from normpass.api import explain, optimize, plan, restore
+from normpass.budget import StepPlan
 from normpass.convert import Conversion, convert
 from normpass.errors import (
     ConversionError,
+    InfeasibleBudgetError,
     InvalidInputError,
     InvalidModelError,
     ModifiedInPlaceError,
@@ -27,6 +30,7 @@ from normpass.report import Report
 __all__ = [
     "Conversion",
     "ConversionError",
+    "InfeasibleBudgetError",
     "InvalidInputError",
     "InvalidModelError",
     "ModifiedInPlaceError",
@@ -34,6 +38,7 @@ __all__ = [
     "NotAvailableError",
     "Optimized",
     "Report",
+    "StepPlan",
     "StaleChangeError",
     "VerificationError",
     "__version__",
@@ -41,5 +46,6 @@ __all__ = [
     "explain",
     "measure",
     "optimize",
+    "plan",
     "restore",
 ]

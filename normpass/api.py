@@ -5,16 +5,21 @@ model ──capture──► Capture ──find_sites──► Sites ──match
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normpass import passes
-from normpass.errors import InvalidInputError, InvalidModelError, NotAvailableError
+from normpass.budget import StepPlan, known_keys, plan_step
+from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.explain import make_report
 from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
+from normpass.planner import DEFAULT, Decisions
 from normpass.report import Report
 from normpass.untouched import untouched
 from normpass.verify import verify_outputs, verify_state
@@ -40,33 +45,62 @@ def optimize(
         model: any `nn.Module`. What cannot be traced or rewritten is left as it is; `explain` says why.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model accepts. Only used to
             check that the model runs on them and that, in eval mode, the result gives the same outputs.
-        memory_budget: not available yet.
+        memory_budget: what may be kept for backward: a fraction of what `model` keeps (`0.5`), or bytes (`"12GB"`,
+            `"800MiB"`). Needs `example_inputs`, of the shapes to train with. The fastest step within it is
+            chosen: see `plan`.
         changes: rewrites that change the model's function, by name (`"leaky_relu"`, `"kalman"`,
             `"sparse_switchable"`) or as option objects (`normpass.passes.LeakyReLU(negative_slope=0.02)`,
             `normpass.passes.Kalman(prediction_weight=0.9)`). They may add parameters, which belong into the
             optimizer.
         allow_lossy: also allow in-place activated batch norm, whose backward reconstructs a value
             from a rounded one.
-        tune: not available yet.
-        plan: not available yet.
+        tune: with a budget, measure how long each result takes to be made once more instead of estimating it.
+        plan: a `StepPlan` made before, what its `to_json` returned, or the path of a JSON file of it.
 
     Returns:
         The optimised module, in the same train/eval mode.
 
     Raises:
         InvalidModelError: `model` is not an `nn.Module`, or is optimised already.
-        InvalidInputError: `model` does not run on `example_inputs`, or an unknown change is named.
-        NotAvailableError: an option that is not available yet is given.
+        InvalidInputError: `model` does not run on `example_inputs`, an unknown change is named, the plan or the
+            budget is none, or the plan names what the model does not have.
+        InfeasibleBudgetError: no plan keeps to the budget; the message has the smallest that can be kept.
     """
     _check_model(model)
-    options = _options(memory_budget, changes, allow_lossy, tune, plan)
+    options = _options(changes, allow_lossy, plan, memory_budget)
     if example_inputs is not None:
         check_example_inputs(model, example_inputs)
+    if memory_budget is not None:
+        found = plan_step(model, _needed_inputs(example_inputs), memory_budget, options, tune)
+        options = replace(options, decisions=found.decisions)
     optimised = optimise_in_place(shared_copy(model), options)
+    _check_decisions(optimised, options.decisions)
     verify_state(model, optimised, may_add=bool(options.changes))
     if example_inputs is not None and not options.changes:
         compare_in_eval_mode(model, optimised, example_inputs)
     return optimised
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Tensor | tuple | dict,
+    memory_budget: float | str,
+    *,
+    changes: Sequence[Any] = (),
+    allow_lossy: bool = False,
+    tune: bool = False,
+) -> StepPlan:
+    """What `optimize` would do for a memory budget: what is kept, what is rebuilt, and what that costs.
+
+    Made without running the model: kept bytes and peak are worked out from shapes. The arguments and errors are
+    those of `optimize`, which applies the plan: `optimize(model, plan=…)`.
+    """
+    _check_model(model)
+    options = _options(changes, allow_lossy, None, memory_budget)
+    if options.changes:
+        raise InvalidInputError("`plan` takes no changes: make them first, optimise with the budget then")
+    check_example_inputs(model, example_inputs)
+    return plan_step(model, _needed_inputs(example_inputs), memory_budget, options, tune)
 
 
 def restore(optimised: nn.Module, *, keep_changes: bool = False) -> nn.Module:
@@ -159,13 +193,44 @@ def _check_model(model: Any) -> None:
         raise InvalidModelError(f"`{inside}` is optimised already; optimise the whole model once, from plain parts")
 
 
-def _options(memory_budget, changes, allow_lossy, tune, plan) -> Options:
-    for name, value in (("memory_budget", memory_budget), ("plan", plan), ("tune", tune or None)):
-        if value is not None:
-            raise NotAvailableError(f"`{name}` is not available yet: the planner comes with a later version")
+def _needed_inputs(example_inputs: Any) -> tuple[tuple, dict]:
+    if example_inputs is None:
+        raise InvalidInputError("`memory_budget` needs `example_inputs`: what is kept depends on their shapes")
+    return call_arguments(example_inputs)
+
+
+def _options(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any) -> Options:
+    if plan is not None and memory_budget is not None:
+        raise InvalidInputError("give either `plan` or `memory_budget`: a plan was made for a budget already")
     if isinstance(changes, str):
         raise InvalidInputError(f'`changes` is a sequence of names or option objects: changes=("{changes}",)')
-    return Options(tuple(_change(c) for c in changes), bool(allow_lossy))
+    decisions = DEFAULT if plan is None else _read_plan(plan).decisions
+    return Options(tuple(_change(c) for c in changes), bool(allow_lossy), decisions)
+
+
+def _check_decisions(optimised: nn.Module, decisions: Decisions) -> None:
+    """InvalidInputError for a name that is not in the model."""
+    if not decisions.keys:
+        return
+    known = known_keys(optimised)
+    unknown = sorted(decisions.keys - known)
+    if unknown:
+        raise InvalidInputError(
+            f"`plan` names what is not in this {type(optimised).__name__}: {', '.join(unknown[:5])}; it was made for "
+            "another model, or for other options"
+        )
+
+
+def _read_plan(plan: Any) -> StepPlan:
+    """A plan as it is, as what its `to_json` returned, or from the file of that path."""
+    if isinstance(plan, StepPlan):
+        return plan
+    if isinstance(plan, (str, Path)):
+        try:
+            plan = json.loads(Path(plan).read_text())
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(f"`plan`: `{plan}` cannot be read as JSON: {error}") from error
+    return StepPlan.from_json(plan)
 
 
 def _change(change: Any) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from normpass.capture import Capture, Guard
-from normpass.planner import Plan
+from normpass.functional import fused_norm_act, split_norm_act
+from normpass.graph import key_of
+from normpass.planner import DEFAULT, Decisions, Plan
 from normpass.rewrite import Rewrite
 from normpass.verify import verify_graph
 
@@ -24,29 +27,64 @@ class Program:
     guard: Guard
     derived: dict[str, str]
     """node name -> kind, of the nodes that became recipes beside the sites"""
+    rebuilt: frozenset[str]
+    """names of the nodes whose results are rebuilt in backward"""
     recomputed: frozenset
     """aten ops that torch.compile must run again in backward rather than keep"""
 
 
-def apply_plan(capture: Capture, plan: Plan, rewrites: Sequence[Rewrite], after_sites, recomputed: dict) -> Program:
+@dataclass(frozen=True)
+class Passes:
+    """The rewrites, given from above: this file knows none of them."""
+
+    sites: Sequence[Rewrite]
+    after_sites: Any
+    """makes recipes of cheap functions"""
+    regions: Any
+    """runs producers again"""
+    recomputed: Mapping[str, tuple]
+    """kind of a cheap function -> the aten ops that torch.compile must run again"""
+
+
+def apply_plan(capture: Capture, plan: Plan, passes: Passes, decisions: Decisions = DEFAULT) -> Program:
     """Rewrite the captured graph as planned and make it callable. The capture is used up."""
     graph = capture.graph
-    derived = rewrite_graph(graph, capture.root, plan, rewrites, after_sites)
+    rewritten = rewrite_graph(graph, capture.root, plan, passes, decisions)
     run = type(fx.GraphModule(capture.root, graph)).forward
-    ops = frozenset(op for kind in set(derived.values()) for op in recomputed[kind])
+    ops = frozenset(op for kind in set(rewritten.derived.values()) for op in passes.recomputed[kind])
     ops |= {torch.ops.normpass.norm_act.default, torch.ops.normpass.shift_scale.default}
-    return Program(run, graph, plan, capture.guard, derived, ops)
+    return Program(run, graph, plan, capture.guard, rewritten.derived, rewritten.rebuilt, ops)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """Which nodes of a rewritten graph are recipes, by name."""
+
+    derived: dict[str, str]
+    """-> kind, of those beside the sites"""
+    rebuilt: frozenset[str]
+    """all of them"""
 
 
 def rewrite_graph(
-    graph: fx.Graph, root: nn.Module, plan: Plan, rewrites: Sequence[Rewrite], after_sites
-) -> dict[str, str]:
-    """Rewrite `graph` in place as planned; node name -> kind of the nodes that became recipes beside the sites."""
+    graph: fx.Graph, root: nn.Module, plan: Plan, passes: Passes, decisions: Decisions = DEFAULT
+) -> Rewritten:
+    """Rewrite `graph` in place as planned."""
     inputs = [n.name for n in graph.nodes if n.op == "placeholder"]
-    by_name = {rewrite.name: rewrite for rewrite in rewrites}
+    by_name = {rewrite.name: rewrite for rewrite in passes.sites}
     for choice in plan.choices:
         if choice.match is not None:
             by_name[choice.match.rewrite].apply(graph, choice.match)
-    derived = after_sites.apply(graph, root)
+    derived = {} if decisions.leaves_all else passes.after_sites.apply(graph, root, decisions.kept)
+    _keep_results(graph, decisions.kept)
+    again = passes.regions.apply(graph, root, decisions.rebuilt, decisions.replayed)
     verify_graph(inputs, graph, root, plan)
-    return derived
+    split = {n.name for n in graph.nodes if n.target is split_norm_act}
+    return Rewritten(derived, frozenset({*derived, *again, *split}))
+
+
+def _keep_results(graph: fx.Graph, kept: frozenset[str]) -> None:
+    """The same op without a recipe where a site's result is to be kept."""
+    for node in graph.nodes:
+        if node.target is split_norm_act and key_of(node) in kept:
+            node.target = fused_norm_act

@@ -32,6 +32,7 @@ from normpass.capture import Capture, normalise
 from normpass.errors import InvalidInputError, NotAvailableError
 from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
 from normpass.guard import Guard
+from normpass.module import PASSES
 from normpass.planner import Plan, make_plan
 from normpass.sites import find_sites
 
@@ -117,7 +118,7 @@ def rewrite(graph_module: fx.GraphModule) -> tuple[Plan, dict[str, str]]:
     graph = graph_module.graph
     normalise(graph, graph_module)
     plan = make_plan(find_sites(Capture(graph_module, graph, {}, _NO_GUARD)), passes.ORDER, allow_lossy=False)
-    derived = rewrite_graph(graph, graph_module, plan, passes.ORDER, passes.AFTER_SITES)
+    derived = rewrite_graph(graph, graph_module, plan, PASSES).derived
     graph_module.recompile()
     return plan, derived
 

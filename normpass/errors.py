@@ -15,6 +15,10 @@ class InvalidInputError(NormpassError, ValueError):
     """`example_inputs` do not fit the model, or an option has a value outside what is allowed."""
 
 
+class InfeasibleBudgetError(InvalidInputError):
+    """A memory budget that no plan keeps to; the message names the smallest that one does."""
+
+
 class NotAvailableError(NormpassError, NotImplementedError):
     """An option whose name is stable but whose work is not in this version yet."""
 

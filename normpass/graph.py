@@ -80,6 +80,19 @@ def called(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
 
+def key_of(node: fx.Node) -> str:
+    """How a plan names `node`: by the norm whose site it is, by the layer it calls, else by its name when captured."""
+    return str(node.meta.get("site") or node.meta.get("key") or called(node))
+
+
+def replace_node(graph: fx.Graph, node: fx.Node, new: fx.Node) -> fx.Node:
+    """Put `new` in the place of `node`; it goes by the same key."""
+    new.meta.setdefault("key", key_of(node))
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
 def bound(function: Callable, node: fx.Node) -> dict[str, Any] | None:
     """The arguments of `node` by the names of `function`'s signature; None where they cannot be bound."""
     try:

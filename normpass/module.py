@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from normpass import passes, recipe
-from normpass.apply import Program, apply_plan
+from normpass.apply import Passes, Program, apply_plan
 from normpass.capture import (
     Capture,
     CaptureError,
@@ -38,7 +38,7 @@ from normpass.errors import InvalidModelError, StaleChangeError
 from normpass.graph import global_hooks
 from normpass.nn.norm import BatchNormLike, as_batch_norm
 from normpass.nn.switchable import decide, switchable_layers
-from normpass.planner import Plan, make_plan
+from normpass.planner import DEFAULT, Decisions, make_plan
 from normpass.sites import find_sites
 
 _STATE = "_normpass"
@@ -51,6 +51,10 @@ class Options:
 
     changes: tuple[Any, ...] = ()
     allow_lossy: bool = False
+    decisions: Decisions = DEFAULT
+
+
+PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.REGIONS, passes.RECOMPUTED)
 
 
 @dataclass
@@ -64,6 +68,8 @@ class Part:
     defaults: list[Any] = field(default_factory=list)
     positional: int = 0
     """how many of the parameters may be given by position"""
+    path: str = ""
+    """dotted, of the part in the model"""
     programs: list[tuple[tuple, Program]] = field(default_factory=list)
     """(arguments' key, program), the last used first"""
     failures: list[tuple[tuple, bool, bool]] = field(default_factory=list)
@@ -175,9 +181,9 @@ def optimise_in_place(model: nn.Module, options: Options, replaced: Mapping[str,
         parameters = parameters_of(module)
         names, defaults = [p.name for p in parameters], [p.default for p in parameters]
         positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
-        part = Part(options, path == "", names, defaults, positional)
+        part = Part(options, path == "", names, defaults, positional, path)
         key = tuple(required_arguments(module).values())
-        part.programs.append((key, build_program(captured, options)))
+        part.programs.append((key, build_program(captured, part)))
         _attach(module, part)
         if any(name == "training" for _, name, _ in captured.guard.reads):
             _trace_other_mode(module, part, key)
@@ -198,7 +204,7 @@ def _trace_other_mode(module: nn.Module, part: Part, key: tuple) -> None:
     for m, _ in modes:
         m.training = other
     try:
-        program = build_program(capture(module, dict(zip(part.names or [], key, strict=True))), part.options)
+        program = build_program(capture(module, dict(zip(part.names or [], key, strict=True))), part)
         part.programs.append((key, program))
     except CaptureError:
         pass  # tried again, with a warning, when it is called in that mode
@@ -212,17 +218,14 @@ def _attach(module: nn.Module, part: Part) -> None:
     module.__dict__[_STATE] = part
 
 
-def build_program(captured: Capture, options: Options) -> Program:
-    """The rewritten form of one captured graph."""
+def build_program(captured: Capture, part: Part) -> Program:
+    """The rewritten form of one captured graph of `part`."""
+    options, decisions = part.options, part.options.decisions.below(part.path)
     for change in options.changes:
         change.change_graph(captured.graph, captured.root)
     passes.SPECIALISE.change_graph(captured.graph, captured.root)
-    plan = plan_capture(captured, options)
-    return apply_plan(captured, plan, passes.ORDER, passes.AFTER_SITES, passes.RECOMPUTED)
-
-
-def plan_capture(captured: Capture, options: Options) -> Plan:
-    return make_plan(find_sites(captured), passes.ORDER, options.allow_lossy)
+    plan = make_plan(find_sites(captured), passes.ORDER, options.allow_lossy, decisions)
+    return apply_plan(captured, plan, PASSES, decisions)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -294,7 +297,7 @@ def _trace_anew(module: nn.Module, part: Part, call: tuple[tuple, bool, bool]) -
         return None
     try:
         arguments = dict(zip(part.names or [], key, strict=True))
-        program = build_program(capture(module, arguments), part.options)
+        program = build_program(capture(module, arguments), part)
     except CaptureError as error:
         part.failures.append(call)
         if with_gradients:

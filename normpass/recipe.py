@@ -160,9 +160,24 @@ def is_recording() -> bool:
     return top is not None and top[0] is _pack and torch.is_grad_enabled()
 
 
+_observers: list[Callable] = []
+
+
+@contextmanager
+def observed_tags(observer: Callable) -> Iterator[None]:
+    """Inside, `observer(function, args, kwargs)` is called for every tag that is put on a tensor."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.pop()
+
+
 def tag(tensor: Tensor, function: Callable, args: tuple, kwargs: dict | None = None, select: int | None = None):
     """Note on `tensor` that `function(*args, **kwargs)` (item `select` of it) rebuilds it bit for bit."""
     if tensor.requires_grad and is_recording():
+        if _observers:
+            _observers[-1](function, args, kwargs or {})
         setattr(tensor, _TAG, Recipe(function, args, kwargs or {}, select, tensor._version))
 
 
@@ -171,8 +186,12 @@ def derived(function: Callable, *args: Any, **kwargs: Any) -> Any:
     result = function(*args, **kwargs)
     if torch.compiler.is_compiling() or not is_recording():
         return result
-    if isinstance(function, nn.Module) and any(hooks_of(function)):
-        return result
+    if isinstance(function, nn.Module):
+        if any(hooks_of(function)):
+            return result
+        parameters = tuple(function.parameters())
+        if parameters:  # noted as well, so that one that changes before backward is found out
+            function, args = _call_layer, (function, parameters, *args)
     if isinstance(result, Tensor):
         tag(result, function, args, kwargs)
     elif isinstance(result, (tuple, list)):
@@ -190,6 +209,61 @@ def derived_function(function: Callable) -> Callable:
 
     call.__name__ = f"derived_{getattr(function, '__name__', 'function')}"
     return call
+
+
+def _call_layer(layer: nn.Module, parameters: tuple, *args: Any, **kwargs: Any) -> Any:
+    return layer(*args, **kwargs)
+
+
+def replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False, **kwargs: Any) -> Tensor:
+    """Call a `function` of one tensor so that backward runs it again: it keeps x and nothing else.
+
+    With `is_rebuilt` the result is tagged like that of `derived`.
+    """
+    call = functools.partial(_with_arguments, function, args, kwargs)
+    hooked = isinstance(function, nn.Module) and any(hooks_of(function))
+    if torch.compiler.is_compiling() or not is_recording() or not x.requires_grad or hooked:
+        return call(x)
+    result: Tensor = _Replay.apply(call, x)
+    if is_rebuilt:
+        tag(result, call, (x,))
+    return result
+
+
+def _with_arguments(function: Callable, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+    result: Tensor = function(x, *args, **kwargs)
+    return result
+
+
+@functools.cache
+def replayed_function(function: Callable) -> Callable:
+    """`replayed` with its first argument fixed."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return replayed(function, *args, **kwargs)
+
+    call.__name__ = f"replayed_{getattr(function, '__name__', 'function')}"
+    return call
+
+
+class _Replay(torch.autograd.Function):
+    """A function of one tensor that is run once more to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable, x: Tensor) -> Tensor:
+        ctx.function, ctx.autocast = function, _autocast_state((x,))
+        ctx.save_for_backward(x)
+        result: Tensor = function(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        twice = torch.is_grad_enabled()  # then x stays where it is in the graph
+        (x,) = ctx.saved_tensors
+        x = x if twice else x.detach().requires_grad_()
+        with torch.enable_grad(), _same_autocast(ctx.autocast):
+            result = ctx.function(x)
+        return None, *torch.autograd.grad(result, x, grads, create_graph=twice)
 
 
 def untag(tree: Any) -> None:

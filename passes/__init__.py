@@ -10,6 +10,7 @@ from normpass.passes.fuse_norm_act import FuseNormAct
 from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
+from normpass.passes.recompute_region import RecomputeRegion, Regions
 from normpass.passes.sparse_switchable import SparseSwitchable
 from normpass.passes.specialise_switchable import SpecialiseSwitchable
 from normpass.passes.split_bn import SplitBN
@@ -22,6 +23,7 @@ ORDER: tuple[Rewrite, ...] = (
 )
 SPECIALISE = SpecialiseSwitchable()  # before the sites: it makes other nodes of some norms
 AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
+REGIONS = RecomputeRegion()  # last, and only what a plan asks for
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
     "kalman": Kalman,
@@ -33,12 +35,15 @@ __all__ = [
     "CHANGES",
     "ORDER",
     "RECOMPUTED",
+    "REGIONS",
     "SPECIALISE",
     "DeriveRecipes",
     "FuseNormAct",
     "InplaceABN",
     "Kalman",
     "LeakyReLU",
+    "RecomputeRegion",
+    "Regions",
     "SparseSwitchable",
     "SpecialiseSwitchable",
     "SplitBN",

@@ -28,8 +28,10 @@ from normpass.graph import (
     VIEW_FUNCTIONS,
     VIEW_METHODS,
     Storage,
+    key_of,
     module_of,
     owns_result,
+    replace_node,
     written_nodes,
 )
 from normpass.ops.activation import activate
@@ -136,15 +138,18 @@ RECOMPUTED: dict[str, tuple] = {
 class DeriveRecipes:
     name: str = "derive_recipes"
 
-    def apply(self, graph: fx.Graph, root: nn.Module) -> dict[str, str]:
-        """Rewrite `graph` in place; returns node name -> kind (a key of RECOMPUTED) for each derived node."""
+    def apply(self, graph: fx.Graph, root: nn.Module, kept: frozenset[str] = frozenset()) -> dict[str, str]:
+        """Rewrite `graph` in place; returns node name -> kind (a key of RECOMPUTED) for each derived node.
+
+        The nodes whose keys are in `kept` stay as they are, and their results are kept.
+        """
         storage = Storage(graph, root)
         rebuilt = {n for n in graph.nodes if n.target is split_norm_act or is_rebuilt_norm(n, root)}
-        kept = {n for n in graph.nodes if _is_kept(n, root)} - rebuilt
+        saved = {n for n in graph.nodes if _is_kept(n, root)} - rebuilt
         chosen: dict[fx.Node, str] = {}
         for node in graph.nodes:
             kind = kind_of(node, root)
-            if kind is None or not _is_worth_it(node, kind, rebuilt, kept):
+            if kind is None or not _is_worth_it(node, kind, rebuilt, saved):
                 continue
             read = [node, *(n for n in node.all_input_nodes if n not in rebuilt)]
             if any(_is_changed_later(n, node, storage, root) for n in read):
@@ -153,11 +158,11 @@ class DeriveRecipes:
                 continue
             chosen[node] = kind
             rebuilt.add(node)
-            kept.discard(node)
-            kept.update(n for n in node.all_input_nodes if n not in rebuilt)
+            saved.discard(node)
+            saved.update(n for n in node.all_input_nodes if n not in rebuilt)
             rebuilt.update(user for user in node.users if _is_item(user))
-        replaced = {_replace(graph, node, kind, root).name: kind for node, kind in chosen.items()}
-        return replaced
+        wanted = {node: kind for node, kind in chosen.items() if key_of(node) not in kept}
+        return {_replace(graph, node, kind, root).name: kind for node, kind in wanted.items()}
 
 
 def kind_of(node: fx.Node, root: nn.Module) -> str | None:
@@ -314,9 +319,7 @@ def _replace(graph: fx.Graph, node: fx.Node, kind: str, root: nn.Module) -> fx.N
             new = graph.call_function(derived_function(function), node.args, node.kwargs)
         else:
             new = graph.call_function(derived_function(node.target), node.args, node.kwargs)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    return new
+    return replace_node(graph, node, new)
 
 
 def _derived_activation(graph: fx.Graph, node: fx.Node, root: nn.Module) -> fx.Node:

@@ -84,12 +84,6 @@ def test_example_inputs_of_another_kind(inputs: object) -> None:
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("option", [{"memory_budget": 0.5}, {"tune": True}, {"plan": "plan.json"}])
-def test_options_of_a_later_version(option: dict) -> None:
-    with pytest.raises(normpass.NotAvailableError, match=f"`{next(iter(option))}` is not available yet"):
-        normpass.optimize(ConvNet(), **option)
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

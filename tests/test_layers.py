@@ -26,8 +26,10 @@ ORDER = (
     ("rewrite",),
     ("planner", "passes"),  # the planner is given the rewrites, it never imports them
     ("verify",),
-    ("apply",),
-    ("module",),
+    ("apply", "record"),
+    ("module", "liveness"),
+    ("choose", "cost"),
+    ("budget",),
     ("explain",),
     ("api",),
     ("convert", "backend"),

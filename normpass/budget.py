@@ -1,0 +1,327 @@
+"""A memory budget -> what is kept, what is rebuilt and what that costs: `plan`, and what `optimize` does with one.
+
+The plain model and the optimised one are recorded without memory (`normpass.record`), the values to be rebuilt are
+chosen (`normpass.choose`), and the choice is written down by the names of layers: a `StepPlan`, which prints, goes to
+and from JSON, may be edited, and is applied by `optimize(model, plan=…)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normpass import cost, tune
+from normpass.choose import Chosen, Search, Selectable
+from normpass.errors import InfeasibleBudgetError, InvalidInputError
+from normpass.graph import key_of
+from normpass.liveness import Seconds, Use, Walker
+from normpass.measure import format_bytes
+from normpass.module import PASSES, Optimized, Options, Program, optimise_in_place, part_of, shared_copy
+from normpass.planner import Decisions
+from normpass.record import Record, Recorder, recording
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PEAK_MARGIN = 1.1
+"""how far the peak may lie above the budget's share of the plain model's"""
+_VERSION = 1
+_INDICES = " (indices)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result that backward needs: what is done with it, and what the other choice would change."""
+
+    key: str
+    """the layer or the node that makes it"""
+    choice: str
+    """kept, rebuilt or replayed"""
+    bytes: int
+    """of the result (of the indices, where it is replayed)"""
+    seconds: float
+    """of making it once more"""
+    other_bytes: int
+    """kept bytes with the other choice, less those with this one"""
+    other_seconds: float
+    """seconds of rebuilding with the other choice, less those with this one"""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One step of a model: bytes between forward and backward, the peak, the seconds spent on rebuilding."""
+
+    kept: int
+    peak: int
+    seconds: float
+    timeline: tuple[int, ...] = ()
+    """bytes after every step of forward, then of backward"""
+    forward_steps: int = 0
+
+    @classmethod
+    def of(cls, use: Use) -> Predicted:
+        return cls(use.kept, use.peak, use.seconds, use.timeline, use.forward_steps)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What is kept and what is rebuilt in one training step of one model; `optimize(model, plan=…)` applies it."""
+
+    decisions: Decisions
+    rows: tuple[Row, ...] = ()
+    plain: Predicted | None = None
+    default: Predicted | None = None
+    planned: Predicted | None = None
+    budget: str = ""
+    """as it was asked for"""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; `from_json` reads `decisions`, which may be edited."""
+        predicted = {n: getattr(self, n) for n in ("plain", "default", "planned") if getattr(self, n) is not None}
+        return {
+            "version": _VERSION,
+            "budget": self.budget,
+            "decisions": {
+                "rewrites": dict(self.decisions.rewrites),
+                **{name: sorted(getattr(self.decisions, name)) for name in ("kept", "rebuilt", "replayed")},
+            },
+            "predicted": {n: {"kept": p.kept, "peak": p.peak, "seconds": p.seconds} for n, p in predicted.items()},
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepPlan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            InvalidInputError: it is no such plan.
+        """
+        if not isinstance(data, Mapping) or data.get("version") != _VERSION or "decisions" not in data:
+            raise InvalidInputError(f"`plan` is not a plan of version {_VERSION}: write one with `StepPlan.to_json`")
+        found = dict(data["decisions"])
+        unknown = sorted(set(found) - {"rewrites", "kept", "rebuilt", "replayed"})
+        if unknown:
+            raise InvalidInputError(f"`plan` has unknown decisions: {', '.join(unknown)}")
+        kept, rebuilt, replayed = (frozenset(found.get(name, ())) for name in ("kept", "rebuilt", "replayed"))
+        decisions = Decisions(dict(found.get("rewrites", {})), kept, rebuilt, replayed)
+        predicted = {name: Predicted(**value) for name, value in data.get("predicted", {}).items()}
+        rows = tuple(Row(**row) for row in data.get("rows", ()))
+        return cls(decisions, rows, budget=str(data.get("budget", "")), **predicted)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    def __str__(self) -> str:
+        changed = [row for row in self.rows if row.key.removesuffix(_INDICES) in self.decisions.keys]
+        lines = [f"plan for a budget of {self.budget}: {len(changed)} results differ from the default"]
+        for row in changed:
+            lines.append(
+                f"  {row.key}: {row.choice} ({format_bytes(row.bytes)}); otherwise "
+                f"{row.other_bytes / 2**20:+.1f} MiB kept and {row.other_seconds * 1e3:+.2f} ms"
+            )
+        for name in ("plain", "default", "planned"):
+            p: Predicted | None = getattr(self, name)
+            if p is not None:
+                rebuilding = f", rebuilding {p.seconds * 1e3:.1f} ms" if p.seconds else ""
+                lines.append(
+                    f"{name}: kept {format_bytes(p.kept)}, peak {format_bytes(p.peak)}{rebuilding} (predicted)"
+                )
+        return "\n".join(lines)
+
+
+def plan_step(
+    model: nn.Module,
+    arguments: tuple[tuple, dict],
+    memory_budget: float | str,
+    options: Options,
+    measure: bool = False,
+) -> StepPlan:
+    """The fastest way to run a training step of `model` on `arguments` within the budget.
+
+    Args:
+        memory_budget: a fraction of what the plain model keeps for backward, or bytes: `"12GB"`, `"800MiB"`.
+        measure: measure how long each result takes to be made once more, instead of estimating it from its bytes and
+            its arithmetic; the model runs forward once on `arguments`.
+
+    Raises:
+        InvalidInputError: the budget is no fraction or size; the model cannot be run without memory.
+        InfeasibleBudgetError: no choice keeps to it; the message has the smallest budget that can be kept.
+    """
+    plain, _ = _recorded(model, arguments, dataclasses.replace(options, decisions=Decisions(leaves_all=True)))
+    record, possible = _recorded(model, arguments, options)
+    seconds = _measured(model, arguments, options, record, possible) if measure else cost.seconds
+    unchanged = Walker(plain, seconds).walk(())
+    walker = Walker(record, seconds)
+    search = Search(walker, possible)
+    limit = parse_budget(memory_budget, unchanged.kept)
+    peak = int(_PEAK_MARGIN * limit / max(unchanged.kept, 1) * unchanged.peak)
+    chosen = search.within(limit, peak)
+    if chosen is None:
+        smallest = search.smallest()
+        raise InfeasibleBudgetError(
+            f"`memory_budget={memory_budget!r}` is {format_bytes(limit)}, and no plan keeps fewer than "
+            f"{format_bytes(smallest)}: ask for {-(-smallest * 1000 // max(unchanged.kept, 1)) / 1000} or more"
+        )
+    default = Chosen(possible.default, frozenset())
+    return StepPlan(
+        _decisions(walker, chosen, default, options.decisions),
+        tuple(_rows(walker, search, chosen)),
+        Predicted.of(unchanged),
+        Predicted.of(search.use(default)),
+        Predicted.of(search.use(chosen)),
+        str(memory_budget),
+    )
+
+
+def parse_budget(budget: float | str, plain: int) -> int:
+    """Bytes of a budget, given as a fraction of `plain` bytes or as a size.
+
+    Raises:
+        InvalidInputError: it is neither.
+    """
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+        if not 0 < budget <= 1:
+            raise InvalidInputError(
+                f"`memory_budget={budget!r}` is not a fraction between 0 and 1 of what the plain model keeps; "
+                'bytes are given as "12GB"'
+            )
+        return int(budget * plain)
+    found = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", budget, re.IGNORECASE) if isinstance(budget, str) else None
+    )
+    if found is None:
+        raise InvalidInputError(f'`memory_budget={budget!r}`: give a fraction such as 0.5, or bytes such as "12GB"')
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+# --- recording ------------------------------------------------------------------------------------
+
+
+def _recorded(model: nn.Module, arguments: tuple[tuple, dict], options: Options) -> tuple[Record, Selectable]:
+    """One training step's forward of the model optimised with `options`, and what may be rebuilt in it."""
+    optimised = optimise_in_place(shared_copy(model), options)
+    modes = [(m, m.training) for m in optimised.modules()]
+    optimised.train()
+    try:
+        with recording(optimised, arguments) as (recorder, (args, kwargs)), _stepwise(optimised, recorder):
+            output = optimised(*args, **kwargs)
+    except Exception as error:
+        raise InvalidInputError(
+            f"`memory_budget`: {type(model).__name__} cannot be run on tensors without memory "
+            f"({type(error).__name__}: {error}), so it cannot be planned; leave the budget out"
+        ) from error
+    finally:
+        for m, training in modes:
+            m.training = training
+    record = recorder.finish(output)
+    return record, _selectable(optimised, record)
+
+
+def _measured(
+    model: nn.Module, arguments: tuple[tuple, dict], options: Options, record: Record, possible: Selectable
+) -> Seconds:
+    """Seconds of a step, measured where it can be rebuilt."""
+    maker = record.maker()
+    rebuilt = frozenset(record.steps[maker[v]].key for v in possible.extra - possible.default)
+    optimised = optimise_in_place(
+        shared_copy(model),
+        dataclasses.replace(options, decisions=dataclasses.replace(options.decisions, rebuilt=rebuilt)),
+    )
+    args, kwargs = arguments
+
+    def call(timer: tune.Timer) -> None:
+        with _stepwise(optimised, timer):
+            optimised.train()(*args, **kwargs)
+
+    found = tune.measured(call, optimised, arguments, tune.cache_folder())
+    return lambda step, record: found[step.key] if step.key in found else cost.seconds(step, record)
+
+
+@contextmanager
+def _stepwise(optimised: nn.Module, recorder: Recorder | tune.Timer) -> Iterator[None]:
+    """Every part's program is run node by node by the recorder."""
+    parts = [part_of(m) for m in optimised.modules() if isinstance(m, Optimized)]
+    before = [part.programs for part in parts]
+    try:
+        for part in parts:
+            part.programs = [(key, _run_by(recorder, program, part.path)) for key, program in part.programs]
+        yield
+    finally:
+        for part, programs in zip(parts, before, strict=True):
+            part.programs = programs
+
+
+def _run_by(recorder: Recorder | tune.Timer, program: Program, path: str) -> Program:
+    def run(module: nn.Module, *tensors: Any) -> Any:
+        return recorder.run(program.graph, module, path, tensors)
+
+    return dataclasses.replace(program, run=run)
+
+
+def _selectable(optimised: nn.Module, record: Record) -> Selectable:
+    default, extra, replayable = set(), set(), set()
+    for module in optimised.modules():
+        if not isinstance(module, Optimized):
+            continue
+        part = part_of(module)
+        for _, program in part.programs:
+            default |= {_full(part.path, key_of(n)) for n in program.graph.nodes if n.name in program.rebuilt}
+            regions = PASSES.regions.match(program.graph, module)
+            extra |= {_full(part.path, key) for key in regions.rebuildable}
+            replayable |= {_full(part.path, key) for key in regions.replayable}
+    steps = list(enumerate(record.steps))
+    return Selectable(
+        default=frozenset(v for _, s in steps if s.key in default for v in s.makes),
+        extra=frozenset(v for _, s in steps if s.key in extra and s.differentiable for v in s.makes),
+        replayable=frozenset(i for i, s in steps if s.key in replayable and s.internals),
+    )
+
+
+def known_keys(optimised: nn.Module) -> frozenset[str]:
+    """What a plan for this module may name."""
+    parts = [part_of(m) for m in optimised.modules() if isinstance(m, Optimized)]
+    nodes = ((part.path, n) for part in parts for _, program in part.programs for n in program.graph.nodes)
+    return frozenset(_full(path, key_of(n)) for path, n in nodes)
+
+
+def _full(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+# --- what was chosen ------------------------------------------------------------------------------
+
+
+def _decisions(walker: Walker, chosen: Chosen, default: Chosen, given: Decisions) -> Decisions:
+    steps, maker = walker.record.steps, walker.maker
+    _, used = walker.needed(default.rebuilt)
+    return dataclasses.replace(
+        given,
+        kept=frozenset(steps[maker[v]].key for v in default.rebuilt - chosen.rebuilt),
+        rebuilt=frozenset(steps[maker[v]].key for v in chosen.rebuilt - default.rebuilt),
+        replayed=frozenset(steps[i].key for i in chosen.replayed),
+    )
+
+
+def _rows(walker: Walker, search: Search, chosen: Chosen) -> Iterator[Row]:
+    record, maker = walker.record, walker.maker
+    kept, seconds = search.kept(chosen), walker.cost(chosen.rebuilt, chosen.replayed)
+    for value in sorted(search.values):
+        other = Chosen(chosen.rebuilt ^ {value}, chosen.replayed)
+        changes = search.kept(other) - kept, walker.cost(other.rebuilt, other.replayed) - seconds
+        choice = "rebuilt" if value in chosen.rebuilt else "kept"
+        step = record.steps[maker[value]]
+        if changes != (0, 0.0):
+            yield Row(step.key, choice, record.sizes[value], walker.seconds[maker[value]], *changes)
+    for index in sorted(search.steps):
+        other = Chosen(chosen.rebuilt, chosen.replayed ^ {index})
+        changes = search.kept(other) - kept, walker.cost(other.rebuilt, other.replayed) - seconds
+        step = record.steps[index]
+        choice = "replayed" if index in chosen.replayed else "kept"
+        yield Row(step.key + _INDICES, choice, step.internals, walker.seconds[index], *changes)

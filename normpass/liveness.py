@@ -1,0 +1,209 @@
+"""A recorded step and a set of rebuilt values -> kept bytes, peak and the seconds that rebuilding takes.
+
+    kept       what lies between forward and backward: every value that backward reads and that is not rebuilt, every
+               value that a rebuilt one is made from, and the internals of the steps
+    peak       the highest memory of a walk through forward and backward, as torch's allocator would see it
+    seconds    every rebuilt value that is needed is computed once
+
+A rebuilt value is made when backward first reads it, with all it is made from, and lives until its last reader in
+backward is done (`normpass.recipe`). So a chain of residual joins, each made from the one before it, comes back to life
+as a whole when its end is read: few bytes are kept, and the peak is high. A value kept in its middle cuts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from normpass.record import Record, Step
+
+Seconds = Callable[[Step, "Record"], float]
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one choice of rebuilt values costs."""
+
+    kept: int
+    """bytes"""
+    peak: int
+    """bytes above the start of the step"""
+    seconds: float
+    """of rebuilding, in one backward"""
+    at_peak: frozenset[int]
+    """rebuilt values that are alive at the peak"""
+    timeline: tuple[int, ...] = ()
+    """bytes after every step of forward and then of backward"""
+    forward_steps: int = 0
+    """how many entries of the timeline belong to forward"""
+
+
+class Walker:
+    """Walks through one record; what does not depend on the choice is worked out once."""
+
+    def __init__(self, record: Record, seconds: Seconds):
+        self.record = record
+        self.maker = record.maker()
+        self.seconds = [seconds(step, record) for step in record.steps]
+        self.saved = {v for step in record.steps for v in step.saves} - record.outputs
+        self._last_read = self._last_reads()
+
+    def needed(self, rebuilt: Iterable[int]) -> tuple[set[int], set[int]]:
+        """The values that are kept, and those of `rebuilt` that backward has a use for."""
+        chosen, kept, used = frozenset(rebuilt), set(), set()
+        waiting = list(self.saved)
+        while waiting:
+            value = waiting.pop()
+            if value not in chosen or value in self.record.outputs:
+                kept.add(value)
+            elif value not in used:
+                used.add(value)
+                waiting.extend(self.record.steps[self.maker[value]].reads)
+        return kept - self.record.outputs, used
+
+    def kept(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> int:
+        """Bytes that are kept; the steps in `replayed` keep no internals."""
+        values, _ = self.needed(rebuilt)
+        return sum(self.record.sizes[v] for v in values) + self._internals(replayed)
+
+    def cost(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> float:
+        """Seconds of rebuilding in one backward."""
+        _, used = self.needed(rebuilt)
+        return sum(self.seconds[s] for s in {self.maker[v] for v in used}) + sum(self.seconds[s] for s in replayed)
+
+    def walk(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> Use:
+        """Kept bytes, peak and seconds of one choice."""
+        kept, used = self.needed(rebuilt)
+        walk = _Walk(self, kept, used, replayed)
+        walk.forward()
+        middle = len(walk.timeline)
+        walk.backward()
+        bytes_kept = sum(self.record.sizes[v] for v in kept) + self._internals(replayed)
+        seconds = self.cost(rebuilt, replayed)
+        return Use(bytes_kept, walk.peak, seconds, frozenset(walk.at_peak), tuple(walk.timeline), middle)
+
+    def _internals(self, replayed: frozenset[int]) -> int:
+        return sum(step.internals for i, step in enumerate(self.record.steps) if i not in replayed)
+
+    def _last_reads(self) -> list[int]:
+        """The last step of forward that makes or reads each value."""
+        last = list(self.maker)
+        for index, step in enumerate(self.record.steps):
+            for value in step.reads:
+                last[value] = index
+        for value in self.record.outputs:
+            last[value] = len(self.record.steps)
+        return last
+
+
+class _Walk:
+    """One walk: what is alive, and the highest that was seen."""
+
+    def __init__(self, walker: Walker, kept: set[int], used: set[int], replayed: frozenset[int]):
+        self.walker, self.record = walker, walker.record
+        self.kept, self.used, self.replayed = kept, used, replayed
+        self.live = self.peak = 0
+        self.timeline: list[int] = []
+        self.at_peak: set[int] = set()
+        self.rebuilt: dict[int, int] = {}  # alive: how many of its readers are still to come
+        self.readers = self._readers()
+        self.gradients: dict[int, int] = {}  # value: bytes of its gradient
+
+    def _readers(self) -> dict[int, int]:
+        """How many times each rebuilt value will be asked for."""
+        readers = dict.fromkeys(self.used, 0)
+        for step in self.record.steps:
+            for value in step.saves:
+                if value in readers:
+                    readers[value] += 1
+        for value in self.used:
+            for read in self.record.steps[self.walker.maker[value]].reads:
+                if read in readers:
+                    readers[read] += 1
+        return readers
+
+    def _move(self, size: int) -> None:
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self.at_peak = self.live, set(self.rebuilt)
+
+    def forward(self) -> None:
+        sizes, last = self.record.sizes, self.walker._last_read
+        ends: dict[int, list[int]] = {}
+        for value, index in enumerate(last):
+            if value not in self.kept:
+                ends.setdefault(index, []).append(value)
+        for index, step in enumerate(self.record.steps):
+            self._move(sum(sizes[v] for v in step.makes))
+            self._move(step.internals if index not in self.replayed else 0)
+            self.live -= sum(sizes[v] for v in ends.get(index, ()))
+            self.timeline.append(self.live)
+
+    def backward(self) -> None:
+        first_saver: dict[int, int] = {}  # in backward the last: then a kept value is free
+        for index in reversed(range(len(self.record.steps))):
+            for value in self.record.steps[index].saves:
+                first_saver[value] = index
+        for value in self.record.outputs:
+            self._add_gradient(value)
+        for index in reversed(range(len(self.record.steps))):
+            step = self.record.steps[index]
+            if step.differentiable:
+                self._step_back(index, step, first_saver)
+            self.timeline.append(self.live)
+
+    def _step_back(self, index: int, step: Step, first_saver: dict[int, int]) -> None:
+        sizes = self.record.sizes
+        for value in step.saves:
+            if value in self.used:
+                self._rebuild(value)
+        extra = 0 if index not in self.replayed else step.internals + sum(sizes[v] for v in step.makes)
+        self._move(extra + step.weights * (2 if step.flops else 1))
+        if not step.passes:
+            for value in step.reads:
+                if self.record.steps[self.walker.maker[value]].differentiable:
+                    self._add_gradient(value)
+        self.live -= extra + step.weights * (2 if step.flops else 1)
+        for value in step.saves:
+            if value in self.used:
+                self._read(value)
+            elif first_saver[value] == index and value in self.kept:
+                self.live -= sizes[value]
+        for value in step.makes:
+            self.live -= self.gradients.pop(value, 0)
+        self.live -= step.internals if index not in self.replayed else 0
+
+    def _add_gradient(self, value: int) -> None:
+        """Its gradient, or one more that is added to it."""
+        size = self.record.sizes[value]
+        self._move(size)
+        if value in self.gradients:
+            self.live -= size
+        else:
+            self.gradients[value] = size
+
+    def _rebuild(self, value: int) -> None:
+        """Make `value` and, before it, what it is made from; depth first, without recursion."""
+        stack = [value]
+        while stack:
+            top = stack[-1]
+            if top in self.rebuilt:
+                stack.pop()
+                continue
+            reads = self.record.steps[self.walker.maker[top]].reads
+            missing = [v for v in reads if v in self.used and v not in self.rebuilt]
+            if missing:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            self.rebuilt[top] = self.readers[top]
+            self._move(self.record.sizes[top])
+            for read in reads:
+                if read in self.used:
+                    self._read(read)
+
+    def _read(self, value: int) -> None:
+        self.rebuilt[value] -= 1
+        if self.rebuilt[value] <= 0:
+            del self.rebuilt[value]
+            self.live -= self.record.sizes[value]

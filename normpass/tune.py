@@ -1,0 +1,124 @@
+"""How long every result takes to be made once more, measured at the real shapes, on the real device.
+
+The model runs one forward in train mode with all that can be rebuilt tagged; where a tag is put on, what would rebuild
+the result is called a few times and the shortest time is taken. What was measured before, for the same layer with the
+same shapes, is read from a file: one for each kind of device, thread count and torch version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from normpass.graph import key_of
+from normpass.recipe import observed_tags
+from normpass.untouched import untouched
+
+REPEATS = 3
+Runner = Callable[[fx.Graph, nn.Module, str, Any], Any]
+
+
+class Timer:
+    """Runs graphs node by node and times what would rebuild each tagged result."""
+
+    def __init__(self, cache: dict[str, float]):
+        self.seconds: dict[str, float] = {}
+        """key of a step -> seconds"""
+        self._cache, self._key = cache, ""
+
+    def run(self, graph: fx.Graph, module: nn.Module, path: str, tensors: Any) -> Any:
+        """What `graph`, of the part at the dotted `path`, returns."""
+        return _Interpreter(self, graph, module, path).run(*tensors)
+
+    def at(self, key: str) -> None:
+        """The node that runs now."""
+        self._key = key
+
+    def time(self, function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Called for every tag."""
+        signature = _signature(function, args, kwargs)
+        if signature not in self._cache:
+            self._cache[signature] = _shortest(function, args, kwargs)
+        self.seconds[self._key] = self._cache[signature]
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, timer: Timer, graph: fx.Graph, module: nn.Module, path: str):
+        super().__init__(module, graph=graph)
+        self._timer, self._path = timer, path
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._timer.at(".".join(filter(None, (self._path, key_of(n)))))
+        return super().run_node(n)
+
+
+def measured(
+    call: Callable[[Timer], Any], model: nn.Module, arguments: tuple[tuple, dict], folder: Path | None
+) -> dict:
+    """Seconds by key of whatever is tagged while `call(timer)` runs the model; nothing of the model changes."""
+    path = None if folder is None else folder / f"{_device_name(model)}.json"
+    cache = _read(path)
+    timer = Timer(cache)
+    with untouched(model, *arguments), torch.enable_grad(), observed_tags(timer.time):
+        call(timer)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(cache, indent=1, sort_keys=True) + "\n")
+    return timer.seconds
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept between runs."""
+    return Path.home() / ".cache" / "normpass" / "tune"
+
+
+def _read(path: Path | None) -> dict[str, float]:
+    try:
+        found = json.loads(path.read_text()) if path is not None else {}
+    except (OSError, ValueError):
+        return {}  # none yet, or one that was cut off: measured anew
+    return {k: v for k, v in found.items() if isinstance(v, float)} if isinstance(found, dict) else {}
+
+
+def _device_name(model: nn.Module) -> str:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+    return f"{name} torch {torch.__version__}".replace(" ", "_").replace("/", "_")
+
+
+def _signature(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """The same for calls that take the same time: the layer, shapes, strides, dtypes and constants."""
+    parts = [getattr(function, "__qualname__", repr(function))]
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        parts.append(f"{tuple(leaf.shape)} {leaf.stride()} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _shortest(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> float:
+    device = next((t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
+    times = []
+    with torch.no_grad():
+        for _ in range(REPEATS + 1):
+            _wait(device)
+            start = time.perf_counter()
+            function(*args, **kwargs)
+            _wait(device)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
