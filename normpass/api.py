@@ -83,7 +83,7 @@ def optimize(
 
 def plan(
     model: nn.Module,
-    example_inputs: Tensor | tuple | dict,
+    example_inputs: Tensor | tuple | dict | None,
     memory_budget: float | str,
     *,
     changes: Sequence[Any] = (),
@@ -99,8 +99,9 @@ def plan(
     options = _options(changes, allow_lossy, None, memory_budget)
     if options.changes:
         raise InvalidInputError("`plan` takes no changes: make them first, optimise with the budget then")
+    arguments = _needed_inputs(example_inputs)
     check_example_inputs(model, example_inputs)
-    return plan_step(model, _needed_inputs(example_inputs), memory_budget, options, tune)
+    return plan_step(model, arguments, memory_budget, options, tune)
 
 
 def restore(optimised: nn.Module, *, keep_changes: bool = False) -> nn.Module:
@@ -124,20 +125,25 @@ def explain(
     model: nn.Module,
     example_inputs: Tensor | tuple | dict | None = None,
     *,
+    memory_budget: float | str | None = None,
     changes: Sequence[Any] = (),
     allow_lossy: bool = False,
+    tune: bool = False,
 ) -> Report:
     """What `optimize` would do to `model`: every norm with its rewrite or the reason it is left alone.
 
     With `example_inputs` the bytes kept for backward and the peak over a step are measured before and
     after, in train mode, on the device the model is on; the model is left bit for bit as it was.
-    An optimised model may be given as well.
+    An optimised model may be given as well. With a `memory_budget` the report has the plan for it, too.
     """
     if isinstance(model, Optimized):
         model = restore(model)
-    optimised = optimize(model, example_inputs, changes=changes, allow_lossy=allow_lossy)
+    found = None
+    if memory_budget is not None:
+        found = plan(model, example_inputs, memory_budget, changes=changes, allow_lossy=allow_lossy, tune=tune)
+    optimised = optimize(model, example_inputs, changes=changes, allow_lossy=allow_lossy, plan=found)
     arguments = None if example_inputs is None else call_arguments(example_inputs)
-    return make_report(model, optimised, arguments)
+    return make_report(model, optimised, arguments, found)
 
 
 def compare_in_eval_mode(model: nn.Module, optimised: nn.Module, example_inputs: Any) -> None:

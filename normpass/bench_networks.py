@@ -19,11 +19,10 @@ from torch._dynamo.utils import counters
 from normpass import measure, models
 from normpass.api import check_example_inputs
 from normpass.bench_layers import BenchError, name_of, one_line
-from normpass.contenders import COMPILED, CONTENDERS, Job
+from normpass.contenders import CONTENDERS, WITH_BUDGET, Job, contender
 from normpass.recipe import Rebuilds
 
 NETWORKS = tuple(f"torchvision:{name}" for name in ("resnet50", "densenet121", "mobilenet_v2", "efficientnet_b0"))
-_REBUILDING = ("ours", "ours_reference")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def bench_network(network: str, setting: Setting, contenders: Sequence[str] = ()
 
     Args:
         network: as for `normpass.models.load`; called with one tensor.
-        contenders: names of `CONTENDERS` (default: `setting.default_contenders`).
+        contenders: names for `normpass.contenders.contender` (default: `setting.default_contenders`).
         base: the contender that times are compared with (default: `setting.default_base`).
 
     Raises:
@@ -122,8 +121,11 @@ def bench_network(network: str, setting: Setting, contenders: Sequence[str] = ()
 def check_contenders(contenders: Sequence[str], base: str) -> None:
     """Raise BenchError for a name that is none, and for a base that does not take part."""
     for name in (*contenders, base):
-        if name not in CONTENDERS:
-            raise BenchError(f"no contender `{name}`: choose from {', '.join(CONTENDERS)}")
+        try:
+            contender(name)
+        except KeyError:
+            budgets = ", ".join(f"{kind}@FRACTION" for kind in WITH_BUDGET)
+            raise BenchError(f"no contender `{name}`: choose from {', '.join(CONTENDERS)}, {budgets}") from None
     if base not in contenders:
         raise BenchError(f"`{base}`, the base of the ratios, is not among {', '.join(contenders)}: set --base")
 
@@ -137,15 +139,15 @@ def count_rebuilds(job: nn.Module) -> tuple[int, int]:
 
 def _measured(name: str, network: str, plain: nn.Module, x: Tensor, setting: Setting) -> tuple[Row, Job | None]:
     """The contender's row without times, and the contender warm; None and the reason if it fails."""
-    contender = CONTENDERS[name]
-    layout = name_of(contender.layout(x, setting.channels_last)).removesuffix("_format")
+    way = contender(name)
+    layout = name_of(way.layout(x, setting.channels_last)).removesuffix("_format")
     row = Row(network, setting.shape, name_of(setting.dtype), layout, name)
     try:
-        with contender.around(), warnings.catch_warnings():
+        with way.around(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch itself warns of while it compiles
-            job = contender.job(plain, x, setting.channels_last, setting.dtype, setting.compile_backend)
+            job = way.job(plain, x, setting.channels_last, setting.dtype, setting.compile_backend)
             kept, peak = measure.kept_bytes(job), measure.peak_bytes(job)
-            rebuilds, most = count_rebuilds(job) if name in _REBUILDING else (None, None)
+            rebuilds, most = count_rebuilds(job) if name.startswith("ours") else (None, None)
     except Exception as error:  # whatever a contender raises is a result, and the others go on
         return dataclasses.replace(row, error=one_line(error)), None
     return dataclasses.replace(row, kept=kept, peak=peak, rebuilds=rebuilds, most_rebuilds=most), job
@@ -153,7 +155,7 @@ def _measured(name: str, network: str, plain: nn.Module, x: Tensor, setting: Set
 
 def _timed(rows: Mapping[str, Row], jobs: Mapping[str, Job], base: str, rounds: int) -> dict[str, Row]:
     before = counters["stats"]["unique_graphs"]
-    around = {name: CONTENDERS[name].around for name in jobs}
+    around = {name: contender(name).around for name in jobs}
     times = measure.step_time(jobs, rounds=rounds, around=around)
     ratios = measure.ratios(times, base)
     compiled = counters["stats"]["unique_graphs"] - before
@@ -168,7 +170,7 @@ def _timed(rows: Mapping[str, Row], jobs: Mapping[str, Job], base: str, rounds: 
             ratio=ratios[name].median,
             ratio_low=ratios[name].low,
             ratio_high=ratios[name].high,
-            compiled_while_timed=compiled if name in (*COMPILED, "compile_ours") else None,
+            compiled_while_timed=compiled if name.startswith("compile") else None,
         )
     return done
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -11,6 +12,7 @@ from normpass.bench_kernels import KernelRow
 from normpass.bench_layers import COPY, LayerRow, shape_text
 from normpass.bench_networks import Row
 from normpass.measure import Ratio, format_bytes
+from normpass.plots import Point
 
 _HEADS = {"eager_contiguous": "contiguous", "cudnn": "cuDNN", "aten": "ATen"}
 
@@ -37,6 +39,19 @@ def network_table(rows: Sequence[Row], title: str) -> Table:
     if any(row.compiled_while_timed for row in rows):
         table.caption = "torch.compile compiled again while the steps were timed: times are spoilt"
     return table
+
+
+def frontier_points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The rows of one network (as a record holds them) as points of time against memory."""
+    base = next(row for row in rows if row["base"] == row["contender"])
+    ran = [row for row in rows if not row["error"]]
+    return [Point(r["contender"], _group(r["contender"]), r["kept"] / base["kept"], r["ratio"]) for r in ran]
+
+
+def _group(contender: str) -> str:
+    if contender.startswith("compile"):
+        return "torch.compile"
+    return "normpass" if contender.startswith("ours") else "eager"
 
 
 def layer_table(cases: Sequence[Sequence[LayerRow]], title: str) -> Table:

@@ -1,4 +1,5 @@
-"""The command line: `normpass demo`, `explain MODEL`, `convert MODEL OUT`, `bench [MODEL…]`, `kernels`.
+"""The command line: `normpass demo`, `explain MODEL`, `convert MODEL OUT`, `bench [MODEL…]`,
+`bench kernels`, `bench frontier MODEL`, `kernels`.
 
 Reads the arguments, prints what the library returns. Bad input ends with status 2 and one line on stderr
 that says what to do; status 1 means that the work itself failed (the demo's losses differ, ours did not run).
@@ -17,13 +18,16 @@ from typing import NoReturn
 
 import torch
 from rich.console import Console
+from torch import nn
 
 import normpass
-from normpass import bench, cli_convert, demo, kernels, models
+from normpass import bench, cli_convert, demo, kernels, measure, models
 from normpass.bench_layers import DEFAULT_SHAPES, LAYERS, LAYOUTS, Case
 from normpass.bench_networks import NETWORKS, Setting
-from normpass.contenders import COMPILED, CONTENDERS
+from normpass.bench_tables import frontier_points
+from normpass.contenders import COMPILED, CONTENDERS, FRONTIER
 from normpass.environment import environment, openmp_runtimes
+from normpass.plots import Curve, plot_frontier, plot_memory
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BENCH_DTYPES = ("float32", "bfloat16", "float16")
@@ -43,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (by default `sys.argv`'s) and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = shlex.join(["normpass", *arguments])
-    if arguments[:2] == ["bench", "kernels"]:  # a command of its own: argparse takes a name or models here, not either
-        arguments[:2] = ["bench kernels"]
+    if arguments[:2] in (["bench", "kernels"], ["bench", "frontier"]):  # argparse takes a name here, or models
+        arguments[:2] = [" ".join(arguments[:2])]
     options = _parser().parse_args(arguments)
     options.given = given
     run: Callable[[argparse.Namespace], int] = options.run
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_convert.add_arguments(commands.add_parser("convert", help=words), _shapes, _output)
     _add_bench(commands.add_parser("bench", help="time, kept and peak bytes of whole networks, side by side"))
     _add_bench_kernels(commands.add_parser("bench kernels", help="batch norm and activation, and each op alone"))
+    _add_bench_frontier(commands.add_parser("bench frontier", help="time against memory over a sweep of budgets"))
     kernels_ = commands.add_parser("kernels", help="say which kernels are there, and why others are not")
     kernels_.add_argument("--json", type=_output, metavar="FILE", help="write it here as well")
     kernels_.set_defaults(run=_kernels)
@@ -86,6 +91,12 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         "--input", type=_shapes, help="shapes of the inputs, as 2x3x224x224: measure kept and peak bytes too"
     )
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the report here as well")
+    parser.add_argument(
+        "--budget", type=_budget, metavar="B", help="plan for this much kept memory: 0.5 of plain, or 12GB"
+    )
+    parser.add_argument("--tune", action="store_true", help="measure what rebuilding takes, for --budget")
+    parser.add_argument("--plan", type=_output, metavar="FILE", help="write the plan for --budget here, as JSON")
+    parser.add_argument("--plot", type=_output, metavar="PNG", help="draw the memory along a step, plain and optimised")
     parser.add_argument("--allow-lossy", action="store_true", help="allow in-place activated batch norm")
     parser.add_argument("--change", action="append", default=[], help="change the model, as `leaky_relu`")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
@@ -106,6 +117,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="NAME", help="whose times to compare with (default: eager in the layout)")
     _add_common(parser, rounds=5)
     parser.set_defaults(run=_bench)
+
+
+def _add_bench_frontier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="as for explain")
+    parser.add_argument(
+        "--input", type=_shape, default="2x3x224x224", help="shape of the one input (default: %(default)s)"
+    )
+    parser.add_argument("--channels-last", action="store_true", help="convert network and input to channels_last")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile: about a minute each")
+    parser.add_argument("--plot", type=_output, metavar="PNG", help="draw it here")
+    _add_common(parser, rounds=7)
+    parser.set_defaults(run=_bench_frontier)
 
 
 def _add_bench_kernels(parser: argparse.ArgumentParser) -> None:
@@ -146,12 +169,34 @@ def _explain(options: argparse.Namespace) -> int:
     inputs = None if options.input is None else tuple(torch.randn(s, dtype=dtype) for s in options.input)
     try:
         with Console(stderr=True).status("measuring" if inputs else "tracing"):
-            report = normpass.explain(model, inputs, changes=options.change, allow_lossy=options.allow_lossy)
+            chosen = {"changes": options.change, "allow_lossy": options.allow_lossy}
+            report = normpass.explain(model, inputs, memory_budget=options.budget, tune=options.tune, **chosen)
+            curves = _curves(model, inputs, report, chosen) if options.plot else ()
     except ValueError as error:  # also of `measure`: a frozen model, an output without floating tensors
         return _refuse(error)
     console = Console()
     console.print(report) if console.is_terminal else print(report)
+    try:
+        if options.plot:
+            plot_memory(curves, f"Memory along one training step: {options.model}", options.plot)
+    except OSError as error:
+        return _cannot_write(options.plot, error, "--plot")
+    if (
+        options.plan
+        and report.plan is not None
+        and (failed := _write_json(options.plan, report.plan.to_json(), "--plan"))
+    ):
+        return failed
     return _write_json(options.json, report.to_json())
+
+
+def _curves(model: nn.Module, inputs: tuple | None, report: normpass.Report, chosen: dict) -> list[Curve]:
+    """Memory along one step of the model as it is and as the report describes it, in train mode."""
+    if inputs is None:
+        raise normpass.InvalidInputError("--plot needs --input: memory depends on the shapes")
+    optimised = normpass.optimize(model, plan=report.plan, **chosen)
+    both = {"plain": model.train(), "optimised": optimised.train()}
+    return [Curve(n, measure.kept_bytes(m, *inputs), measure.memory_timeline(m, *inputs)) for n, m in both.items()]
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -167,6 +212,23 @@ def _bench(options: argparse.Namespace) -> int:
     except OSError as error:
         return _cannot_write(options.json, error, "--json")
     except ValueError as error:  # of `measure`: a frozen model, an output without floating tensors
+        return _refuse(error)
+    return 0 if complete else _FAILED
+
+
+def _bench_frontier(options: argparse.Namespace) -> int:
+    _check_device(options.device)
+    dtype = getattr(torch, options.dtype or "float32")
+    setting = Setting(options.input, dtype, options.channels_last, options.device, options.rounds)
+    names = [name for name in FRONTIER if not (options.no_compile and name.startswith("compile"))]
+    record = bench.Record(options.json, environment(options.device, options.given))
+    try:
+        complete = bench.run_networks([options.model], setting, names, setting.default_base, record, _console())
+        if options.plot:
+            plot_frontier(frontier_points(record.rows["rows"]), f"{options.model}: {record.title}", options.plot)
+    except OSError as error:
+        return _cannot_write(options.json or options.plot, error, "--json or --plot")
+    except ValueError as error:
         return _refuse(error)
     return 0 if complete else _FAILED
 
@@ -208,12 +270,12 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDE)
 
 
-def _write_json(path: Path | None, content: object) -> int:
+def _write_json(path: Path | None, content: object, option: str = "--json") -> int:
     try:
         if path is not None:
             path.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        return _cannot_write(path, error, "--json")
+        return _cannot_write(path, error, option)
     return 0
 
 
@@ -230,6 +292,13 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
     return int(text)
+
+
+def _budget(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _names(text: str) -> list[str]:

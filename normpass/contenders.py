@@ -28,7 +28,7 @@ from normpass import kernels
 from normpass.api import optimize
 from normpass.backend import compile_graph
 
-Make = Callable[[nn.Module, str], nn.Module]
+Make = Callable[[nn.Module, Tensor, str], nn.Module]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -50,7 +50,7 @@ class Contender:
     """One way to run a network."""
 
     make: Make
-    """(network of its own, compile backend) to what is run"""
+    """(network of its own, its input, compile backend) to what is run"""
     words: str
     channels_last: bool | None = None
     """None: as asked for"""
@@ -66,7 +66,10 @@ class Contender:
         """A copy of `network` and `x`, both in the layout, the copy made ready; compiled at its first step."""
         layout = self.layout(x, channels_last)
         own = copy.deepcopy(network).to(memory_format=layout)  # type: ignore[call-overload]
-        return Job(self.make(own, backend), x.contiguous(memory_format=layout), dtype)
+        x = x.contiguous(memory_format=layout)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):  # a budget counts what is kept there
+            made = self.make(own, x, backend)
+        return Job(made, x, dtype)
 
 
 def checkpointed(network: nn.Module) -> nn.Module:
@@ -105,28 +108,32 @@ def _is_block(module: nn.Module) -> bool:
     return any(isinstance(part, _BatchNorm) for part in list(module.modules())[1:])
 
 
-def _eager(network: nn.Module, backend: str) -> nn.Module:
+def _eager(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
     return network
 
 
-def _ours(network: nn.Module, backend: str) -> nn.Module:
+def _ours(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
     return optimize(network)
 
 
-def _checkpoint(network: nn.Module, backend: str) -> nn.Module:
+def _ours_within(budget: float) -> Make:
+    return lambda network, x, backend: optimize(network, x, memory_budget=budget)
+
+
+def _checkpoint(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
     return checkpointed(network)
 
 
-def _compile_ours(network: nn.Module, backend: str) -> nn.Module:
+def _compile_ours(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
     return compiled(optimize(network), backend)
 
 
-def _compile_normpass(network: nn.Module, backend: str) -> nn.Module:
+def _compile_normpass(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
     return compiled(network, partial(compile_graph, options={"inner": backend}))
 
 
 def _compile(**flags: object) -> Make:
-    return lambda network, backend: compiled(network, backend, **flags)
+    return lambda network, x, backend: compiled(network, backend, **flags)
 
 
 CONTENDERS = {
@@ -142,10 +149,42 @@ CONTENDERS = {
     "compile_aggressive": Contender(
         _compile(aggressive_recomputation=True), "torch.compile, aggressive_recomputation=True"
     ),
-    "compile_budget": Contender(_compile(activation_memory_budget=0.5), "torch.compile, activation_memory_budget=0.5"),
     "compile_normpass": Contender(_compile_normpass, 'torch.compile, backend="normpass"'),
     "compile_ours": Contender(_compile_ours, "torch.compile of normpass.optimize"),
     "checkpoint": Contender(_checkpoint, "torch.utils.checkpoint around every block"),
 }
-COMPILED = ("compile", "compile_ban_recompute", "compile_aggressive", "compile_budget", "compile_normpass")
+WITH_BUDGET = ("ours", "compile")
+"""Contenders that `NAME@FRACTION` gives a memory budget, as `ours@0.5`."""
+COMPILED = ("compile", "compile_ban_recompute", "compile_aggressive", "compile@0.5", "compile_normpass")
 """torch.compile as it comes, with each of its partitioner's points, and with our backend."""
+FRONTIER = (
+    *("eager", "eager_channels_last", "checkpoint"),
+    *("ours", "ours@0.75", "ours@0.6", "ours@0.5", "ours@0.4", "ours@0.3", "ours@0.2"),
+    *("compile", "compile_ban_recompute", "compile_aggressive", "compile@0.75", "compile@0.5", "compile@0.25"),
+)
+"""Ours over a sweep of budgets beside what else trades time for memory."""
+
+
+def contender(name: str) -> Contender:
+    """The contender of that name; `NAME@FRACTION` is one with a memory budget.
+
+    Raises:
+        KeyError: there is none.
+    """
+    kind, at, text = name.partition("@")
+    if not at:
+        return CONTENDERS[name]
+    budget = _fraction(text)
+    if kind not in WITH_BUDGET or budget is None:
+        raise KeyError(name)
+    if kind == "ours":
+        return Contender(_ours_within(budget), f"normpass.optimize, memory_budget={budget}")
+    return Contender(_compile(activation_memory_budget=budget), f"torch.compile, activation_memory_budget={budget}")
+
+
+def _fraction(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value <= 1 else None

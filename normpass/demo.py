@@ -26,6 +26,7 @@ from normpass import digits, measure, models
 from normpass.api import optimize
 from normpass.errors import NormpassError
 from normpass.measure import Ratio, StepTime, Timeline, format_bytes
+from normpass.plots import Curve, plot_memory
 
 MODEL, STEPS, BATCH, SIZE = "torchvision:resnet18", 6, 16, 96
 
@@ -99,27 +100,8 @@ def plot(result: Result, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, timeline, kept, color in zip(_NAMES, result.timelines, result.kept, ("#8a8f98", "#0b6fb8"), strict=True):
-        label = f"{name}: kept {format_bytes(kept)}, peak {format_bytes(timeline.peak)}"
-        mebibytes = [count / 2**20 for count in timeline.bytes]
-        axes.plot(_phases(timeline), mebibytes, color=color, drawstyle="steps-post", linewidth=1.5, label=label)
-        axes.fill_between(_phases(timeline), mebibytes, step="post", color=color, alpha=0.15)
-    axes.axvline(1, color="black", linestyle="--", linewidth=1)
-    axes.set_xticks([0, 1, 2], ["start", "forward ends", "backward ends"])
-    axes.set_xlabel("time in the step (forward and backward drawn equally wide)")
-    axes.set_ylabel("MiB above parameters and gradients")
-    axes.set_title(f"Memory along one training step: {result.model}")
-    axes.set_xlim(0, 2)
-    axes.set_ylim(0, 1.25 * max(timeline.peak for timeline in result.timelines) / 2**20)
-    axes.legend(loc="upper right")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=120)
+    curves = [Curve(*given) for given in zip(_NAMES, result.kept, result.timelines, strict=True)]
+    plot_memory(curves, f"Memory along one training step: {result.model}", path)
 
 
 def _check_packages() -> None:
@@ -211,9 +193,3 @@ def _print(result: Result, console: Console) -> None:
     spread = f"{result.ratio.median:.2f} ({result.ratio.low:.2f} to {result.ratio.high:.2f})"
     table.add_row("time", *medians, spread)
     console.print(table)
-
-
-def _phases(timeline: Timeline) -> list[float]:
-    """When each event happened: 0 to 1 in forward, 1 to 2 in backward."""
-    split, end = timeline.seconds[timeline.forward_end], timeline.seconds[-1]
-    return [t / split if t <= split else 1 + (t - split) / (end - split) for t in timeline.seconds]

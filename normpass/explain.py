@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
 from normpass.capture import NORM_BASES
 from normpass.measure import kept_bytes, peak_bytes
 from normpass.module import Part, Program, join, part_of
+from normpass.planner import Choice
 from normpass.report import Memory, Report, Row
 
 
-def make_report(model: nn.Module, optimised: nn.Module, arguments: tuple[tuple, dict] | None) -> Report:
+def make_report(
+    model: nn.Module, optimised: nn.Module, arguments: tuple[tuple, dict] | None, plan: Any = None
+) -> Report:
     """Collect the rows of every part; with `arguments` measure both models in train mode."""
     root = part_of(optimised)
     rows: list[Row] = []
@@ -20,16 +24,16 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: tuple[tuple, 
     for path in root.parts:
         part: Part = part_of(optimised.get_submodule(path))
         program = part.programs[0][1]
-        rows += _rows(path, program)
+        rows += _rows(path, program, part.options.decisions.below(path).kept)
         derived.update(program.derived.values())
     rows += _left_out(model, {row.path for row in rows}, root.untraceable)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     rows.sort(key=lambda row: order.get(row.path, len(order)))
     memory = _measure(model, optimised, arguments) if arguments is not None else None
-    return Report(type(model).__name__, tuple(rows), root.untraceable, dict(derived), memory)
+    return Report(type(model).__name__, tuple(rows), root.untraceable, dict(derived), memory, plan)
 
 
-def _rows(path: str, program: Program) -> list[Row]:
+def _rows(path: str, program: Program, kept: frozenset[str]) -> list[Row]:
     rows = []
     for choice in program.plan.choices:
         match = choice.match
@@ -39,11 +43,18 @@ def _rows(path: str, program: Program) -> list[Row]:
                 join(path, choice.site.path),
                 choice.site.pattern,
                 match.rewrite if match else None,
-                match.kept if match else None,
+                _kept_of(choice, kept),
                 reason,
             )
         )
     return rows
+
+
+def _kept_of(choice: Choice, kept: frozenset[str]) -> str | None:
+    """Which tensor of the site is kept, where the plan keeps the results in `kept`."""
+    if choice.match is None:
+        return None
+    return "x and z" if choice.site.path in kept else choice.match.kept
 
 
 def _left_out(model: nn.Module, seen: set[str], untraceable: dict[str, str]) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 from normpass.errors import NotAvailableError
 
 _EXTRA = {"onnx": "convert", "onnxscript": "convert", "onnx_ir": "convert", "onnxruntime": "convert"}
-_EXTRA["safetensors"] = "convert"
+_EXTRA |= {"safetensors": "convert", "matplotlib": "demo"}
 
 
 def needed(module: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, Group
@@ -48,6 +48,8 @@ class Report:
     derived: dict[str, int] = field(default_factory=dict)
     """kind of cheap function -> how many of its results are rebuilt instead of kept"""
     memory: Memory | None = None
+    plan: Any = None
+    """the `StepPlan`, where a memory budget was named"""
 
     @property
     def rewritten(self) -> int:
@@ -56,7 +58,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers."""
-        return asdict(self)
+        found = asdict(replace(self, plan=None))
+        return {**found, "plan": None if self.plan is None else self.plan.to_json()}
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -81,7 +84,7 @@ class Report:
             m = self.memory
             lines.append(_compared("kept for backward", m.kept_before, m.kept_after))
             lines.append(_compared("peak over a step", m.peak_before, m.peak_after))
-        return lines
+        return lines if self.plan is None else [*lines, *str(self.plan).splitlines()]
 
 
 def _compared(what: str, before: int, after: int) -> str:
