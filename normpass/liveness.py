@@ -145,7 +145,7 @@ class _Walk:
             for value in self.record.steps[index].saves:
                 first_saver[value] = index
         for value in self.record.outputs:
-            self._add_gradient(value)
+            self._add_gradient(value, self.record.sizes[value])
         for index in reversed(range(len(self.record.steps))):
             step = self.record.steps[index]
             if step.differentiable:
@@ -158,12 +158,12 @@ class _Walk:
             if value in self.used:
                 self._rebuild(value)
         extra = 0 if index not in self.replayed else step.internals + sum(sizes[v] for v in step.makes)
-        self._move(extra + step.weights * (2 if step.flops else 1))
+        self._move(extra + step.scratch)
         if not step.passes:
-            for value in step.reads:
+            for value, size in zip(step.reads, step.read_sizes, strict=True):
                 if self.record.steps[self.walker.maker[value]].differentiable:
-                    self._add_gradient(value)
-        self.live -= extra + step.weights * (2 if step.flops else 1)
+                    self._add_gradient(value, size)
+        self.live -= extra + step.scratch
         for value in step.saves:
             if value in self.used:
                 self._read(value)
@@ -173,14 +173,12 @@ class _Walk:
             self.live -= self.gradients.pop(value, 0)
         self.live -= step.internals if index not in self.replayed else 0
 
-    def _add_gradient(self, value: int) -> None:
-        """Its gradient, or one more that is added to it."""
-        size = self.record.sizes[value]
+    def _add_gradient(self, value: int, size: int) -> None:
+        """One more gradient of `value`, or of the `size` bytes of it that a view shows."""
         self._move(size)
-        if value in self.gradients:
-            self.live -= size
-        else:
-            self.gradients[value] = size
+        before = self.gradients.get(value, 0)
+        self.gradients[value] = min(before + size, self.record.sizes[value])
+        self.live -= before + size - self.gradients[value]
 
     def _rebuild(self, value: int) -> None:
         """Make `value` and, before it, what it is made from; depth first, without recursion."""

@@ -109,8 +109,12 @@ class Recipe:
         self.waiting = 0  # how many of them have not asked yet
 
     def add_reader(self) -> None:
+        """One more will ask for the value. With the first this one will itself ask for what it is made from."""
         self.readers += 1
         self.waiting += 1
+        if self.readers == 1:
+            for value in (*self.args, *self.kwargs.values()):
+                _add_readers(value)
 
     def read(self) -> Tensor:
         """The tensor, rebuilt at most once per backward."""
@@ -341,10 +345,15 @@ def _map_tensors(function: Callable, value: Any) -> Any:
 
 def _note(tensor: Tensor) -> Kept | Recipe:
     recipe = recipe_of(tensor)
-    if recipe is None:
-        return Kept(tensor)
-    recipe.add_reader()
-    return recipe
+    return Kept(tensor) if recipe is None else recipe
+
+
+def _add_readers(value: Any) -> None:
+    if type(value) is Recipe:
+        value.add_reader()
+    elif isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _add_readers(item)
 
 
 def _map_noted(value: Any) -> Any:

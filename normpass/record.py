@@ -42,6 +42,8 @@ class Step:
     """values made here that it returns"""
     reads: tuple[int, ...] = ()
     """values among its arguments"""
+    read_sizes: tuple[int, ...] = ()
+    """bytes of the arguments that lie in them: fewer than the value's where it is read through a view"""
     saves: tuple[int, ...] = ()
     """values that autograd keeps for its backward"""
     internals: int = 0
@@ -53,6 +55,8 @@ class Step:
     """multiplications and additions of its matrix products and convolutions, forward"""
     weights: int = 0
     """bytes of the parameters that it reads"""
+    scratch: int = 0
+    """bytes that its backward takes for a moment, beside the gradients of its arguments"""
     groups: int = 1
     """of a convolution"""
 
@@ -105,8 +109,12 @@ class Recorder:
 
     def made(self, step: Step, result: Any, arguments: Any) -> None:
         """Note what `step` returned and what it read."""
-        read = [self._identity(t) for t in tensors_in(arguments)]
-        step.reads = tuple(dict.fromkeys(self._value_of[i] for i in read if i in self._value_of))
+        read: dict[int, int] = {}
+        for tensor in tensors_in(arguments):
+            value = self._value_of.get(self._identity(tensor))
+            if value is not None:
+                read[value] = min(read.get(value, 0) + tensor.nbytes, self._record.sizes[value])
+        step.reads, step.read_sizes = tuple(read), tuple(read.values())
         made = []
         for tensor in tensors_in(result):
             step.differentiable |= tensor.requires_grad
@@ -181,6 +189,19 @@ def recording(model: nn.Module, arguments: tuple[tuple, dict]) -> Iterator[tuple
             values.update(originals)
 
 
+def _scratch(step: Step, layers: Sequence[nn.Module], args: tuple, result: Any) -> int:
+    """Gradients of the weights; and what a convolution on the CPU takes to work on its arguments in another layout."""
+    layer = next((m for m in layers if isinstance(m, nn.modules.conv._ConvNd)), None)
+    x = next(tensors_in(args), None)
+    if layer is None or x is None or x.device.type != "cpu" or not isinstance(result, Tensor):
+        return step.weights
+    if set(layer.kernel_size) == set(layer.stride) == {1} and layer.groups == 1:
+        return step.weights
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return 3 * step.weights
+    return 2 * step.weights + x.nbytes + result.nbytes
+
+
 def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors in a nested value; those of a module are not among them."""
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
@@ -207,7 +228,8 @@ class _Interpreter(fx.Interpreter):
             result = super().run_node(n)
         step.flops = counter.get_total_flops()
         layers = [m for m in (module, *pytree.tree_leaves(args)) if isinstance(m, nn.Module)]
-        step.weights = sum(p.numel() * p.element_size() for m in layers for p in m.parameters())
+        step.weights = sum(p.nbytes for m in layers for p in m.parameters())
+        step.scratch = _scratch(step, layers, args, result)
         step.groups = max((getattr(m, "groups", 1) for m in layers), default=1)
         self._recorder.made(step, result, (args, kwargs))
         return result
