@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,15 @@ from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import CheckpointPolicy
 
 from normpass import passes, recipe
-from normpass.apply import rewrite_graph
+from normpass.apply import Rewritten, rewrite_graph
+from normpass.budget import parse_budget, plan_record, selectable
 from normpass.capture import Capture, normalise
-from normpass.errors import InvalidInputError, NotAvailableError
+from normpass.errors import InvalidInputError
 from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
 from normpass.guard import Guard
 from normpass.module import PASSES
-from normpass.planner import Plan, make_plan
+from normpass.planner import DEFAULT, Decisions, Plan, make_plan
+from normpass.record import record_graph
 from normpass.sites import find_sites
 
 INNER = ("inductor", "aot_eager", "eager")
@@ -49,7 +51,7 @@ class BackendOptions:
     inner: str = "inductor"
     """what compiles the rewritten graph, one of INNER"""
     memory_budget: float | str | None = None
-    """not available yet"""
+    """what may be kept for backward: a fraction of what the plain graph keeps, or bytes ("12GB")"""
 
 
 def compile_graph(
@@ -64,11 +66,10 @@ def compile_graph(
 
     Args:
         mode: as torch.compile's, for inner `inductor` alone (`"reduce-overhead"`, `"max-autotune"`, …).
-        options: `inner` (default `"inductor"`) and `memory_budget`.
+        options: `inner` (default `"inductor"`) and `memory_budget` (as for `normpass.optimize`).
 
     Raises:
-        InvalidInputError: an option or a value that is not known.
-        NotAvailableError: `memory_budget` is given.
+        InvalidInputError: an option or a value that is not known, or a budget that cannot be kept.
     """
     settings = read_options(options)
     if mode is not None and settings.inner != "inductor":
@@ -77,10 +78,10 @@ def compile_graph(
         isinstance(t, Tensor) and t.requires_grad for t in example_inputs
     )
     if will_differentiate:
-        plan, derived = rewrite(graph_module)
-        _log_plan(graph_module, plan, derived)
+        plan, rewritten = rewrite(graph_module, _decide(graph_module, example_inputs, settings))
+        _log_plan(graph_module, plan, rewritten)
         if settings.inner != "eager":
-            _mark_recomputed(graph_module, derived)
+            _mark_recomputed(graph_module, rewritten)
     if settings.inner == "eager":
         return _with_recipes(graph_module) if will_differentiate else graph_module.forward
     inner: Any = lookup_backend(settings.inner)
@@ -94,7 +95,6 @@ def read_options(options: Mapping[str, Any] | None) -> BackendOptions:
 
     Raises:
         InvalidInputError: a name or a value that is not known.
-        NotAvailableError: `memory_budget` is given.
     """
     options = dict(options or {})
     for name in options:
@@ -106,21 +106,41 @@ def read_options(options: Mapping[str, Any] | None) -> BackendOptions:
             f'backend "normpass": no inner backend `{settings.inner}`; choose from {", ".join(INNER)}'
         )
     if settings.memory_budget is not None:
-        raise NotAvailableError(
-            'backend "normpass": `memory_budget` is not available yet: the planner comes with a later version; '
-            "leave it out"
-        )
+        parse_budget(settings.memory_budget, 1)
     return settings
 
 
-def rewrite(graph_module: fx.GraphModule) -> tuple[Plan, dict[str, str]]:
-    """Rewrite a graph of Dynamo's in place; the plan, and node name -> kind of the other recipes."""
+def rewrite(graph_module: fx.GraphModule, decisions: Decisions = DEFAULT) -> tuple[Plan, Rewritten]:
+    """Rewrite a graph of Dynamo's in place."""
     graph = graph_module.graph
     normalise(graph, graph_module)
-    plan = make_plan(find_sites(Capture(graph_module, graph, {}, _NO_GUARD)), passes.ORDER, allow_lossy=False)
-    derived = rewrite_graph(graph, graph_module, plan, PASSES).derived
+    sites = find_sites(Capture(graph_module, graph, {}, _NO_GUARD))
+    plan = make_plan(sites, passes.ORDER, allow_lossy=False, decisions=decisions)
+    rewritten = rewrite_graph(graph, graph_module, plan, PASSES, decisions)
     graph_module.recompile()
-    return plan, derived
+    return plan, rewritten
+
+
+def _decide(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> Decisions:
+    """What a budget asks for, planned on copies of the graph."""
+    if settings.memory_budget is None:
+        return DEFAULT
+    plain, copied = _copy(graph_module), _copy(graph_module)
+    _, rewritten = rewrite(copied)
+    records = [record_graph(m, inputs) for m in (plain, copied)]
+    possible = selectable(records[1], [("", copied.graph, copied, rewritten.rebuilt)])
+    if settings.inner != "eager":
+        possible = replace(possible, replayable=frozenset())  # the partitioner knows no such thing
+    found = plan_record(records[0], records[1], possible, settings.memory_budget)
+    _log.info("%s", found)
+    return found.decisions
+
+
+def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph once more, over the same modules and tensors."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)
 
 
 def _with_recipes(graph_module: fx.GraphModule) -> Callable[..., Any]:
@@ -136,7 +156,7 @@ def _with_recipes(graph_module: fx.GraphModule) -> Callable[..., Any]:
     return run
 
 
-def _mark_recomputed(graph_module: fx.GraphModule, derived: Mapping[str, str]) -> None:
+def _mark_recomputed(graph_module: fx.GraphModule, rewritten: Rewritten) -> None:
     """Mark what backward computes again, the sites split so that their moments are not among it."""
     graph = graph_module.graph
     for node in list(graph.nodes):
@@ -147,7 +167,7 @@ def _mark_recomputed(graph_module: fx.GraphModule, derived: Mapping[str, str]) -
             _mark(finished)
             node.replace_all_uses_with(finished)
             graph.erase_node(node)
-        elif node.name in derived:
+        elif node.name in rewritten.rebuilt:
             _mark(node)
     graph_module.recompile()
 
@@ -157,7 +177,7 @@ def _mark(node: fx.Node) -> None:
     node.meta["ac_graph_id"] = 0  # one region: nothing is kept for being at the border of another
 
 
-def _log_plan(graph_module: fx.GraphModule, plan: Plan, derived: Mapping[str, str]) -> None:
+def _log_plan(graph_module: fx.GraphModule, plan: Plan, rewritten: Rewritten) -> None:
     """One line a norm, at level INFO: nothing is skipped silently."""
     for choice in plan.choices:
         reasons = "".join(f"; not {refusal.rewrite}: {refusal.reason}" for refusal in choice.refusals)
@@ -166,4 +186,4 @@ def _log_plan(graph_module: fx.GraphModule, plan: Plan, derived: Mapping[str, st
         if path and isinstance(region, fx.GraphModule):
             count = sum(node.target is F.batch_norm for node in region.graph.nodes)
             _log.info("%s: %d norms left alone, inside a region of its own (checkpoint, cond, …)", path, count)
-    _log.info("%d norms, %d other recipes", len(plan.choices), len(derived))
+    _log.info("%d norms, %d other recipes", len(plan.choices), len(rewritten.derived))

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from normpass import cost, tune
 from normpass.choose import Chosen, Search, Selectable
@@ -25,7 +25,7 @@ from normpass.graph import key_of
 from normpass.liveness import Seconds, Use, Walker
 from normpass.measure import format_bytes
 from normpass.module import PASSES, Optimized, Options, Program, optimise_in_place, part_of, shared_copy
-from normpass.planner import Decisions
+from normpass.planner import DEFAULT, Decisions
 from normpass.record import Record, Recorder, recording
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -157,6 +157,22 @@ def plan_step(
     plain, _ = _recorded(model, arguments, dataclasses.replace(options, decisions=Decisions(leaves_all=True)))
     record, possible = _recorded(model, arguments, options)
     seconds = _measured(model, arguments, options, record, possible) if measure else cost.seconds
+    return plan_record(plain, record, possible, memory_budget, options.decisions, seconds)
+
+
+def plan_record(
+    plain: Record,
+    record: Record,
+    possible: Selectable,
+    memory_budget: float | str,
+    given: Decisions = DEFAULT,
+    seconds: Seconds = cost.seconds,
+) -> StepPlan:
+    """The plan for one record, with the record of the same step as it is without normpass beside it.
+
+    Raises:
+        InvalidInputError, InfeasibleBudgetError: as `plan_step`.
+    """
     unchanged = Walker(plain, seconds).walk(())
     walker = Walker(record, seconds)
     search = Search(walker, possible)
@@ -171,7 +187,7 @@ def plan_step(
         )
     default = Chosen(possible.default, frozenset())
     return StepPlan(
-        _decisions(walker, chosen, default, options.decisions),
+        _decisions(walker, chosen, default, given),
         tuple(_rows(walker, search, chosen)),
         Predicted.of(unchanged),
         Predicted.of(search.use(default)),
@@ -266,16 +282,18 @@ def _run_by(recorder: Recorder | tune.Timer, program: Program, path: str) -> Pro
 
 
 def _selectable(optimised: nn.Module, record: Record) -> Selectable:
+    parts = [(m, part_of(m)) for m in optimised.modules() if isinstance(m, Optimized)]
+    return selectable(record, [(part.path, p.graph, m, p.rebuilt) for m, part in parts for _, p in part.programs])
+
+
+def selectable(record: Record, graphs: Iterable[tuple[str, fx.Graph, nn.Module, frozenset[str]]]) -> Selectable:
+    """What may be rebuilt in a record of these graphs: (path of the part, graph, root, names of what is rebuilt)."""
     default, extra, replayable = set(), set(), set()
-    for module in optimised.modules():
-        if not isinstance(module, Optimized):
-            continue
-        part = part_of(module)
-        for _, program in part.programs:
-            default |= {_full(part.path, key_of(n)) for n in program.graph.nodes if n.name in program.rebuilt}
-            regions = PASSES.regions.match(program.graph, module)
-            extra |= {_full(part.path, key) for key in regions.rebuildable}
-            replayable |= {_full(part.path, key) for key in regions.replayable}
+    for path, graph, root, rebuilt in graphs:
+        default |= {_full(path, key_of(n)) for n in graph.nodes if n.name in rebuilt}
+        regions = PASSES.regions.match(graph, root)
+        extra |= {_full(path, key) for key in regions.rebuildable}
+        replayable |= {_full(path, key) for key in regions.replayable}
     steps = list(enumerate(record.steps))
     return Selectable(
         default=frozenset(v for _, s in steps if s.key in default for v in s.makes),

@@ -107,6 +107,10 @@ class Recorder:
         finally:
             self._running.pop()
 
+    def external_bytes(self, arguments: Any) -> int:
+        """Bytes of the parameters, buffers and inputs among the arguments of a function."""
+        return sum(t.nbytes for t in tensors_in(arguments[1:]) if self._identity(t) in self._external)
+
     def made(self, step: Step, result: Any, arguments: Any) -> None:
         """Note what `step` returned and what it read."""
         read: dict[int, int] = {}
@@ -155,6 +159,28 @@ class Recorder:
         return int(storage._cdata)
 
 
+def record_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Record:
+    """One forward of a graph whose parameters and buffers are inputs like the others.
+
+    Args:
+        inputs: for every placeholder a tensor, real or fake, of the shape and layout it is to have, or a number.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fakes = [_like(value) if isinstance(value, Tensor) else value for value in inputs]
+        recorder = Recorder(list(tensors_in(fakes)), next((t.device.type for t in tensors_in(fakes)), "cpu"))
+        with torch.enable_grad(), saved_tensors_hooks(recorder.pack, lambda saved: saved):
+            output = recorder.run(graph_module.graph, graph_module, "", fakes)
+    return recorder.finish(output)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, strides and dtype, of the mode that is entered."""
+    sizes, strides = ([int(n) for n in values] for values in (tensor.shape, tensor.stride()))
+    result = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    return result.requires_grad_() if tensor.requires_grad else result
+
+
 @contextlib.contextmanager
 def recording(model: nn.Module, arguments: tuple[tuple, dict]) -> Iterator[tuple[Recorder, tuple[tuple, dict]]]:
     """A recorder, and the arguments without memory to call `model` with inside; afterwards the model is as before.
@@ -187,6 +213,16 @@ def recording(model: nn.Module, arguments: tuple[tuple, dict]) -> Iterator[tuple
         for values, originals in zip(registered, before, strict=True):
             values.clear()
             values.update(originals)
+
+
+def _groups(layers: Sequence[nn.Module], args: tuple) -> int:
+    """Of a convolution: the channels of its input over those of its weight."""
+    if layers:
+        return max(getattr(m, "groups", 1) for m in layers)
+    tensors = list(tensors_in(args))
+    if len(tensors) < 2 or tensors[1].dim() < 3:
+        return 1
+    return max(1, tensors[0].shape[1] // tensors[1].shape[1])
 
 
 def _scratch(step: Step, layers: Sequence[nn.Module], args: tuple, result: Any) -> int:
@@ -228,8 +264,8 @@ class _Interpreter(fx.Interpreter):
             result = super().run_node(n)
         step.flops = counter.get_total_flops()
         layers = [m for m in (module, *pytree.tree_leaves(args)) if isinstance(m, nn.Module)]
-        step.weights = sum(p.nbytes for m in layers for p in m.parameters())
+        step.weights = sum(p.nbytes for m in layers for p in m.parameters()) + self._recorder.external_bytes(args)
         step.scratch = _scratch(step, layers, args, result)
-        step.groups = max((getattr(m, "groups", 1) for m in layers), default=1)
+        step.groups = _groups(layers, args) if step.flops else 1
         self._recorder.made(step, result, (args, kwargs))
         return result

@@ -176,8 +176,8 @@ def test_the_graph_has_our_sites_and_says_so(net, caplog):
     graphs = []
 
     def backend(graph_module, example_inputs):
-        plan, derived = rewrite(graph_module)
-        graphs.append((graph_module, plan, derived))
+        plan, rewritten = rewrite(graph_module)
+        graphs.append((graph_module, plan, rewritten.derived))
         return graph_module.forward
 
     torch.compile(net, backend=backend, fullgraph=True)(*images(0))
@@ -242,7 +242,7 @@ def test_options():
     [
         ({"iner": "eager"}, normpass.InvalidInputError, "no option `iner`; there are inner, memory_budget"),
         ({"inner": "tvm"}, normpass.InvalidInputError, "choose from inductor, aot_eager, eager"),
-        ({"memory_budget": 0.5}, normpass.NotAvailableError, "`memory_budget` is not available yet"),
+        ({"memory_budget": "much"}, normpass.InvalidInputError, "give a fraction such as 0.5"),
     ],
 )
 def test_bad_options(net, options, error, words):
@@ -250,6 +250,27 @@ def test_bad_options(net, options, error, words):
         read_options(options)
     with pytest.raises(BackendCompilerFailed, match=words):
         torch.compile(net, backend="normpass", options=options)(*images(0))
+
+
+def test_a_budget_that_cannot_be_kept(net):
+    with pytest.raises(BackendCompilerFailed, match="no plan keeps fewer than"):
+        torch.compile(net, backend="normpass", options={"inner": "eager", "memory_budget": 1e-6})(*images(0))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("budget", [0.6, 0.35])
+def test_a_memory_budget_is_kept_and_changes_no_number(net, inner, budget):
+    own = copy.deepcopy(net)
+    options = {"inner": inner, "memory_budget": budget}
+    compiled = torch.compile(own, backend="normpass", options=options, fullgraph=True)
+    found = train(own, compiled, images, torch.float64)
+    assert largest_difference(found, train(net, net, images, torch.float64)) < 1e-12
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    plain = kept_bytes(net, x)
+    torch.compiler.reset()
+    kept = quietly(kept_bytes, torch.compile(own, backend="normpass", options=options, dynamic=False), x)
+    print(f"{inner}: kept {kept / plain:.3f} for a budget of {budget}")
+    assert kept <= 1.02 * budget * plain
 
 
 def test_a_mode_is_inductors(net):
