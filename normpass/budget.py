@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from normpass.liveness import Seconds, Use, Walker
 from normpass.measure import format_bytes
 from normpass.module import PASSES, Optimized, Options, Program, optimise_in_place, part_of, shared_copy
 from normpass.planner import DEFAULT, Decisions
-from normpass.record import Record, Recorder, recording
+from normpass.record import Record, Recorder, recording, recording_for_real
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PEAK_MARGIN = 1.1
@@ -226,18 +226,25 @@ def _recorded(model: nn.Module, arguments: tuple[tuple, dict], options: Options)
     modes = [(m, m.training) for m in optimised.modules()]
     optimised.train()
     try:
-        with recording(optimised, arguments) as (recorder, (args, kwargs)), _stepwise(optimised, recorder):
-            output = optimised(*args, **kwargs)
+        try:
+            record = _run(optimised, recording(optimised, arguments))
+        except Exception:  # what asks for values cannot be run without memory
+            record = _run(optimised, recording_for_real(optimised, arguments))
     except Exception as error:
         raise InvalidInputError(
-            f"`memory_budget`: {type(model).__name__} cannot be run on tensors without memory "
+            f"`memory_budget`: {type(model).__name__} does not run a step of training on `example_inputs` "
             f"({type(error).__name__}: {error}), so it cannot be planned; leave the budget out"
         ) from error
     finally:
         for m, training in modes:
             m.training = training
-    record = recorder.finish(output)
     return record, _selectable(optimised, record)
+
+
+def _run(optimised: nn.Module, how: AbstractContextManager[tuple[Recorder, tuple[tuple, dict]]]) -> Record:
+    with how as (recorder, (args, kwargs)), _stepwise(optimised, recorder):
+        output = optimised(*args, **kwargs)
+    return recorder.finish(output)
 
 
 def _measured(

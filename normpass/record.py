@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from normpass.graph import key_of
+from normpass.untouched import untouched
 
 
 @dataclass
@@ -213,6 +214,18 @@ def recording(model: nn.Module, arguments: tuple[tuple, dict]) -> Iterator[tuple
         for values, originals in zip(registered, before, strict=True):
             values.clear()
             values.update(originals)
+
+
+@contextlib.contextmanager
+def recording_for_real(
+    model: nn.Module, arguments: tuple[tuple, dict]
+) -> Iterator[tuple[Recorder, tuple[tuple, dict]]]:
+    """The same with the tensors as they are: for what asks for values. Takes the memory of all results together."""
+    existing = [*model.parameters(), *model.buffers(), *tensors_in(arguments)]
+    device = next((t.device.type for t in tensors_in(arguments)), "cpu")
+    recorder = Recorder(existing, device)
+    with untouched(model, *arguments), torch.enable_grad(), saved_tensors_hooks(recorder.pack, lambda saved: saved):
+        yield recorder, arguments
 
 
 def _groups(layers: Sequence[nn.Module], args: tuple) -> int:

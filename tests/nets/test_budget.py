@@ -10,6 +10,7 @@ import torch
 import torchvision
 from exactness import compare
 from memory import image
+from nets.nested import map_tensors
 from networks import NETWORKS, Network
 
 import normpass
@@ -33,7 +34,7 @@ REACHED = {
 
 @pytest.mark.parametrize("entry", NETWORKS, ids=lambda entry: entry.name)
 def test_trains_the_same_within_every_budget(entry: Network, results) -> None:
-    inputs = tuple(t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in entry.make_inputs(0))
+    inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, entry.make_inputs(0))
     worst = 0.0
     for budget in BUDGETS:
         try:
