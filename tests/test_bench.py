@@ -1,6 +1,7 @@
 """The benchmarks: what takes part, what is counted, and that no contender changes what another measures."""
 
 import copy
+import dataclasses
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from normpass.bench_layers import Case
 from normpass.bench_networks import Setting
 from normpass.kernels import kernels_for
 from normpass.measure import Ratio
+from normpass.plots import Point
 
 CPU = torch.device("cpu")
 SMALL = (2, 3, 6, 6)
@@ -167,18 +169,29 @@ def test_geometric_mean_of_the_shapes():
 
 def test_every_contender_on_a_network(network):
     setting = Setting((2, 3, 32, 32), rounds=2, compile_backend="aot_eager")
-    rows = {row.contender: row for row in bench_networks.bench_network(network, setting, tuple(contenders.CONTENDERS))}
-    assert list(rows) == list(contenders.CONTENDERS)
+    names = (*contenders.CONTENDERS, "compile@0.5", "ours@0.3")
+    rows = {row.contender: row for row in bench_networks.bench_network(network, setting, names)}
+    assert list(rows) == list(names)
     assert {row.error for row in rows.values()} == {""}
     kept = {name: row.kept for name, row in rows.items()}
     assert kept["ours"] == kept["ours_reference"] < 0.7 * kept["eager"]
     assert kept["checkpoint"] < kept["eager"]
+    assert kept["ours@0.3"] <= 0.3 * kept["eager"]
+    points = bench_tables.frontier_points([dataclasses.asdict(row) for row in rows.values()])
+    assert {p.group for p in points} == {"eager", "normpass", "torch.compile"}
+    assert next(p for p in points if p.name == "eager") == Point("eager", "eager", 1.0, 1.0)
     assert rows["ours"].most_rebuilds == 1
     assert rows["eager"].ratio == 1.0
     for name in contenders.COMPILED:
         assert rows[name].compiled_while_timed == 0
-    assert kept["compile"] >= kept["compile_ban_recompute"] > kept["compile_budget"]
+    assert kept["compile"] >= kept["compile_ban_recompute"] > kept["compile@0.5"]
     assert kept["compile_aggressive"] < kept["compile"]
+
+
+@pytest.mark.parametrize("name", ["nobody", "eager@0.5", "ours@2", "ours@x", "compile@"])
+def test_no_such_contender(name):
+    with pytest.raises(bench_networks.BenchError, match=f"no contender `{name}`: choose from .*ours@FRACTION"):
+        bench_networks.check_contenders(["eager", name], "eager")
 
 
 def test_flags_hold_while_their_contender_compiles():

@@ -28,7 +28,7 @@ SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer", "/opt/cuda/bin/compute-sa
 
 IMAGENET = "256x3x224x224"
 NETWORKS = {
-    "resnet50": (IMAGENET, "compile,compile_ban_recompute,compile_aggressive,compile_budget"),
+    "resnet50": (IMAGENET, "compile,compile_ban_recompute,compile_aggressive,compile@0.5,ours@0.5,ours@0.4"),
     "densenet121": (IMAGENET, "compile"),
     "mobilenet_v2": (IMAGENET, "compile"),
     "efficientnet_b0": (IMAGENET, "compile"),

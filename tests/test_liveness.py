@@ -1,0 +1,93 @@
+"""Kept bytes, peak and rebuilding time of hand-made steps, and the choice among them."""
+
+import pytest
+
+from normpass.choose import Chosen, Search, Selectable
+from normpass.liveness import Walker
+from normpass.record import Record, Step
+
+NONE: frozenset[int] = frozenset()
+
+
+def chain(length: int, size: int = 100) -> Record:
+    """Values 0 … length: each step reads the value before it, saves it, and makes the next one."""
+    steps = [Step("input", None, makes=(0,), differentiable=True)]
+    for i in range(length):
+        steps.append(Step(f"s{i}", None, (i + 1,), (i,), (size,), (i,), differentiable=True))
+    return Record(steps, [size] * (length + 1), frozenset({length}))
+
+
+def one_second(step: Step, record: Record) -> float:
+    return 1.0
+
+
+def test_everything_is_kept_that_nobody_rebuilds():
+    walker = Walker(chain(4), one_second)
+    use = walker.walk(NONE)
+    assert use.kept == 400 and use.seconds == 0
+    assert use.peak == 700  # four values, the output, its gradient and the first one of an input
+
+
+def test_a_rebuilt_value_costs_its_step_and_keeps_what_it_is_made_from():
+    walker = Walker(chain(4), one_second)
+    use = walker.walk({1, 2})
+    assert walker.needed({1, 2}) == ({0, 3}, {1, 2})
+    assert use.kept == 200 and use.seconds == 2
+
+
+def test_a_chain_comes_back_as_a_whole_and_a_kept_value_cuts_it():
+    walker = Walker(chain(9), one_second)
+    whole, cut = walker.walk(range(1, 9)), walker.walk({1, 2, 3, 5, 6, 7, 8})
+    assert (whole.kept, cut.kept) == (100, 200)
+    assert whole.peak > cut.peak
+    assert whole.at_peak >= {5, 6, 7, 8}
+    assert len(whole.timeline) == 2 * whole.forward_steps
+
+
+def test_a_value_that_nobody_needs_costs_nothing():
+    record = chain(3)
+    record.steps.append(Step("spare", None, makes=(4,), reads=(1,), read_sizes=(100,)))
+    record.sizes.append(100)
+    assert Walker(record, one_second).walk({4}).seconds == 0
+
+
+def test_the_cheapest_bytes_go_first_and_the_dearest_come_back():
+    record = chain(3)
+    record.sizes = [10, 100, 100, 100]
+    seconds = {"s0": 5.0, "s1": 1.0}
+    search = Search(Walker(record, lambda s, _: seconds.get(s.key, 9.0)), Selectable(frozenset({1, 2}), NONE, NONE))
+    assert search.within(210) == Chosen(NONE, NONE)
+    assert search.within(110) == Chosen(frozenset({2}), NONE)
+    assert search.within(10) == Chosen(frozenset({1, 2}), NONE)
+    assert search.within(9) is None
+    assert search.smallest() == 10
+
+
+def test_indices_may_be_looked_for_again():
+    record = chain(2)
+    record.steps[1].internals = 500
+    search = Search(Walker(record, one_second), Selectable(NONE, NONE, frozenset({1})))
+    assert search.within(700) == Chosen(NONE, NONE)
+    assert search.within(200) == Chosen(NONE, frozenset({1}))
+    assert search.use(Chosen(NONE, frozenset({1}))).seconds == 1.0
+
+
+def test_the_peak_is_brought_down_by_keeping_a_value_in_the_middle():
+    """Side values, cheap to drop, pay for the one that is kept."""
+    record = chain(9)
+    for i in range(1, 9):
+        record.steps.append(Step(f"side{i}", None, (9 + i,), (i,), (100,), (9 + i,), differentiable=True))
+        record.sizes.append(100)
+    possible = Selectable(frozenset(range(1, 9)), frozenset(range(10, 18)), NONE)
+    search = Search(Walker(record, lambda s, _: 5.0 if s.key.startswith("side") else 1.0), possible)
+    high, low = search.within(900), search.within(900, peak=1500)
+    assert search.kept(low) <= 900
+    assert search.use(low).peak < search.use(high).peak
+    assert search.use(low).seconds > search.use(high).seconds
+
+
+@pytest.mark.parametrize("budget", [100, 300, 500, 900])
+def test_a_choice_is_never_dearer_than_one_value_less(budget):
+    search = Search(Walker(chain(9), one_second), Selectable(frozenset(range(1, 9)), NONE, NONE))
+    chosen = search.within(budget)
+    assert all(search.kept(Chosen(chosen.rebuilt - {v}, NONE)) > budget for v in chosen.rebuilt)
