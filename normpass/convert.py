@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from normpass.agreement import Agreement, OnnxRuntime, check_onnx, compare, run_torch
-from normpass.api import call_arguments, check_example_inputs
+from normpass.api import call_arguments, check_example_inputs, restore
 from normpass.errors import ConversionError, InvalidInputError, InvalidModelError
 from normpass.export import Arguments, export_folded, nodes_of, opset_of, quiet, to_onnx
 from normpass.extras import needed
 from normpass.files import appearing
+from normpass.module import Optimized
+from normpass.nn.norm import BatchNormLike
+from normpass.nn.plain import as_plain_norms
 from normpass.untouched import untouched
 
 FORMATS = (".onnx", ".pt2", ".safetensors")
@@ -126,10 +129,18 @@ def trial_calls(arguments: Arguments, dynamic_batch: bool) -> list[tuple[int | N
     return [(size, arguments.random(size, 1)), (size + 2, arguments.random(size + 2, 2))]
 
 
+def _as_layers(model: nn.Module) -> nn.Module:
+    """With layers of torch for the Kalman norms and for the switchable ones that have chosen; these fold."""
+    if not any(isinstance(m, BatchNormLike) for m in model.modules()):
+        return model
+    plain = restore(model, keep_changes=True) if isinstance(model, Optimized) else model
+    return as_plain_norms(plain).eval()
+
+
 def _write_onnx(
     model: nn.Module, file: Path, out: Path, arguments: Arguments, opset: int | None, dynamic_batch: bool
 ) -> Conversion:
-    exported = export_folded(model, arguments, dynamic_batch)
+    exported = export_folded(_as_layers(model), arguments, dynamic_batch)
     proto = to_onnx(exported, opset, dynamic_batch)
     check_onnx(proto)
     runtime = OnnxRuntime(proto)
@@ -150,7 +161,7 @@ def _write_onnx(
 def _write_pt2(
     model: nn.Module, file: Path, out: Path, arguments: Arguments, opset: None, dynamic_batch: bool
 ) -> Conversion:
-    exported = export_folded(model, arguments, dynamic_batch)
+    exported = export_folded(_as_layers(model), arguments, dynamic_batch)
     with quiet():
         torch.export.save(exported.program, file)
         loaded = torch.export.load(file).module()

@@ -20,6 +20,7 @@ from normpass.agreement import largest_error
 from normpass.convert import trial_calls
 from normpass.export import Arguments, export_folded
 from normpass.from_onnx import convert_onnx
+from normpass.nn.switchable import NORMS, switchable_layers
 
 
 class Net(nn.Module):
@@ -121,6 +122,41 @@ def test_a_changed_function_is_what_is_written(net, tmp_path):
     assert "Relu" not in found.operators
     x = torch.randn(2, 3, 8, 8)
     assert largest_error(changed.eval()(x)["out"], run_onnx(tmp_path / "net.onnx", x)) < 1e-5
+
+
+def choose(layer, mean_of, var_of):
+    """Decide a switchable layer."""
+    with torch.no_grad():
+        layer.radius.fill_(1.0)
+        layer.mean_logits[NORMS.index(mean_of)] += 1
+        layer.var_logits[NORMS.index(var_of)] += 1
+
+
+@pytest.mark.parametrize(
+    "change, pair, left",
+    [
+        ("kalman", None, 0),
+        ("sparse_switchable", ("batch", "batch"), 0),
+        ("sparse_switchable", ("layer", "batch"), 2),
+        ("sparse_switchable", ("instance", "instance"), 2),
+    ],
+)
+def test_other_norms_end_as_standard_operators(tmp_path, change, pair, left):
+    """Those that are batch norms in eval mode are folded away."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    model = normpass.optimize(plain, changes=(change,))
+    for layer in switchable_layers(model).values():
+        choose(layer, *pair)
+    for _ in range(3):
+        model(torch.randn(4, 3, 8, 8))
+    for file in ("net.onnx", "net.pt2"):
+        found = normpass.convert(model, tmp_path / file, torch.randn(2, 3, 8, 8), dynamic_batch=True)
+        assert found.folded == 2 - left
+        assert left or not any("norm" in name.lower() for name in found.operators)
+        assert found.agreement.largest_error < 1e-4
+    x = torch.randn(2, 3, 8, 8)
+    assert largest_error(model.eval()(x), run_onnx(tmp_path / "net.onnx", x)) < 1e-4
 
 
 class Left(nn.Module):
