@@ -34,7 +34,8 @@ def apply_plan(capture: Capture, plan: Plan, rewrites: Sequence[Rewrite], after_
     derived = rewrite_graph(graph, capture.root, plan, rewrites, after_sites)
     run = type(fx.GraphModule(capture.root, graph)).forward
     ops = frozenset(op for kind in set(derived.values()) for op in recomputed[kind])
-    ops |= {torch.ops.normpass.norm_act.default, torch.ops.normpass.shift_scale.default}
+    own = torch.ops.normpass
+    ops |= {own.norm_act.default, own.cat_norm_act.default, own.shift_scale.default}
     return Program(run, graph, plan, capture.guard, derived, ops)
 
 
