@@ -24,17 +24,19 @@ from normpass.functional import (
     next_running,
     plain_norm_act,
     running_statistics_of,
-    split_norm_act,
 )
-from normpass.kernels import kernels_for
-from normpass.ops.cat_norm_act import cat_norm_act, cat_norm_act_by
+from normpass.kernels import Kernels, kernels_for
+from normpass.ops.activation import RULES
+from normpass.ops.cat_norm_act import cat_norm_act
 from normpass.ops.eager import eager_device, under_other_derivatives
+from normpass.ops.layout import memory_format_of
 from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
+from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of
 from normpass.ops.running_stats import update_running_stats
-from normpass.ops.shared_gradient import CatNormAct, GradientSum, Reader
-from normpass.recipe import is_recording, pass_on, tag
+from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
+from normpass.recipe import Kept, is_recording, pass_on, recipe_of, tag
 
 
 class Producer(NamedTuple):
@@ -42,10 +44,12 @@ class Producer(NamedTuple):
 
     x: Tensor
     """(N, Cᵢ, *)"""
-    statistics: Tensor | None
-    """(2, Cᵢ): mean and biased variance of each channel; None where no norm needs them"""
-    shared: GradientSum | None
-    """where the norms add up its gradient; None where autograd does"""
+    statistics: Tensor | None = None
+    """(2, Cᵢ): mean and biased variance of each channel; None where they were not asked for"""
+    memory_format: torch.memory_format | None = None
+    """in which x is dense; None where x is not for kernels without the dispatcher"""
+    kept: Kept | None = None
+    """x as recipes keep it, one for all"""
 
 
 class Whole(NamedTuple):
@@ -63,22 +67,25 @@ class Whole(NamedTuple):
 
 
 def producer_statistics(x: Any, *norms: Any) -> Producer:
-    """The moments of `x`, if one of `norms` (modules, or whether they normalise with the batch's) needs them now."""
+    """The moments of `x`, if one of `norms` (modules, or whether they normalise with the batch's) needs them now.
+
+    The first and the last of those that read x are enough: for others that need what is missing it is computed.
+    """
     if not _has_moments(x) or is_exporting() or under_other_derivatives():
-        return Producer(x, None, None)
+        return Producer(x)
     needed = any([_uses_batch_statistics(norm) for norm in norms])
+    statistics = _moments(x) if needed else None
     device = eager_device(x)
-    if device is None:
-        statistics = torch.stack(torch.ops.normpass.moments.default(x.detach())) if needed else None
-        return Producer(x, statistics, None)
-    kernels = kernels_for(device)
-    statistics = torch.stack(moments_with_update(kernels, x, None)) if needed else None
-    if kernels is None or not x.requires_grad or not torch.is_grad_enabled():
-        return Producer(x, statistics, None)
-    shared = GradientSum()
-    alias = Reader.apply(x, None if statistics is None else statistics[0], shared)
-    pass_on(x, alias)
-    return Producer(alias, statistics, shared)
+    kernels = None if device is None else kernels_for(device)
+    memory_format = memory_format_of(x)
+    if kernels is None or not can_run(kernels, x) or not x.is_contiguous(memory_format=memory_format):
+        return Producer(x, statistics)
+    if x.requires_grad and torch.is_grad_enabled():
+        alias: Tensor = Reader.apply(x, None if statistics is None else statistics[0], memory_format)
+        pass_on(x, alias)
+        x = alias
+    kept = Kept(x) if is_recording() and recipe_of(x) is None else None
+    return Producer(x, statistics, memory_format, kept)
 
 
 def shared_norm_act(norm: Any, activation: str, activation_args: Sequence[float], *producers: Producer) -> Tensor:
@@ -86,10 +93,21 @@ def shared_norm_act(norm: Any, activation: str, activation_args: Sequence[float]
     prepared = _prepare(norm, activation, activation_args, producers)
     if isinstance(prepared, Tensor):
         return prepared
-    device = eager_device(*prepared[0])
-    z = _cat_norm_act_on(device, prepared, [p.shared for p in producers])
+    fast = _without_dispatcher(prepared, producers)
+    if fast is None:
+        z, function, args = cat_norm_act(*prepared), cat_norm_act, prepared
+    else:
+        kernels, memory_format = fast
+        xs, weight, bias, mean, var, *options = prepared
+        values = weight, bias, mean, var
+        if torch.is_grad_enabled():
+            z = CatNormAct.apply(*values, kernels, memory_format, tuple(options), *xs)
+        else:
+            z = cat_norm_act_of(kernels, xs, memory_format, *values, tuple(options))
+        pieces = [x if p.kept is None else p.kept for x, p in zip(xs, producers, strict=True)]
+        function, args = _rebuild, (pieces, memory_format, *values, tuple(options))
     if not torch.compiler.is_compiling() and is_recording():
-        tag(z, rebuild_cat_norm_act, prepared)
+        tag(z, function, args)
     return z
 
 
@@ -105,23 +123,30 @@ def finish_shared_norm_act(prepared: tuple | Tensor) -> Tensor:
     return prepared if isinstance(prepared, Tensor) else cat_norm_act(*prepared)
 
 
-def rebuild_cat_norm_act(xs: Sequence[Tensor], *others: Any) -> Tensor:
-    """`cat_norm_act` by the shortest way: what a recipe calls."""
-    device = eager_device(*xs)
-    return cat_norm_act(xs, *others) if device is None else cat_norm_act_by(kernels_for(device), xs, *others)
+def _rebuild(xs: Sequence[Tensor], memory_format: torch.memory_format, *others: Any) -> Tensor:
+    """z again, by the kernels that have made it."""
+    kernels = kernels_for(xs[0].device.type)
+    if kernels is None:  # switched off meanwhile
+        *values, options = others
+        return cat_norm_act(xs, *values, *options)
+    return cat_norm_act_of(kernels, xs, memory_format, *others)
 
 
-def _cat_norm_act_on(device: str | None, prepared: tuple, shared: Sequence[GradientSum | None]) -> Tensor:
+def _without_dispatcher(prepared: tuple, producers: Sequence[Producer]) -> tuple[Kernels, torch.memory_format] | None:
+    """The kernels and the memory format of all pieces, where `CatNormAct` can run; None where the op must."""
     xs, weight, bias, mean, var, *options = prepared
+    memory_format = producers[0].memory_format
+    if memory_format is None or any([p.memory_format is not memory_format for p in producers]):
+        return None
+    if torch.is_grad_enabled() and any([x.requires_grad and not hasattr(x.grad_fn, "shared") for x in xs]):
+        return None  # forward began without gradients
+    device = eager_device(xs[0], weight, bias, mean, var)
     kernels = None if device is None else kernels_for(device)
-    if kernels is None:
-        return cat_norm_act(*prepared)
-    if not torch.is_grad_enabled():
-        return cat_norm_act_by(kernels, *prepared)
-    if any([own is None and x.requires_grad for own, x in zip(shared, xs, strict=True)]):
-        return cat_norm_act(*prepared)
-    z: Tensor = CatNormAct.apply(weight, bias, mean, var, kernels, tuple(options), shared, *xs)
-    return z
+    if kernels is None or not options[1] and (mean.requires_grad or var.requires_grad):
+        return None
+    channels, rule = mean.shape, RULES.get(options[2])
+    fits = all([t is None or t.shape == channels and not t.is_neg() for t in (weight, bias, var)])
+    return (kernels, memory_format) if fits and rule is not None else None
 
 
 def _prepare(
@@ -132,21 +157,16 @@ def _prepare(
     tensors = fusible(norm, _whole(xs), None, activation) if are_pieces(xs) else None
     if tensors is None:
         return plain_norm_act(norm, torch.cat(xs, 1), None, activation, activation_args, "")
-    statistics = _statistics(norm, tensors, producers)
-    if statistics is None:
-        return split_norm_act(norm, torch.cat(xs, 1), None, activation, activation_args)
-    mean, var, of_batch = statistics
+    mean, var, of_batch = _statistics(norm, tensors, producers)
     return xs, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 
 
-def _statistics(norm: Any, tensors: NormTensors, producers: Sequence[Producer]) -> Statistics | None:
-    """What this call normalises with, the running statistics moved; None where a producer has no moments."""
+def _statistics(norm: Any, tensors: NormTensors, producers: Sequence[Producer]) -> Statistics:
+    """What this call normalises with, the running statistics moved."""
     fixed = running_statistics_of(norm, tensors)
     if fixed is not None:
         return fixed
-    parts = [p.statistics for p in producers if p.statistics is not None]
-    if len(parts) < len(producers):
-        return None
+    parts = [_moments(p.x) if p.statistics is None else p.statistics for p in producers]
     mean, var = torch.cat(parts, 1).unbind(0)
     running = next_running(norm, tensors)
     if running is not None:
@@ -158,6 +178,14 @@ def _statistics(norm: Any, tensors: NormTensors, producers: Sequence[Producer]) 
         else:
             update_running_stats(kernels_for(device), running, mean, var, count)
     return Statistics(mean, var, of_batch=True)
+
+
+def _moments(x: Tensor) -> Tensor:
+    """(2, Cᵢ): mean and biased variance."""
+    device = eager_device(x)
+    if device is None:
+        return torch.stack(torch.ops.normpass.moments.default(x.detach()))
+    return torch.stack(moments_with_update(kernels_for(device), x, None))
 
 
 def _whole(xs: Sequence[Tensor]) -> Whole:

@@ -63,13 +63,17 @@ class ShareStatistics:
 
 
 def _producer(graph: fx.Graph, piece: fx.Node, norm: fx.Node) -> fx.Node:
-    """The node with the moments of `piece`, behind it, for one norm more."""
+    """The node with the moments of `piece`, behind it, which is told the first and the last of the norms."""
     found = next((user for user in piece.users if user.target is producer_statistics), None)
     if found is None:
         with graph.inserting_after(_last_placeholder(piece)):
             found = graph.call_function(producer_statistics, (piece,))
+    first, last = found.args[1:2], found.args[2:]
     with graph.inserting_before(found):
-        found.args = (*found.args, _norm_or_training(graph, norm))
+        found.args = (piece, *first, _norm_or_training(graph, norm))
+    for before in last:
+        if isinstance(before, fx.Node):
+            graph.erase_node(before)
     return found
 
 

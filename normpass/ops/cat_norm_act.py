@@ -101,17 +101,28 @@ def cat_norm_act_by(
     values = weight, bias, mean, var
     if kernels is None or not can_run_pieces(kernels, xs, values, activation, activation_args):
         return _reference(xs, *values, eps, batch_statistics, activation, activation_args)
-    memory_format = memory_format_of_pieces(xs)
+    memory_format, dtype = memory_format_of_pieces(xs), statistics_dtype(xs[0])
+    dense_xs = [dense(x, memory_format) for x in xs]
+    in_dtype = [per_channel_operand(t, dtype) for t in values]
+    return run_cat_norm_act(kernels, dense_xs, memory_format, *in_dtype, eps, activation, activation_args)
+
+
+def run_cat_norm_act(
+    kernels: Kernels,
+    xs: Sequence[Tensor],
+    memory_format: torch.memory_format,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    """The op by `kernels` on what they can take: `xs` dense in `memory_format`, the others in the statistics dtype."""
     z = new_concatenation(xs, memory_format)
-    kernels.cat_norm_act(
-        z,
-        [dense(x, memory_format) for x in xs],
-        *[per_channel_operand(t, statistics_dtype(z)) for t in values],
-        eps,
-        activation,
-        activation_args,
-        layout_of(z, memory_format),
-    )
+    layout = layout_of(z, memory_format)
+    kernels.cat_norm_act(z, xs, weight, bias, mean, var, eps, activation, activation_args, layout)
     return z
 
 

@@ -94,13 +94,11 @@ def accumulate(
     kernels: Kernels,
     grad: Tensor,
     xs: Sequence[Tensor],
+    memory_format: torch.memory_format,
     dxs: Sequence[Tensor | None],
     adds: Sequence[bool],
     totals: Sequence[Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    values: Sequence[Tensor | None],
     eps: float,
     activation: str,
     activation_args: Sequence[float],
@@ -108,9 +106,10 @@ def accumulate(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The first pass by `kernels`, which can run it: `Kernels.cat_norm_act_backward`. Returns dweight and dbias.
 
-    `dxs` are dense in the memory format of the pieces; `needs` says whether weight and bias need their gradients.
+    `xs` and `dxs` are dense in `memory_format`; `values` are weight, bias, mean and var; `needs` says whether weight
+    and bias need their gradients.
     """
-    first, memory_format = xs[0], memory_format_of_pieces(xs)
+    first, (weight, bias, *_) = xs[0], values
     dtype = statistics_dtype(first)
     dweight, dbias = new_per_channel(weight, first, needs[0]), new_per_channel(bias, first, needs[1])
     grad = dense(grad, memory_format)
@@ -121,8 +120,8 @@ def accumulate(
         dweight,
         dbias,
         grad,
-        [dense(x, memory_format) for x in xs],
-        *[per_channel_operand(t, dtype) for t in (weight, bias, mean, var)],
+        xs,
+        *[per_channel_operand(t, dtype) for t in values],
         eps,
         activation,
         activation_args,
@@ -159,15 +158,17 @@ def cat_norm_act_gradients(
         return some, dweight if there[0] else None, dbias if there[1] else None
     *needed, of_weight, of_bias = needs
     memory_format = memory_format_of_pieces(xs)
+    xs = [dense(x, memory_format) for x in xs]
     results = [torch.empty_like(x, memory_format=memory_format) if n else None for x, n in zip(xs, needed, strict=True)]
     totals = [new_total(x) if n and batch_statistics else None for x, n in zip(xs, needed, strict=True)]
-    adds = [False] * len(xs)
-    dweight, dbias = accumulate(kernels, grad, xs, results, adds, totals, *values, eps, *options, (of_weight, of_bias))
+    targets = results, [False] * len(xs), totals
+    parameters = of_weight, of_bias
+    dweight, dbias = accumulate(kernels, grad, xs, memory_format, *targets, values, eps, *options, parameters)
     first = 0
     for x, dx, total in zip(xs, results, totals, strict=True):
         if dx is not None and total is not None:
             of_piece = per_channel_operand(mean[first : first + x.shape[1]], statistics_dtype(x))
-            kernels.add_statistics_gradient(dx, dense(x, memory_format), of_piece, total, layout_of(x, memory_format))
+            kernels.add_statistics_gradient(dx, x, of_piece, total, layout_of(x, memory_format))
         first += x.shape[1]
     return results, dweight, dbias
 

@@ -41,8 +41,12 @@ def check_pieces(op: str, xs: Sequence[Tensor]) -> None:
         if not are_pieces((first, x)):
             raise ValueError(
                 f"normpass::{op}: `xs[{index}]` must have the dtype, device and shape of `xs[0]` but for the channels, "
-                f"{first.dtype}, {first.device} and {tuple(first.shape)}, got {x.dtype}, {x.device} and {tuple(x.shape)}"
+                f"{_kind_of(first)}, got {_kind_of(x)}"
             )
+
+
+def _kind_of(x: Tensor) -> str:
+    return f"{x.dtype} on {x.device} of {tuple(x.shape)}"
 
 
 def channels_of(xs: Sequence[Tensor]) -> int:

@@ -2,11 +2,11 @@
 
 Read by k norms, a piece has the gradient Σₖ (aₖ·dyₖ + Bₖ·(x − mean) + Cₖ). Autograd would add k tensors, each made in
 two passes. Here the norms add aₖ·dyₖ to one tensor while they read x for their sums, and Bₖ and Cₖ, which are numbers
-per channel, to a total; (ΣBₖ)·(x − mean) + ΣCₖ follows once, when the last of them is done: two thirds of the memory
-traffic is saved.
+per channel, to a total; (ΣBₖ)·(x − mean) + ΣCₖ follows once, when the last of them is done: half the memory traffic.
 
 `Reader` stands between the piece and the norms in autograd's graph: its backward runs after all of theirs. What they
-hand over is not a gradient of autograd's but lies in a `GradientSum` that both know, for one running backward.
+hand over is no gradient of autograd's but lies in its `GradientSum`, for one running backward. It also keeps the
+piece, for all of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from normpass.kernels import Kernels, kernels_for
 
-from .cat_norm_act import cat_norm_act_by, gradients_by_op
-from .cat_norm_act_backward import accumulate, can_run_gradient, new_total
+from .cat_norm_act import gradients_by_op, run_cat_norm_act
+from .cat_norm_act_backward import accumulate, new_total
 from .eager import eager_device
-from .layout import memory_format_of
-from .operands import Options, dense, layout_of
-from .pieces import memory_format_of_pieces
+from .layout import statistics_dtype
+from .operands import Options, dense, layout_of, per_channel_operand
 
 _running_backward = torch._C._current_graph_task_id
 
@@ -32,71 +31,54 @@ _running_backward = torch._C._current_graph_task_id
 class GradientSum:
     """What the norms that read one tensor have added up in one running backward."""
 
-    __slots__ = ("dx", "task", "total")
+    __slots__ = ("dx", "task", "total", "x")
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.task = -1
+        self.x: Tensor | None = None
         self.dx: Tensor | None = None
         self.total: Tensor | None = None
 
-    def begin(self, task: int) -> None:
-        """Forget what another backward left; it may have raised, or not have wanted this tensor's gradient."""
-        if self.task != task:
-            self.task, self.dx, self.total = task, None, None
-            torch.autograd.Variable._execution_engine.queue_callback(self.forget)
-
-    def forget(self) -> None:
-        self.task, self.dx, self.total = -1, None, None
-
-    def target(self, x: Tensor, memory_format: torch.memory_format) -> tuple[Tensor, bool]:
-        """Where to put dx, dense in `memory_format`, and whether it is to be added to what is there."""
-        if self.dx is None:
-            self.dx = torch.empty_like(x, memory_format=memory_format)
-            return self.dx, False
-        if not self.dx.is_contiguous(memory_format=memory_format):
-            self.dx = self.dx.contiguous(memory_format=memory_format)
-        return self.dx, True
-
-    def total_of(self, x: Tensor) -> Tensor:
-        if self.total is None:
-            self.total = new_total(x)
-        return self.total
-
-    def take(self, task: int) -> tuple[Tensor | None, Tensor | None]:
-        """dx and the total of the running backward; None where the norms left none."""
-        if self.task != task:
-            return None, None
-        dx, total = self.dx, self.total
-        self.dx = self.total = None
-        return dx, total
+    def begin(self, task: int, x: Tensor) -> None:
+        """Forget what another backward left: it may have raised, or not have wanted this gradient."""
+        self.forget()
+        self.task, self.x = task, x
+        torch.autograd.Variable._execution_engine.queue_callback(self.forget)
 
 
 class Reader(torch.autograd.Function):
-    """x itself, to be read by norms that add their gradients to `shared`."""
+    """x itself, to be read by norms that add up their gradients. x is dense in `memory_format`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor | None, shared: GradientSum) -> Tensor:
-        ctx.shared = shared
+    def forward(ctx: Any, x: Tensor, mean: Tensor | None, memory_format: torch.memory_format) -> Tensor:
+        ctx.shared, ctx.memory_format = GradientSum(), memory_format
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        dx, total = ctx.shared.take(_running_backward())
-        if dx is not None and total is not None:
-            x, mean = ctx.saved_tensors
-            memory_format = memory_format_of(dx)
-            kernels = kernels_for(x.device.type)
-            assert kernels is not None and mean is not None  # the norms have used both
-            kernels.add_statistics_gradient(dx, dense(x, memory_format), mean, total, layout_of(dx, memory_format))
-        if dx is None or grad is None:
-            return grad if dx is None else dx, None, None
-        return dx + grad, None, None
+        shared: GradientSum = ctx.shared
+        if shared.task != _running_backward() or shared.dx is None:
+            return grad, None, None
+        x, dx, total = shared.x, shared.dx, shared.total
+        shared.forget()
+        if total is not None:
+            assert x is not None
+            kernels, layout = kernels_for(x.device.type), layout_of(x, ctx.memory_format)
+            assert kernels is not None  # the norms have used them
+            kernels.add_statistics_gradient(dx, x, ctx.saved_tensors[1], total, layout)
+        return (dx if grad is None else dx + grad), None, None
 
 
 class CatNormAct(torch.autograd.Function):
-    """`cat_norm_act` of what `Reader`s gave, without the dispatcher. `shared` has their sums, in the order of `xs`."""
+    """`cat_norm_act` without the dispatcher, of pieces that are dense in `memory_format`.
+
+    Those that require a gradient come from `Reader`s, each from one of its own.
+    """
 
     @staticmethod
     def forward(
@@ -106,47 +88,79 @@ class CatNormAct(torch.autograd.Function):
         mean: Tensor,
         var: Tensor,
         kernels: Kernels,
+        memory_format: torch.memory_format,
         options: Options,
-        shared: Sequence[GradientSum | None],
         *xs: Tensor,
     ) -> Tensor:
-        ctx.options, ctx.shared = options, shared
-        ctx.save_for_backward(weight, bias, mean, var, *xs)
-        return cat_norm_act_by(kernels, xs, weight, bias, mean, var, *options)
+        ctx.memory_format, ctx.options = memory_format, options
+        kept = [x for x, needed in zip(xs, ctx.needs_input_grad[7:], strict=True) if not needed]
+        ctx.save_for_backward(weight, bias, mean, var, *kept)
+        return cat_norm_act_of(kernels, xs, memory_format, weight, bias, mean, var, options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, mean, var, *xs = ctx.saved_tensors
-        options: Options = ctx.options
-        needs = [*ctx.needs_input_grad[7:], *ctx.needs_input_grad[:2]]
-        device = None if torch.is_grad_enabled() else eager_device(grad)
+        weight, bias, mean, var, *kept = ctx.saved_tensors
+        values, options = (weight, bias, mean, var), ctx.options
+        needs, wanted = ctx.needs_input_grad[7:], ctx.needs_input_grad[:2]
+        count = len(needs)
+        readers = [node for node, _ in ctx.next_functions[-count:]]
+        device = None if torch.is_grad_enabled() or grad.is_neg() else eager_device(grad)
         kernels = None if device is None else kernels_for(device)
-        values = weight, bias, mean, var
-        if kernels is None or not can_run_gradient(kernels, grad, xs, values, *options[2:]):
-            dxs, dweight, dbias = gradients_by_op(grad, xs, values, options, needs)
+        if kernels is None:
+            others = iter(kept)
+            xs = [r.saved_tensors[0] if n else next(others) for r, n in zip(readers, needs, strict=True)]
+            dxs, dweight, dbias = gradients_by_op(grad, xs, values, options, (*needs, *wanted))
             return dweight, dbias, None, None, None, None, None, *dxs
-        targets = _targets(ctx.shared, xs, needs, options[1])
-        dweight, dbias = accumulate(
-            kernels, grad, xs, *targets, *values, options[0], options[2], options[3], needs[-2:]
-        )
-        return dweight, dbias, *[None] * (5 + len(xs))
+        eps, batch_statistics, *activation = options
+        xs, *targets = _targets(readers, needs, kept, batch_statistics)
+        dweight, dbias = accumulate(kernels, grad, xs, ctx.memory_format, *targets, values, eps, *activation, wanted)
+        return dweight, dbias, *[None] * (5 + count)
+
+
+def cat_norm_act_of(
+    kernels: Kernels,
+    xs: Sequence[Tensor],
+    memory_format: torch.memory_format,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    options: Options,
+) -> Tensor:
+    """z by `kernels`, of pieces that are known to be dense in `memory_format`; not differentiable."""
+    dtype = statistics_dtype(xs[0])
+    values = [per_channel_operand(t, dtype) for t in (weight, bias, mean, var)]
+    eps, _, activation, activation_args = options
+    return run_cat_norm_act(kernels, xs, memory_format, *values, eps, activation, activation_args)
 
 
 def _targets(
-    shared: Sequence[GradientSum | None], xs: Sequence[Tensor], needs: Sequence[bool], batch_statistics: bool
-) -> tuple[list[Tensor | None], list[bool], list[Tensor | None]]:
-    """Of each piece: where its gradient goes, whether it is added there, and where its B and C are added."""
-    memory_format, task = memory_format_of_pieces(xs), _running_backward()
+    readers: Sequence[Any], needs: Sequence[bool], kept: Sequence[Tensor], batch_statistics: bool
+) -> tuple[list[Tensor], list[Tensor | None], list[bool], list[Tensor | None]]:
+    """Of each piece: itself, where its gradient goes, whether it is added there, and where its B and C are added."""
+    task, others = _running_backward(), iter(kept)
+    xs: list[Tensor] = []
     dxs: list[Tensor | None] = []
     adds: list[bool] = []
     totals: list[Tensor | None] = []
-    for own, x, needed in zip(shared, xs, needs, strict=False):
-        dx, add, total = None, False, None
-        if needed and own is not None:
-            own.begin(task)
-            dx, add = own.target(x, memory_format)
-            total = own.total_of(x) if batch_statistics else None
-        dxs.append(dx)
-        adds.append(add)
-        totals.append(total)
-    return dxs, adds, totals
+    for reader, needed in zip(readers, needs, strict=True):
+        if not needed:
+            xs.append(next(others))
+            dxs.append(None)
+            adds.append(False)
+            totals.append(None)
+            continue
+        own: GradientSum = reader.shared
+        if own.task != task:
+            own.begin(task, dense(reader.saved_tensors[0], reader.memory_format))
+        x = own.x
+        assert x is not None
+        xs.append(x)
+        adds.append(own.dx is not None)
+        if own.dx is None:
+            own.dx = torch.empty_like(x, memory_format=reader.memory_format)
+        if batch_statistics and own.total is None:
+            own.total = new_total(x)
+        dxs.append(own.dx)
+        totals.append(own.total if batch_statistics else None)
+    return xs, dxs, adds, totals
