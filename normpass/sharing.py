@@ -81,7 +81,7 @@ def producer_statistics(x: Any, *norms: Any) -> Producer:
     if kernels is None or not can_run(kernels, x) or not x.is_contiguous(memory_format=memory_format):
         return Producer(x, statistics)
     if x.requires_grad and torch.is_grad_enabled():
-        alias: Tensor = Reader.apply(x, None if statistics is None else statistics[0], memory_format)
+        alias: Tensor = Reader.apply(x, memory_format)
         pass_on(x, alias)
         x = alias
     kept = Kept(x) if is_recording() and recipe_of(x) is None else None

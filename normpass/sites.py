@@ -124,7 +124,7 @@ class _Finder:
         """The site with the concatenations that it can do without, `norms` being all that might."""
         if site.x is None or site.refused is not None:
             return site
-        cats = dissolved(site.x, norms)
+        cats = dissolved(site.x, norms | {site.norm})
         if isinstance(cats, str):
             return replace(site, not_shared=cats)
         for piece in pieces_of(site.x, cats):

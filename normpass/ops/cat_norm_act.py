@@ -82,7 +82,9 @@ def _reference(
 ) -> Tensor:
     check_pieces("cat_norm_act", xs)
     options = eps, batch_statistics, activation, activation_args
-    return _norm_act_reference(concatenated(xs), None, weight, bias, mean, var, *options)
+    whole = concatenated(xs)
+    check_site("cat_norm_act", whole, activation, activation_args, weight=weight, bias=bias, mean=mean, var=var)
+    return _norm_act_reference(whole, None, weight, bias, mean, var, *options)
 
 
 def cat_norm_act_by(
@@ -145,7 +147,7 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     xs, weight, bias, mean, var, *options = inputs
-    refuse_statistics_gradient("cat_norm_act", ctx, 3, options[1])
+    refuse_statistics_gradient("cat_norm_act", ctx, len(xs) + 2, options[1])  # counted one by one
     ctx.options = options
     ctx.save_for_backward(*xs, weight, bias, mean, var)
 
@@ -155,7 +157,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_pieces, *of_parameters = ctx.needs_input_grad[:3]
     needs = [*of_pieces, *of_parameters]
     dxs, dweight, dbias = gradients_by_op(grad, xs, (weight, bias, mean, var), ctx.options, needs)
-    of_arguments = [None] * len(ctx.options[3])  # the structure of the inputs, lists and all
+    of_arguments = None if ctx.options[3] else []  # PyTorch takes an empty list for one of tensors
     return dxs, dweight, dbias, *[None] * 5, of_arguments
 
 

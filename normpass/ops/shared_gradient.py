@@ -31,7 +31,7 @@ _running_backward = torch._C._current_graph_task_id
 class GradientSum:
     """What the norms that read one tensor have added up in one running backward."""
 
-    __slots__ = ("dx", "task", "total", "x")
+    __slots__ = ("dx", "mean", "task", "total", "x")
 
     def __init__(self) -> None:
         self.forget()
@@ -39,39 +39,52 @@ class GradientSum:
     def forget(self) -> None:
         self.task = -1
         self.x: Tensor | None = None
+        self.mean: Tensor | None = None
         self.dx: Tensor | None = None
         self.total: Tensor | None = None
 
-    def begin(self, task: int, x: Tensor) -> None:
-        """Forget what another backward left: it may have raised, or not have wanted this gradient."""
+    def begin(self, task: int, x: Tensor) -> Tensor:
+        """x in the running backward. What another one left is forgotten: it raised, or did not want this gradient."""
         self.forget()
-        self.task, self.x = task, x
         torch.autograd.Variable._execution_engine.queue_callback(self.forget)
+        self.task, self.x = task, x
+        return x
+
+
+def _read(reader: Any, task: int) -> Tensor:
+    """The tensor that a `Reader`'s node has kept, as long as backward has not come to it.
+
+    It is unpacked once: under `torch.utils.checkpoint` it may not be twice.
+    """
+    shared: GradientSum = reader.shared
+    if shared.task == task and shared.x is not None:
+        return shared.x
+    return shared.begin(task, dense(reader.saved_tensors[0], reader.memory_format))
 
 
 class Reader(torch.autograd.Function):
     """x itself, to be read by norms that add up their gradients. x is dense in `memory_format`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor | None, memory_format: torch.memory_format) -> Tensor:
+    def forward(ctx: Any, x: Tensor, memory_format: torch.memory_format) -> Tensor:
         ctx.shared, ctx.memory_format = GradientSum(), memory_format
-        ctx.save_for_backward(x, mean)
+        ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
         shared: GradientSum = ctx.shared
         if shared.task != _running_backward() or shared.dx is None:
-            return grad, None, None
-        x, dx, total = shared.x, shared.dx, shared.total
+            return grad, None
+        x, mean, dx, total = shared.x, shared.mean, shared.dx, shared.total
         shared.forget()
         if total is not None:
-            assert x is not None
+            assert x is not None and mean is not None
             kernels, layout = kernels_for(x.device.type), layout_of(x, ctx.memory_format)
             assert kernels is not None  # the norms have used them
-            kernels.add_statistics_gradient(dx, x, ctx.saved_tensors[1], total, layout)
-        return (dx if grad is None else dx + grad), None, None
+            kernels.add_statistics_gradient(dx, x, mean, total, layout)
+        return (dx if grad is None else dx + grad), None
 
 
 class CatNormAct(torch.autograd.Function):
@@ -107,12 +120,12 @@ class CatNormAct(torch.autograd.Function):
         device = None if torch.is_grad_enabled() or grad.is_neg() else eager_device(grad)
         kernels = None if device is None else kernels_for(device)
         if kernels is None:
-            others = iter(kept)
-            xs = [r.saved_tensors[0] if n else next(others) for r, n in zip(readers, needs, strict=True)]
+            task, others = _running_backward(), iter(kept)
+            xs = [_read(r, task) if n else next(others) for r, n in zip(readers, needs, strict=True)]
             dxs, dweight, dbias = gradients_by_op(grad, xs, values, options, (*needs, *wanted))
             return dweight, dbias, None, None, None, None, None, *dxs
         eps, batch_statistics, *activation = options
-        xs, *targets = _targets(readers, needs, kept, batch_statistics)
+        xs, *targets = _targets(readers, needs, kept, mean if batch_statistics else None)
         dweight, dbias = accumulate(kernels, grad, xs, ctx.memory_format, *targets, values, eps, *activation, wanted)
         return dweight, dbias, *[None] * (5 + count)
 
@@ -135,32 +148,34 @@ def cat_norm_act_of(
 
 
 def _targets(
-    readers: Sequence[Any], needs: Sequence[bool], kept: Sequence[Tensor], batch_statistics: bool
+    readers: Sequence[Any], needs: Sequence[bool], kept: Sequence[Tensor], mean: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor | None], list[bool], list[Tensor | None]]:
-    """Of each piece: itself, where its gradient goes, whether it is added there, and where its B and C are added."""
+    """Of each piece: itself, where its gradient goes, whether it is added there, and where its B and C are added.
+
+    `mean`: of the batch; None for running statistics.
+    """
     task, others = _running_backward(), iter(kept)
     xs: list[Tensor] = []
     dxs: list[Tensor | None] = []
     adds: list[bool] = []
     totals: list[Tensor | None] = []
+    first = 0
     for reader, needed in zip(readers, needs, strict=True):
         if not needed:
             xs.append(next(others))
             dxs.append(None)
             adds.append(False)
             totals.append(None)
+            first += xs[-1].shape[1]
             continue
-        own: GradientSum = reader.shared
-        if own.task != task:
-            own.begin(task, dense(reader.saved_tensors[0], reader.memory_format))
-        x = own.x
-        assert x is not None
+        x, own = _read(reader, task), reader.shared
         xs.append(x)
         adds.append(own.dx is not None)
         if own.dx is None:
             own.dx = torch.empty_like(x, memory_format=reader.memory_format)
-        if batch_statistics and own.total is None:
-            own.total = new_total(x)
+        if mean is not None and own.total is None:
+            own.total, own.mean = new_total(x), mean[first : first + x.shape[1]]
         dxs.append(own.dx)
-        totals.append(own.total if batch_statistics else None)
+        totals.append(None if mean is None else own.total)
+        first += x.shape[1]
     return xs, dxs, adds, totals
