@@ -55,6 +55,9 @@ class Kernels(Protocol):
     needed. The formulas are in the docstrings of `normpass.ops`.
     """
 
+    most_pieces: int
+    """of a concatenation, in one call"""
+
     def supports(self, dtype: torch.dtype) -> bool: ...
 
     def moments(self, mean: Tensor, var: Tensor, x: Tensor, layout: Layout, running: Running | None = None) -> None: ...

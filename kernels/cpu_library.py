@@ -43,6 +43,8 @@ _SIGNATURES = {
 class CpuKernels:
     """The `Kernels` of the CPU, from the shared library at `path`."""
 
+    most_pieces = 1 << 31
+
     def __init__(self, path: Path):
         self.path = path
         library = ctypes.CDLL(str(path))

@@ -146,7 +146,8 @@ def _without_dispatcher(prepared: tuple, producers: Sequence[Producer]) -> tuple
         return None
     channels, rule = mean.shape, RULES.get(options[2])
     fits = all([t is None or t.shape == channels and not t.is_neg() for t in (weight, bias, var)])
-    return (kernels, memory_format) if fits and rule is not None else None
+    fits = fits and rule is not None and len(xs) <= kernels.most_pieces
+    return (kernels, memory_format) if fits else None
 
 
 def _prepare(

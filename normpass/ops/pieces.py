@@ -84,7 +84,7 @@ def can_run_pieces(
     activation_args: Sequence[float],
 ) -> bool:
     """Whether `kernels` can take these pieces and per-channel `values` as they are; see `operands.can_run`."""
-    if not are_pieces(xs) or not kernels.supports(xs[0].dtype):
+    if not are_pieces(xs) or not kernels.supports(xs[0].dtype) or len(xs) > kernels.most_pieces:
         return False
     channels, device = (channels_of(xs),), xs[0].get_device()
     for x in xs:
