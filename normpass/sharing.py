@@ -50,6 +50,8 @@ class Producer(NamedTuple):
     """in which x is dense; None where x is not for kernels without the dispatcher"""
     kept: Kept | None = None
     """x as recipes keep it, one for all"""
+    stream: int = 0
+    """the CUDA stream it was read on; autograd synchronises streams for its own gradients only"""
 
 
 class Whole(NamedTuple):
@@ -85,7 +87,7 @@ def producer_statistics(x: Any, *norms: Any) -> Producer:
         pass_on(x, alias)
         x = alias
     kept = Kept(x) if is_recording() and recipe_of(x) is None else None
-    return Producer(x, statistics, memory_format, kept)
+    return Producer(x, statistics, memory_format, kept, _stream(x))
 
 
 def shared_norm_act(norm: Any, activation: str, activation_args: Sequence[float], *producers: Producer) -> Tensor:
@@ -140,6 +142,9 @@ def _without_dispatcher(prepared: tuple, producers: Sequence[Producer]) -> tuple
         return None
     if torch.is_grad_enabled() and any([x.requires_grad and not hasattr(x.grad_fn, "shared") for x in xs]):
         return None  # forward began without gradients
+    stream = _stream(xs[0])
+    if any([p.stream != stream for p in producers]):
+        return None
     device = eager_device(xs[0], weight, bias, mean, var)
     kernels = None if device is None else kernels_for(device)
     if kernels is None or not options[1] and (mean.requires_grad or var.requires_grad):
@@ -187,6 +192,10 @@ def _moments(x: Tensor) -> Tensor:
     if device is None:
         return torch.stack(torch.ops.normpass.moments.default(x.detach()))
     return torch.stack(moments_with_update(kernels_for(device), x, None))
+
+
+def _stream(x: Tensor) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(x.get_device())) if x.is_cuda else 0
 
 
 def _whole(xs: Sequence[Tensor]) -> Whole:

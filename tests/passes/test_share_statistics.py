@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled import compile_with, quietly
 from nets.identity import Layout
 from torch import nn
 from training import assert_equal, assert_trains_alike, image, reasons, rewrites, spread, train
@@ -326,3 +327,35 @@ def test_train_and_eval_by_turns():
     x = image(2, 3, 8, 8)
     for training in (False, True, False, True):
         assert_equal(train(model.train(training), (x,)), train(optimised.train(training), (x,)))
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("given", ["optimised", "plain"])
+def test_compiles_in_one_graph_and_trains_the_same(fresh_dynamo, given, inner):
+    """An optimised model by any backend, and a plain one by ours, whose norms are functions of their tensors."""
+    model = spread(Dense(depth=2))
+    other = copy.deepcopy(model)
+    x = image(2, 3, 8, 8, requires_grad=True)
+    expected = train(model, (x,))
+    if given == "optimised":
+        other = normpass.optimize(other)
+        compiled = torch.compile(other, backend=inner, fullgraph=True)
+    else:
+        compiled = torch.compile(other, backend="normpass", options={"inner": inner}, fullgraph=True)
+    assert_equal(expected, train(other, (x,), run=lambda _, x: quietly(compiled, x)))
+
+
+def test_compiled_keeps_what_eager_keeps(fresh_dynamo):
+    model = Dense(16, 16)
+    x = torch.randn(2, 3, 32, 32)
+    plain, eager = (normpass.measure.kept_bytes(m, x) for m in (model, normpass.optimize(model)))
+    compiled = compile_with(model, "aot_eager")
+    kept = quietly(normpass.measure.kept_bytes, compiled, x)
+    assert kept <= 1.12 * eager < 0.5 * plain
