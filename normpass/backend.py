@@ -39,7 +39,7 @@ from normpass.sites import find_sites
 INNER = ("inductor", "aot_eager", "eager")
 _OPTIONS = ("inner", "memory_budget")
 _NO_GUARD = Guard((), (), (), (), ())  # Dynamo has its own
-_IN_TWO = {
+_IN_TWO: dict[Any, tuple[Callable, Callable]] = {
     split_norm_act: (prepare_norm_act, finish_norm_act),
     shared_norm_act: (prepare_shared_norm_act, finish_shared_norm_act),
 }

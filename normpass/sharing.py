@@ -10,7 +10,7 @@ layers run on the concatenation itself: same numbers, no saving.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,8 +96,10 @@ def shared_norm_act(norm: Any, activation: str, activation_args: Sequence[float]
     if isinstance(prepared, Tensor):
         return prepared
     fast = _without_dispatcher(prepared, producers)
+    function: Callable[..., Tensor] = cat_norm_act
+    args = prepared
     if fast is None:
-        z, function, args = cat_norm_act(*prepared), cat_norm_act, prepared
+        z = cat_norm_act(*prepared)
     else:
         kernels, memory_format = fast
         xs, weight, bias, mean, var, *options = prepared

@@ -17,6 +17,7 @@ Changes nothing but rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx
@@ -51,7 +52,7 @@ class ShareStatistics:
         producers = [_producer(graph, piece, norm) for piece in pieces_of(whole, site.cats)]
         with graph.inserting_before(norm):
             module = norm_node(graph, site)
-            args = (module, site.activation.name, site.activation.args, *producers)
+            args: Any = (module, site.activation.name, site.activation.args, *producers)
             shared = graph.call_function(shared_norm_act, args)
         shared.meta["site"] = site.path
         site.out.replace_all_uses_with(shared)

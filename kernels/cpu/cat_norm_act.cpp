@@ -6,6 +6,10 @@
 namespace normpass {
 namespace {
 
+// Few, so that z is written line after line; what the processor does not prefetch of so many short streams, the kernel
+// asks for.
+constexpr int64_t rows_per_block = runs_at_once;
+
 template <class S> struct Call {
   S* z;
   const void* const* xs;
@@ -23,7 +27,8 @@ template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<
 #pragma omp parallel num_threads(threads)
   {
     alignas(64) A wide[runs_at_once * tile_size], buffer[runs_at_once * tile_size];
-    strips(layout, call.pieces, omp_get_thread_num(), omp_get_num_threads(), [&](const Strip& strip) {
+    const int thread = omp_get_thread_num(), count = omp_get_num_threads();
+    strips(layout, call.pieces, rows_per_block, thread, count, [&](const Strip& strip) {
       const int64_t channels = call.pieces[strip.piece].channels;
       auto at = affine_at(walk, affine, strip.channel);
       with_activation<A>(call.activation, [&](auto activation) {

@@ -11,6 +11,11 @@
 namespace normpass {
 namespace {
 
+// Many, for a block's sums are added up in double: its pieces are read as streams of their own.
+inline int64_t rows_per_block(int64_t channels) {
+  return std::max((int64_t(1) << 17) / channels / runs_at_once, int64_t(1)) * runs_at_once;
+}
+
 template <class S> struct Call {
   const S* grad;
   const void* const* xs;
@@ -118,7 +123,7 @@ template <class S>
 void walk_share(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>& affine, Sums& sums, int thread,
                 int threads) {
   Buffers<Wide<S>> buffers;
-  strips(walk.layout(), call.pieces, thread, threads,
+  strips(walk.layout(), call.pieces, rows_per_block(walk.layout().channels), thread, threads,
          [&](const Strip& strip) { strip_backward(walk, call, affine, strip, buffers, sums); });
 }
 

@@ -1,8 +1,8 @@
 // A concatenation along the channels that is never stored: its pieces lie dense, each for itself, and what belongs to
 // the whole (z, its gradient) is dense as one tensor. Piece p has the channels from `first` on.
 //
-//   rows     the values of a piece in one row stand together in both: walked over in blocks of rows, which stay in the
-//            second-level cache while piece after piece is read, each as a stream of its own
+//   rows     the values of a piece in one row stand together in both: walked over in blocks of rows, one piece after
+//            another
 //   planes   walked over as the whole is; a plane belongs to one piece
 #pragma once
 
@@ -32,15 +32,11 @@ struct Strip {
   int64_t rows, n;
 };
 
-constexpr int64_t values_per_block = int64_t(1) << 15;
-
-inline int64_t rows_per_block(int64_t channels) { return std::max(values_per_block / channels / 4 * 4, int64_t(4)); }
-
-// Calls f(strip) for one thread's share of the rows, block by block; all strips of a piece in a block come together.
+// Calls f(strip) for one thread's share of the rows, blocks of `block` rows one after another; all strips of a piece in
+// a block come together.
 template <class F>
-void strips(const Layout& layout, const std::vector<Piece>& pieces, int thread, int threads, F f) {
+void strips(const Layout& layout, const std::vector<Piece>& pieces, int64_t block, int thread, int threads, F f) {
   int64_t begin = layout.outer * thread / threads, end = layout.outer * (thread + 1) / threads;
-  int64_t block = rows_per_block(layout.channels);
   for (int64_t row = begin; row < end; row += block) {
     int64_t rows = std::min(block, end - row);
     for (size_t p = 0; p < pieces.size(); ++p) {

@@ -24,7 +24,7 @@ from .library import declare
 from .norm_act import _reference as _norm_act_reference
 from .norm_act_backward import _norm_act_backward
 from .normalise import check_site, refuse_statistics_gradient
-from .operands import dense, layout_of, per_channel_operand
+from .operands import dense, layout_of, per_channel_operands
 from .pieces import (
     can_run_pieces,
     check_pieces,
@@ -105,7 +105,7 @@ def cat_norm_act_by(
         return _reference(xs, *values, eps, batch_statistics, activation, activation_args)
     memory_format, dtype = memory_format_of_pieces(xs), statistics_dtype(xs[0])
     dense_xs = [dense(x, memory_format) for x in xs]
-    in_dtype = [per_channel_operand(t, dtype) for t in values]
+    in_dtype = per_channel_operands(values, dtype)
     return run_cat_norm_act(kernels, dense_xs, memory_format, *in_dtype, eps, activation, activation_args)
 
 
@@ -157,7 +157,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_pieces, *of_parameters = ctx.needs_input_grad[:3]
     needs = [*of_pieces, *of_parameters]
     dxs, dweight, dbias = gradients_by_op(grad, xs, (weight, bias, mean, var), ctx.options, needs)
-    of_arguments = None if ctx.options[3] else []  # PyTorch takes an empty list for one of tensors
+    of_arguments: list[None] | None = None if ctx.options[3] else []  # PyTorch takes an empty list for one of tensors
     return dxs, dweight, dbias, *[None] * 5, of_arguments
 
 

@@ -23,7 +23,7 @@ from .layout import check_like, or_empty, statistics_dtype
 from .library import declare
 from .norm_act_backward import _reference_gradients
 from .normalise import check_site
-from .operands import dense, in_dtype_of, layout_of, new_per_channel, per_channel_operand
+from .operands import Values, dense, in_dtype_of, layout_of, new_per_channel, per_channel_operand, per_channel_operands
 from .pieces import can_run_pieces, channels_of, check_pieces, concatenated, memory_format_of_pieces
 
 Gradients = tuple[list[Tensor | None], Tensor | None, Tensor | None]
@@ -98,7 +98,7 @@ def accumulate(
     dxs: Sequence[Tensor | None],
     adds: Sequence[bool],
     totals: Sequence[Tensor | None],
-    values: Sequence[Tensor | None],
+    values: Values,
     eps: float,
     activation: str,
     activation_args: Sequence[float],
@@ -121,7 +121,7 @@ def accumulate(
         dbias,
         grad,
         xs,
-        *[per_channel_operand(t, dtype) for t in values],
+        *per_channel_operands(values, dtype),
         eps,
         activation,
         activation_args,
@@ -163,14 +163,14 @@ def cat_norm_act_gradients(
     totals = [new_total(x) if n and batch_statistics else None for x, n in zip(xs, needed, strict=True)]
     targets = results, [False] * len(xs), totals
     parameters = of_weight, of_bias
-    dweight, dbias = accumulate(kernels, grad, xs, memory_format, *targets, values, eps, *options, parameters)
+    of_parameters = accumulate(kernels, grad, xs, memory_format, *targets, values, eps, *options, parameters)
     first = 0
     for x, dx, total in zip(xs, results, totals, strict=True):
         if dx is not None and total is not None:
             of_piece = per_channel_operand(mean[first : first + x.shape[1]], statistics_dtype(x))
             kernels.add_statistics_gradient(dx, x, of_piece, total, layout_of(x, memory_format))
         first += x.shape[1]
-    return results, dweight, dbias
+    return results, *of_parameters
 
 
 def can_run_gradient(

@@ -23,7 +23,7 @@ from .cat_norm_act import gradients_by_op, run_cat_norm_act
 from .cat_norm_act_backward import accumulate, new_total
 from .eager import eager_device
 from .layout import statistics_dtype
-from .operands import Options, dense, layout_of, per_channel_operand
+from .operands import Options, dense, layout_of, per_channel_operands
 
 _running_backward = torch._C._current_graph_task_id
 
@@ -124,9 +124,12 @@ class CatNormAct(torch.autograd.Function):
             xs = [_read(r, task) if n else next(others) for r, n in zip(readers, needs, strict=True)]
             dxs, dweight, dbias = gradients_by_op(grad, xs, values, options, (*needs, *wanted))
             return dweight, dbias, None, None, None, None, None, *dxs
-        eps, batch_statistics, *activation = options
-        xs, *targets = _targets(readers, needs, kept, mean if batch_statistics else None)
-        dweight, dbias = accumulate(kernels, grad, xs, ctx.memory_format, *targets, values, eps, *activation, wanted)
+        eps, batch_statistics, activation, args = options
+        xs, dxs, adds, totals = _targets(readers, needs, kept, mean if batch_statistics else None)
+        targets = dxs, adds, totals
+        dweight, dbias = accumulate(
+            kernels, grad, xs, ctx.memory_format, *targets, values, eps, activation, args, wanted
+        )
         return dweight, dbias, *[None] * (5 + count)
 
 
@@ -141,8 +144,7 @@ def cat_norm_act_of(
     options: Options,
 ) -> Tensor:
     """z by `kernels`, of pieces that are known to be dense in `memory_format`; not differentiable."""
-    dtype = statistics_dtype(xs[0])
-    values = [per_channel_operand(t, dtype) for t in (weight, bias, mean, var)]
+    values = per_channel_operands((weight, bias, mean, var), statistics_dtype(xs[0]))
     eps, _, activation, activation_args = options
     return run_cat_norm_act(kernels, xs, memory_format, *values, eps, activation, activation_args)
 
