@@ -55,6 +55,9 @@ class Kernels(Protocol):
     needed. The formulas are in the docstrings of `normpass.ops`.
     """
 
+    most_pieces: int
+    """of a concatenation, in one call"""
+
     def supports(self, dtype: torch.dtype) -> bool: ...
 
     def moments(self, mean: Tensor, var: Tensor, x: Tensor, layout: Layout, running: Running | None = None) -> None: ...
@@ -93,6 +96,48 @@ class Kernels(Protocol):
         activation_args: Sequence[float],
         layout: Layout,
     ) -> None: ...
+
+    def cat_norm_act(
+        self,
+        z: Tensor,
+        xs: Sequence[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None:
+        """`norm_act` of the concatenation of `xs`, each dense for itself; `layout` is the concatenation's."""
+
+    def cat_norm_act_backward(
+        self,
+        dxs: Sequence[Tensor | None],
+        adds: Sequence[bool],
+        totals: Sequence[Tensor | None],
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        grad: Tensor,
+        xs: Sequence[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None:
+        """a·dy to each of `dxs`, or added to it. What goes through the batch's statistics is added to `totals`.
+
+        `totals`: (2, C) of each piece in float64, B and C of `add_statistics_gradient`. No two of `dxs` or `totals`
+        share memory.
+        """
+
+    def add_statistics_gradient(self, dx: Tensor, x: Tensor, mean: Tensor, total: Tensor, layout: Layout) -> None:
+        """dx += B·(x − mean) + C, in place; `total` is (2, C) in float64."""
 
     def inplace_abn_backward(
         self,

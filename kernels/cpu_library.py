@@ -32,6 +32,9 @@ _SIGNATURES = {
     "moments": (*[_POINTER] * 3, *_END),
     "norm_act": (*[_POINTER] * 7, _DOUBLE, *_ACTIVATION, *_END),
     "norm_act_backward": (*[_POINTER] * 11, _DOUBLE, _INT, *_ACTIVATION, *_END),
+    "cat_norm_act": (*[_POINTER] * 3, _LONG, *[_POINTER] * 4, _DOUBLE, *_ACTIVATION, *_END),
+    "cat_norm_act_backward": (*[_POINTER] * 8, _LONG, *[_POINTER] * 4, _DOUBLE, *_ACTIVATION, *_END),
+    "add_statistics_gradient": (*[_POINTER] * 4, *_END),
     "inplace_abn_backward": (*[_POINTER] * 8, _DOUBLE, _INT, *_ACTIVATION, *_END),
     "running_stats": (*[_POINTER] * 4, _DOUBLE, _LONG, _LONG, _INT),
 }
@@ -40,12 +43,17 @@ _SIGNATURES = {
 class CpuKernels:
     """The `Kernels` of the CPU, from the shared library at `path`."""
 
+    most_pieces = 1 << 31
+
     def __init__(self, path: Path):
         self.path = path
         library = ctypes.CDLL(str(path))
         self._moments = _function(library, "moments")
         self._norm_act = _function(library, "norm_act")
         self._norm_act_backward = _function(library, "norm_act_backward")
+        self._cat_norm_act = _function(library, "cat_norm_act")
+        self._cat_norm_act_backward = _function(library, "cat_norm_act_backward")
+        self._add_statistics_gradient = _function(library, "add_statistics_gradient")
         self._inplace_abn_backward = _function(library, "inplace_abn_backward")
         self._running_stats = _function(library, "running_stats")
 
@@ -121,6 +129,73 @@ class CpuKernels:
             *_end(x, layout),
         )
 
+    def cat_norm_act(
+        self,
+        z: Tensor,
+        xs: Sequence[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None:
+        self._cat_norm_act(
+            z.data_ptr(),
+            _pointers(xs),
+            _channels(xs),
+            len(xs),
+            _pointer(weight),
+            _pointer(bias),
+            mean.data_ptr(),
+            var.data_ptr(),
+            eps,
+            *_activation(activation, activation_args),
+            *_end(z, layout),
+        )
+
+    def cat_norm_act_backward(
+        self,
+        dxs: Sequence[Tensor | None],
+        adds: Sequence[bool],
+        totals: Sequence[Tensor | None],
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        grad: Tensor,
+        xs: Sequence[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None:
+        self._cat_norm_act_backward(
+            _pointers(dxs),
+            _pointers(totals),
+            bytes(adds),
+            _pointer(dweight),
+            _pointer(dbias),
+            grad.data_ptr(),
+            _pointers(xs),
+            _channels(xs),
+            len(xs),
+            _pointer(weight),
+            _pointer(bias),
+            mean.data_ptr(),
+            var.data_ptr(),
+            eps,
+            *_activation(activation, activation_args),
+            *_end(grad, layout),
+        )
+
+    def add_statistics_gradient(self, dx: Tensor, x: Tensor, mean: Tensor, total: Tensor, layout: Layout) -> None:
+        self._add_statistics_gradient(dx.data_ptr(), x.data_ptr(), mean.data_ptr(), total.data_ptr(), *_end(x, layout))
+
     def inplace_abn_backward(
         self,
         dx: Tensor | None,
@@ -189,6 +264,14 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (_POINTER * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+def _channels(xs: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+    return (_LONG * len(xs))(*[x.shape[1] for x in xs])
 
 
 def _activation(name: str, args: Sequence[float]) -> tuple[int, float, float]:

@@ -7,6 +7,7 @@ itself is a `Device`, so that the tests run this same code with one that execute
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,9 @@ from normpass.kernels import Layout, Running
 from normpass.kernels.cuda_compiler import Variant, nvrtc_version
 from normpass.kernels.cuda_device import Gpus, Launch
 from normpass.kernels.cuda_geometry import THREADS, Geometry, geometry
+
+PIECES = (16, 64)
+"""How many pieces of a concatenation the kernels are compiled for."""
 
 MOMENTS_FIELDS, SUMS_FIELDS = 3, 2
 """Numbers in one accumulator of `cuda/moments.cu` and of `cuda/backward.cuh`."""
@@ -46,6 +50,8 @@ class _Plan(NamedTuple):
 
 class CudaKernels:
     """The `Kernels` of CUDA devices."""
+
+    most_pieces = PIECES[-1]
 
     def __init__(self, device: Device):
         self._device = device
@@ -120,6 +126,82 @@ class CudaKernels:
         site = [_pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr(), eps, *_two(activation_args)]
         call = _Backward(grad, x, residual, var, site, batch_statistics, activation, layout)
         self._backward("norm_act_backward", call, dx, dresidual, dweight, dbias)
+
+    def cat_norm_act(
+        self,
+        z: Tensor,
+        xs: Sequence[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None:
+        pieces, alignment = _pieces(xs), _alignment_of_pieces(xs, layout, z)
+        plan = self._plan("cat_norm_act", "cat_norm_act", z, layout, alignment, activation, pieces=pieces)
+        plan.launch(
+            z.data_ptr(),
+            _pointer(weight),
+            _pointer(bias),
+            mean.data_ptr(),
+            var.data_ptr(),
+            eps,
+            *_two(activation_args),
+            *_ends(xs, pieces),
+            *_pointers(xs, pieces),
+            *plan.geometry.parameters,
+        )
+
+    def cat_norm_act_backward(
+        self,
+        dxs: Sequence[Tensor | None],
+        adds: Sequence[bool],
+        totals: Sequence[Tensor | None],
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        grad: Tensor,
+        xs: Sequence[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: Layout,
+    ) -> None:
+        op, pieces, alignment = "cat_norm_act_backward", _pieces(xs), _alignment_of_pieces(xs, layout, grad, *dxs)
+        plan = self._plan(op, op, grad, layout, alignment, activation, pieces=pieces)
+        scratch, arrivals = self._scratch(plan.geometry, var, SUMS_FIELDS)
+        bits = sum([1 << p for p, add in enumerate(adds) if add])
+        plan.launch(
+            grad.data_ptr(),
+            _pointer(dweight),
+            _pointer(dbias),
+            _pointer(weight),
+            _pointer(bias),
+            mean.data_ptr(),
+            var.data_ptr(),
+            eps,
+            *_two(activation_args),
+            bits - (1 << 64) if bits >> 63 else bits,  # as a signed number
+            *_ends(xs, pieces),
+            *_pointers(xs, pieces),
+            *_pointers(dxs, pieces),
+            *_pointers(totals, pieces),
+            float(layout.outer * layout.inner),
+            scratch.data_ptr(),
+            _pointer(arrivals),
+            *plan.geometry.parameters,
+        )
+
+    def add_statistics_gradient(self, dx: Tensor, x: Tensor, mean: Tensor, total: Tensor, layout: Layout) -> None:
+        op = "add_statistics_gradient"
+        plan = self._plan(op, op, x, layout, _alignment(dx, x))
+        plan.launch(dx.data_ptr(), x.data_ptr(), mean.data_ptr(), total.data_ptr(), *plan.geometry.parameters)
 
     def inplace_abn_backward(
         self,
@@ -203,12 +285,13 @@ class CudaKernels:
         alignment: int,
         activation: str = "",
         has_residual: bool = False,
+        pieces: int = 0,
     ) -> _Plan:
-        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual
+        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual, pieces
         plan = self._plans.get(key)
         if plan is None:
             shape = geometry(layout, x.element_size(), alignment, self._device.multiprocessors(x.device.index))
-            variant = variant_of(op, x.dtype, shape, activation, has_residual)
+            variant = variant_of(op, x.dtype, shape, activation, has_residual, pieces)
             grid = shape.tiles, shape.slabs
             launch = self._device.kernel(variant, entry, grid, THREADS, x.device.index)
             plan = self._plans[key] = _Plan(launch, shape)
@@ -239,14 +322,22 @@ class _Backward(NamedTuple):
 
 
 def variant_of(
-    op: str, dtype: torch.dtype, shape: Geometry, activation: str = "", has_residual: bool = False
+    op: str,
+    dtype: torch.dtype,
+    shape: Geometry,
+    activation: str = "",
+    has_residual: bool = False,
+    pieces: int = 0,
 ) -> Variant:
-    """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation."""
+    """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation; with `pieces` of a concatenation."""
     macros = {"STORAGE": _STORAGE[dtype], "VECTOR": str(shape.vector), "ROWS": str(shape.rows).lower()}
     if dtype.itemsize == 2:
         macros["NARROW"] = "1"
     if activation:
         macros["ACTIVATION"] = "".join(part.title() for part in activation.split("_"))
+    if pieces:
+        macros["PIECES"] = str(pieces)
+    elif activation:
         macros["RESIDUAL"] = str(has_residual).lower()
     return Variant(op, tuple((f"NORMPASS_{name}", value) for name, value in macros.items()))
 
@@ -262,6 +353,30 @@ def _alignment(*tensors: Tensor | None) -> int:
         if tensor is not None:
             together |= tensor.data_ptr()
     return together & -together
+
+
+def _alignment_of_pieces(xs: Sequence[Tensor], layout: Layout, *others: Tensor | None) -> int:
+    """As `_alignment`; where channels lie side by side, a vector must not reach from one piece into the next."""
+    alignment = _alignment(*xs, *others)
+    if layout.inner == 1:
+        for x in xs:
+            alignment |= x.shape[1] * x.element_size()
+    return alignment & -alignment
+
+
+def _pieces(xs: Sequence[Tensor]) -> int:
+    """The smallest of `PIECES` that will do."""
+    return next(count for count in PIECES if count >= len(xs))
+
+
+def _ends(xs: Sequence[Tensor], pieces: int) -> list[int]:
+    """Behind which channel each piece ends; beyond all of them those that are not there."""
+    ends = list(itertools.accumulate([x.shape[1] for x in xs]))
+    return ends + [1 << 62] * (pieces - len(xs))
+
+
+def _pointers(tensors: Sequence[Tensor | None], pieces: int) -> list[int]:
+    return [_pointer(t) for t in tensors] + [0] * (pieces - len(tensors))
 
 
 def _two(args: Sequence[float]) -> tuple[float, float]:

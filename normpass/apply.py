@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 
 from normpass.capture import Capture, Guard
-from normpass.functional import fused_norm_act, split_norm_act
 from normpass.graph import key_of
 from normpass.planner import DEFAULT, Decisions, Plan
 from normpass.rewrite import Rewrite
+from normpass.sharing import KEEPING
 from normpass.verify import verify_graph
 
 
@@ -52,7 +52,8 @@ def apply_plan(capture: Capture, plan: Plan, passes: Passes, decisions: Decision
     rewritten = rewrite_graph(graph, capture.root, plan, passes, decisions)
     run = type(fx.GraphModule(capture.root, graph)).forward
     ops = frozenset(op for kind in set(rewritten.derived.values()) for op in passes.recomputed[kind])
-    ops |= {torch.ops.normpass.norm_act.default, torch.ops.normpass.shift_scale.default}
+    own = torch.ops.normpass
+    ops |= {own.norm_act.default, own.cat_norm_act.default, own.shift_scale.default}
     return Program(run, graph, plan, capture.guard, rewritten.derived, rewritten.rebuilt, ops)
 
 
@@ -79,12 +80,12 @@ def rewrite_graph(
     _keep_results(graph, decisions.kept)
     again = passes.regions.apply(graph, root, decisions.rebuilt, decisions.replayed)
     verify_graph(inputs, graph, root, plan)
-    split = {n.name for n in graph.nodes if n.target is split_norm_act}
+    split = {n.name for n in graph.nodes if n.target in KEEPING}
     return Rewritten(derived, frozenset({*derived, *again, *split}))
 
 
 def _keep_results(graph: fx.Graph, kept: frozenset[str]) -> None:
     """The same op without a recipe where a site's result is to be kept."""
     for node in graph.nodes:
-        if node.target is split_norm_act and key_of(node) in kept:
-            node.target = fused_norm_act
+        if node.target in KEEPING and key_of(node) in kept:
+            node.target = KEEPING[node.target]

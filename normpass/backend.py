@@ -36,11 +36,16 @@ from normpass.guard import Guard
 from normpass.module import PASSES
 from normpass.planner import DEFAULT, Decisions, Plan, make_plan
 from normpass.record import record_graph
+from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
 from normpass.sites import find_sites
 
 INNER = ("inductor", "aot_eager", "eager")
 _OPTIONS = ("inner", "memory_budget")
 _NO_GUARD = Guard((), (), (), (), ())  # Dynamo has its own
+_IN_TWO: dict[Any, tuple[Callable, Callable]] = {
+    split_norm_act: (prepare_norm_act, finish_norm_act),
+    shared_norm_act: (prepare_shared_norm_act, finish_shared_norm_act),
+}
 _log = logging.getLogger(__name__)
 
 
@@ -160,10 +165,11 @@ def _mark_recomputed(graph_module: fx.GraphModule, rewritten: Rewritten) -> None
     """Mark what backward computes again, the sites split so that their moments are not among it."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is split_norm_act:
+        if node.target in _IN_TWO:
+            prepare, finish = _IN_TWO[node.target]
             with graph.inserting_before(node):
-                prepared = graph.call_function(prepare_norm_act, node.args, node.kwargs)
-                finished = graph.call_function(finish_norm_act, (prepared,))
+                prepared = graph.call_function(prepare, node.args, node.kwargs)
+                finished = graph.call_function(finish, (prepared,))
             _mark(finished)
             node.replace_all_uses_with(finished)
             graph.erase_node(node)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from normpass.capture import NORM_BASES
+from normpass.concatenation import NO_CONCATENATION
 from normpass.measure import kept_bytes, peak_bytes
 from normpass.module import Part, Program, join, part_of
 from normpass.planner import Choice
@@ -37,7 +38,8 @@ def _rows(path: str, program: Program, kept: frozenset[str]) -> list[Row]:
     rows = []
     for choice in program.plan.choices:
         match = choice.match
-        reason = "; ".join(dict.fromkeys(r.reason for r in choice.refusals if r.rewrite != "inplace_abn"))
+        told = [r for r in choice.refusals if r.rewrite != "inplace_abn" and r.reason != NO_CONCATENATION]
+        reason = "; ".join(dict.fromkeys(r.reason for r in told))
         rows.append(
             Row(
                 join(path, choice.site.path),

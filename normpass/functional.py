@@ -111,7 +111,7 @@ def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> 
 
 def fused_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x. x: (N, C, *); residual like x."""
-    tensors = _fusible(norm, x, residual, activation)
+    tensors = fusible(norm, x, residual, activation)
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
@@ -120,7 +120,7 @@ def fused_norm_act(norm, x, residual=None, activation="identity", activation_arg
 
 def split_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x; who saves the result saves its recipe instead."""
-    tensors = _fusible(norm, x, residual, activation)
+    tensors = fusible(norm, x, residual, activation)
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
@@ -137,7 +137,7 @@ def prepare_norm_act(norm, x, residual=None, activation="identity", activation_a
     Returns what `finish_norm_act` takes: the arguments of its op, or the plain layers' result where the norm
     cannot be fused. A compiler that runs `finish_norm_act` again in backward rebuilds z from x bit for bit.
     """
-    tensors = _fusible(norm, x, residual, activation)
+    tensors = fusible(norm, x, residual, activation)
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     return _op_args(eager_device(x, residual), norm, tensors, x, residual, activation, activation_args)
@@ -150,7 +150,7 @@ def finish_norm_act(prepared):
 
 def inplace_abn(norm, x, activation="identity", activation_args=()):
     """act(norm(x)) that keeps only its result. The activation must be invertible."""
-    tensors = _fusible(norm, x, None, activation)
+    tensors = fusible(norm, x, None, activation)
     if tensors is None:
         return plain_norm_act(norm, x, None, activation, activation_args, "")
     device = eager_device(x)
@@ -184,24 +184,41 @@ def _op_args(device, norm, tensors: NormTensors, x, residual, activation, activa
 
 def _statistics(device: str | None, norm, tensors: NormTensors, x: Tensor) -> Statistics:
     """The statistics this call normalises with; in training the running ones move, exactly once."""
-    training, running_mean, running_var = norm.training, tensors.running_mean, tensors.running_var
-    if not training and running_mean is not None and running_var is not None:
-        return Statistics(running_mean, running_var, of_batch=False)
-    running = None
-    if training and norm.track_running_stats:
-        momentum = _next_momentum(norm, tensors)
-        if running_mean is not None and running_var is not None:
-            running = Running(running_mean, running_var, momentum)
+    fixed = running_statistics_of(norm, tensors)
+    if fixed is not None:
+        return fixed
+    running = next_running(norm, tensors)
     if device is not None:
         return Statistics(*moments_with_update(kernels_for(device), x, running), of_batch=True)
     mean, var = torch.ops.normpass.moments.default(x.detach())
     if running is not None:
-        old_mean, old_var, momentum = running
-        count = x.numel() // x.size(1)
-        new = torch.ops.normpass.updated_running_stats.default(old_mean, old_var, mean, var, momentum, count)
-        old_mean.copy_(new[0])
-        old_var.copy_(new[1])
+        move_running_stats(running, mean, var, x.numel() // x.size(1))
     return Statistics(mean, var, of_batch=True)
+
+
+def running_statistics_of(norm, tensors: NormTensors) -> Statistics | None:
+    """The running statistics, where this call normalises with them; None where with the batch's own."""
+    mean, var = tensors.running_mean, tensors.running_var
+    if norm.training or mean is None or var is None:
+        return None
+    return Statistics(mean, var, of_batch=False)
+
+
+def next_running(norm, tensors: NormTensors) -> Running | None:
+    """Count the batch; what of the running statistics is to move with it, and how far."""
+    if not (norm.training and norm.track_running_stats):
+        return None
+    momentum = _next_momentum(norm, tensors)
+    mean, var = tensors.running_mean, tensors.running_var
+    return None if mean is None or var is None else Running(mean, var, momentum)
+
+
+def move_running_stats(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """The running statistics after one more batch, through the dispatcher."""
+    old_mean, old_var, momentum = running
+    new = torch.ops.normpass.updated_running_stats.default(old_mean, old_var, mean, var, momentum, count)
+    old_mean.copy_(new[0])
+    old_var.copy_(new[1])
 
 
 def _next_momentum(norm, tensors: NormTensors) -> float:
@@ -214,7 +231,7 @@ def _next_momentum(norm, tensors: NormTensors) -> float:
     return 1.0 / float(count) if count is not None else 0.0  # the cumulative average, as nn.BatchNorm does it
 
 
-def _tensors_of(norm) -> NormTensors:
+def tensors_of(norm) -> NormTensors:
     if not torch.compiler.is_compiling() and isinstance(norm, nn.Module):
         p, b = norm._parameters, norm._buffers  # ten times faster than a module's attributes
         try:
@@ -224,14 +241,17 @@ def _tensors_of(norm) -> NormTensors:
     return NormTensors(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
 
 
-def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormTensors | None:
-    """What of `norm` the op needs, if these can be fused as they are now; None if not."""
+def fusible(norm, x, residual: Tensor | None, activation: str) -> NormTensors | None:
+    """What of `norm` the op needs, if these can be fused as they are now; None if not.
+
+    x: a tensor, or what has the dtype, device and shape of one.
+    """
     kind = type(norm)
     if under_other_derivatives() or is_exporting():
         return None  # an exported graph is to have standard operators
     if kind is not FunctionalBatchNorm and (any(hooks_of(norm)) or not is_supported_norm(norm)):
         return None
-    tensors = _tensors_of(norm)
+    tensors = tensors_of(norm)
     if x.dim() not in _DIMS.get(kind, _ANY_DIMS) or not _dtypes_fit(tensors, x):
         return None
     if activation == "softplus" and torch.is_autocast_enabled(x.device.type):
@@ -250,6 +270,6 @@ def _fusible(norm, x: Tensor, residual: Tensor | None, activation: str) -> NormT
     return tensors
 
 
-def _dtypes_fit(tensors: NormTensors, x: Tensor) -> bool:
+def _dtypes_fit(tensors: NormTensors, x) -> bool:
     allowed = _PARAMETER_DTYPES.get(x.dtype, ())
     return bool(allowed) and all([t is None or t.dtype in allowed for t in tensors[:4]])

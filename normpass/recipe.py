@@ -270,6 +270,13 @@ class _Replay(torch.autograd.Function):
         return None, *torch.autograd.grad(result, x, grads, create_graph=twice)
 
 
+def pass_on(tensor: Tensor, alias: Tensor) -> None:
+    """Give `alias`, the same values in the same memory, the recipe of `tensor`, if that has one."""
+    recipe = recipe_of(tensor)
+    if recipe is not None and alias._version == recipe.version:
+        setattr(alias, _TAG, recipe)
+
+
 def untag(tree: Any) -> None:
     """Take the tags off the tensors in `tree`, which leave the optimised model."""
     for leaf in pytree.tree_leaves(tree):

@@ -79,7 +79,7 @@ def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool =
     x = input_of(site.norm)
     residual = other_operand(site.add, site.norm) if site.add is not None else None
     with graph.inserting_before(anchor):
-        norm = _norm_node(graph, site)
+        norm = norm_node(graph, site)
         if with_residual:
             args: tuple = (norm, x, residual, *activation, _sum_into(site))
         else:
@@ -100,7 +100,7 @@ def _sum_into(site: Site) -> str:
     return "norm" if site.add.args[0] is site.norm else "residual"
 
 
-def _norm_node(graph: fx.Graph, site: Site) -> fx.Node:
+def norm_node(graph: fx.Graph, site: Site) -> fx.Node:
     """The norm as a value: the module itself, or the arguments of an `F.batch_norm` call."""
     if site.norm.op == "call_module":
         return graph.get_attr(str(site.norm.target))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from normpass.capture import NORM_BASES, Capture, reason_to_keep_whole
+from normpass.concatenation import dissolved, pieces_of
 from normpass.functional import is_norm_act_module, is_supported_norm, sum_as_first
 from normpass.graph import Storage, bound, called, module_of
 from normpass.nn.kalman import KALMAN_NORMS, batch_norm_with_estimate
@@ -56,6 +57,10 @@ class Site:
     """the norm's weight, (C,), if it has one"""
     refused: str | None = None
     """why no rewrite may touch this norm"""
+    cats: tuple[fx.Node, ...] = ()
+    """x and the concatenations in it that only norms read (see `normpass.concatenation`); none if `not_shared`"""
+    not_shared: str | None = None
+    """why this norm cannot do with the pieces of a concatenation"""
 
     @property
     def pattern(self) -> str:
@@ -72,7 +77,13 @@ class Site:
 def find_sites(capture: Capture) -> tuple[Site, ...]:
     """Every norm of the captured graph, in order."""
     finder = _Finder(capture)
-    return tuple(finder.site(node) for node in capture.graph.nodes if finder.is_norm(node))
+    sites = [finder.site(node) for node in capture.graph.nodes if finder.is_norm(node)]
+    norms = frozenset(site.norm for site in sites if _reads_pieces(site))
+    return tuple(finder.with_concatenations(site, norms) for site in sites)
+
+
+def _reads_pieces(site: Site) -> bool:
+    return site.refused is None and site.residual is None and site.written is None
 
 
 class _Finder:
@@ -108,6 +119,20 @@ class _Finder:
         written = called(writer) if writer is not None else None
         gamma = getattr(module, "weight", None)
         return Site(path, kind, norm, x, producer, residual, add, activation, out, written, gamma)
+
+    def with_concatenations(self, site: Site, norms: frozenset[fx.Node]) -> Site:
+        """The site with the concatenations that it can do without, `norms` being all that might."""
+        if site.x is None or site.refused is not None:
+            return site
+        cats = dissolved(site.x, norms | {site.norm})
+        if isinstance(cats, str):
+            return replace(site, not_shared=cats)
+        for piece in pieces_of(site.x, cats):
+            writer = self.storage.writer_after(piece, piece)
+            if writer is not None:
+                reason = f"a tensor of its concatenation is changed in place later, by `{called(writer)}`"
+                return replace(site, not_shared=reason)
+        return replace(site, cats=cats)
 
     def _called_with_norm(self, norm: fx.Node) -> Site:
         """A function that a change has put in a norm's place, with the norm as its first argument."""

@@ -11,6 +11,7 @@ from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
 from normpass.passes.recompute_region import RecomputeRegion, Regions
+from normpass.passes.share_statistics import ShareStatistics
 from normpass.passes.sparse_switchable import SparseSwitchable
 from normpass.passes.specialise_switchable import SpecialiseSwitchable
 from normpass.passes.split_bn import SplitBN
@@ -18,6 +19,7 @@ from normpass.rewrite import Rewrite
 
 ORDER: tuple[Rewrite, ...] = (
     InplaceABN(),  # keeps one tensor and rebuilds nothing; lossy, so tried only when that is allowed
+    ShareStatistics(),  # as SplitBN, without the concatenation and its moments
     SplitBN(),  # keeps one tensor exactly
     FuseNormAct(),  # where z cannot be rebuilt: still one tensor fewer than separate layers keep
 )
@@ -44,6 +46,7 @@ __all__ = [
     "LeakyReLU",
     "RecomputeRegion",
     "Regions",
+    "ShareStatistics",
     "SparseSwitchable",
     "SpecialiseSwitchable",
     "SplitBN",

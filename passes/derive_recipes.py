@@ -37,6 +37,7 @@ from normpass.graph import (
 from normpass.ops.activation import activate
 from normpass.passes.specialise_switchable import is_rebuilt_norm
 from normpass.recipe import derived, derived_function, method_function
+from normpass.sharing import KEEPING, producer_statistics, shared_norm_act
 from normpass.sites import activation_of, is_add
 
 _aten = torch.ops.aten
@@ -71,7 +72,7 @@ _KEEPING_FUNCTIONS = _POOL_FUNCTIONS | {
     F.conv_transpose2d,
     torch.conv2d,
 }
-_OWN = frozenset({split_norm_act, fused_norm_act, inplace_abn, sum_as_first, product_as_first})
+_OWN = frozenset({split_norm_act, shared_norm_act, fused_norm_act, inplace_abn, sum_as_first, product_as_first})
 _SAVES_RESULT = ("relu", "sigmoid", "tanh")
 _SMOOTH_OR_INPUT_SAVING = (
     "relu",
@@ -144,7 +145,7 @@ class DeriveRecipes:
         The nodes whose keys are in `kept` stay as they are, and their results are kept.
         """
         storage = Storage(graph, root)
-        rebuilt = {n for n in graph.nodes if n.target is split_norm_act or is_rebuilt_norm(n, root)}
+        rebuilt = {n for n in graph.nodes if n.target in KEEPING or is_rebuilt_norm(n, root)}
         saved = {n for n in graph.nodes if _is_kept(n, root)} - rebuilt
         chosen: dict[fx.Node, str] = {}
         for node in graph.nodes:
@@ -255,6 +256,8 @@ def _keeps(user: fx.Node, node: fx.Node, root: nn.Module) -> bool:
             return True
     elif user.target in (split_norm_act, fused_norm_act):
         return user.args[1] is node or user.args[2] is node
+    elif user.target is producer_statistics:
+        return True
     elif user.target is inplace_abn:
         return False
     elif user.target in MUL:  # an operand is saved for the gradient of the other

@@ -1,30 +1,9 @@
 // norm_act: z = act((x − mean)·a + bias + residual), with a = weight/sqrt(var + eps). One read of each input, one
 // write. Rebuilding z in backward is this kernel again.
-#include "affine.h"
+#include "forward.h"
 
 namespace normpass {
 namespace {
-
-template <int RUNS, class A, class PerChannel, class Activation>
-NORMPASS_SHARED void forward_tile(Runs<const A> x, Runs<const A> residual, Runs<A> z, int64_t n, AffineAt<PerChannel> at,
-                  Activation activation) {
-  if (residual.values == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      AffineValues<A> affine(at, i);
-#pragma GCC unroll 4
-      for (int run = 0; run < RUNS; ++run) z(run, i) = activation.value(affine.value(x(run, i) - affine.mean));
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      AffineValues<A> affine(at, i);
-#pragma GCC unroll 4
-      for (int run = 0; run < RUNS; ++run)
-        z(run, i) = activation.value(affine.value(x(run, i) - affine.mean) + residual(run, i));
-    }
-  }
-}
 
 template <class S, class Walk>
 void norm_act(const Walk& walk, S* z, const S* x, const S* residual, const Affine<Wide<S>>& affine,

@@ -36,14 +36,6 @@ template <class T, class Site> struct Channel {
   T slope, shift;
 };
 
-template <class T> struct Sums {
-  T dy = 0, dy_deviation = 0;
-  NORMPASS_DEVICE void merge(const Sums& other) {
-    dy += other.dy;
-    dy_deviation += other.dy_deviation;
-  }
-};
-
 // Vectors of what is read at LOADS positions.
 template <class Storage, int VECTOR, int LOADS, bool RESIDUAL> struct Batch {
   Vector<Storage, VECTOR> grad[LOADS], kept[LOADS], residual[LOADS];

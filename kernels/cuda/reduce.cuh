@@ -8,6 +8,15 @@
 
 namespace normpass {
 
+// What the backward of a norm sums: dy, and dy times the deviation of x.
+template <class T> struct Sums {
+  T dy = 0, dy_deviation = 0;
+  NORMPASS_DEVICE void merge(const Sums& other) {
+    dy += other.dy;
+    dy_deviation += other.dy_deviation;
+  }
+};
+
 // Shared memory for the accumulators of half the threads: the other half keeps its own in registers.
 template <class Accumulator, int COUNT> struct alignas(16) Exchange {
   unsigned char bytes[COUNT * sizeof(Accumulator)];

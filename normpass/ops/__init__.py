@@ -4,6 +4,8 @@ Importing this package registers them all. The functions below are the same oper
 """
 
 from .activation import Activation, activate, activate_, activation_backward, deactivate
+from .cat_norm_act import cat_norm_act
+from .cat_norm_act_backward import cat_norm_act_backward
 from .inplace_abn import inplace_abn
 from .inplace_abn_backward import inplace_abn_backward
 from .instance_moments import instance_moments, merged_moments
@@ -20,6 +22,8 @@ __all__ = [
     "activate",
     "activate_",
     "activation_backward",
+    "cat_norm_act",
+    "cat_norm_act_backward",
     "deactivate",
     "inplace_abn",
     "inplace_abn_backward",

@@ -69,6 +69,21 @@ def per_channel_operand(values: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     return (values if values.dtype == dtype else values.to(dtype)).contiguous()
 
 
+Values = tuple["Tensor | None", "Tensor | None", Tensor, Tensor]
+"""weight, bias, mean and var of a norm, each (C,)."""
+
+
+def per_channel_operands(values: Values, dtype: torch.dtype) -> Values:
+    """The per-channel tensors of a norm as kernels read them."""
+    weight, bias, mean, var = values
+    return (
+        per_channel_operand(weight, dtype),
+        per_channel_operand(bias, dtype),
+        per_channel_operand(mean, dtype),
+        per_channel_operand(var, dtype),
+    )
+
+
 def dense(t: MaybeTensor, memory_format: torch.memory_format) -> MaybeTensor:
     """`t` as kernels read it: dense in `memory_format`; None stays None."""
     return t if t is None else t.contiguous(memory_format=memory_format)

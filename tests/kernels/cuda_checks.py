@@ -189,6 +189,45 @@ def check_norm_act_backward(kernels: Kernels, site: Site, needs: Sequence[bool] 
     compare(site, results, wanted, dy, slack=3 if dresidual is not None else 1)
 
 
+def split(site: Site, t: Tensor, channels: Sequence[int]) -> list[Tensor]:
+    """The pieces of a concatenation in memory of their own, named (N, Cᵢ, rest) as the layouts are."""
+    return [piece.contiguous() for piece in t.split(list(channels), 1)]
+
+
+def check_cat_norm_act(kernels: Kernels, site: Site, channels: Sequence[int]) -> Tensor:
+    z, xs = torch.full_like(site.x, torch.nan), split(site, site.x, channels)
+    options = site.activation, site.args, site.layout
+    kernels.cat_norm_act(z, xs, site.weight, site.bias, site.mean, site.var, EPS, *options)
+    assert_close("z", z, site.z(), site.dtype)
+    return z
+
+
+def check_cat_norm_act_backward(
+    kernels: Kernels, site: Site, channels: Sequence[int], adds: Sequence[bool] | None = None
+) -> None:
+    """Both passes. Where a piece is added to, what was there before stays a part of the result."""
+    adds = adds or [False] * len(channels)
+    xs, whole = split(site, site.x, channels), torch.zeros_like(site.x)
+    before = torch.cat([torch.full_like(x, 0.25 * add) for x, add in zip(xs, adds, strict=True)], 1).double()
+    dxs = [torch.full_like(x, 0.25 if add else torch.nan) for x, add in zip(xs, adds, strict=True)]
+    totals = [torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device) for x in xs]
+    dweight, dbias = (torch.full_like(site.mean, torch.nan) for _ in range(2))
+    values = site.weight, site.bias, site.mean, site.var, EPS
+    kernels.cat_norm_act_backward(
+        dxs, adds, totals, dweight, dbias, site.grad, xs, *values, site.activation, site.args, site.layout
+    )
+    means = site.mean.split(list(channels))
+    for dx, x, mean, total in zip(dxs, xs, means, totals, strict=True):
+        layout = Layout(site.layout.outer, x.shape[1], site.layout.inner)
+        kernels.add_statistics_gradient(dx, x, mean.clone(), total, layout)
+    dy = site.dy(site.y())
+    r = (site.var.double() + EPS).rsqrt()
+    centred = (site.x.double() - site.mean.double()[:, None]) * r[:, None]
+    want_dx, want_dweight, want_dbias = gradients(dy, centred, site.scale(), True)
+    wanted = want_dx + before.to(want_dx.device), dy, want_dweight, want_dbias
+    compare(site, (torch.cat(dxs, 1, out=whole), None, dweight, dbias), wanted, dy, slack=3)
+
+
 def check_inplace_abn_backward(kernels: Kernels, site: Site, needs: Sequence[bool] = (True, True, True)) -> None:
     z = site.z().clamp(min=-0.6 if site.activation == "elu" else None, max=4).to(site.dtype)
     dx, _, dweight, dbias = results = outputs(site, (needs[0], False, *needs[1:]))

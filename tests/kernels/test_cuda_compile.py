@@ -16,8 +16,12 @@ pytest.importorskip("cuda.core", reason="needs cuda-core: pip install normpass[c
 from normpass.kernels import ACTIVATIONS, Layout
 from normpass.kernels.cuda_compiler import Variant, compile_variant
 from normpass.kernels.cuda_geometry import THREADS, geometry
-from normpass.kernels.cuda_library import variant_of
+from normpass.kernels.cuda_library import PIECES, variant_of
 
+SOURCES = (
+    *("moments", "norm_act", "norm_act_backward", "inplace_abn_backward"),
+    *("cat_norm_act", "cat_norm_act_backward", "add_statistics_gradient"),
+)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYOUTS = {"rows": Layout(1000, 64, 1), "planes": Layout(10, 64, 64), "scalar planes": Layout(10, 64, 49)}
@@ -26,8 +30,10 @@ FUNCTION = re.compile(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used
 
 def variants(source: str, layout: Layout, dtype: torch.dtype, activations: Sequence[str]) -> Iterator[Variant]:
     shape = geometry(layout, dtype.itemsize, 16, 132)
-    if source == "moments":
+    if source in ("moments", "add_statistics_gradient"):
         yield variant_of(source, dtype, shape)
+    elif source.startswith("cat_"):
+        yield from (variant_of(source, dtype, shape, name, pieces=PIECES[-1]) for name in activations)
     elif source == "inplace_abn_backward":
         yield variant_of(source, dtype, shape, "leaky_relu")
     else:
@@ -44,7 +50,7 @@ def functions(variant: Variant, architecture: str) -> list[tuple[str, int, int]]
 
 def cases() -> Iterator[tuple[str, str, str, torch.dtype]]:
     """Everything for Hopper; what is likeliest to spill, channels_last in 16 bits and float32, for the others."""
-    for source in ("moments", "norm_act", "norm_act_backward", "inplace_abn_backward"):
+    for source in SOURCES:
         for layout in LAYOUTS:
             yield from (("sm_90", source, layout, dtype) for dtype in DTYPES)
         for architecture in ("sm_80", "sm_100"):

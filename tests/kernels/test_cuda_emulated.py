@@ -91,6 +91,51 @@ def test_inplace_abn_backward(kernels, dtype, layout):
     checks.check_inplace_abn_backward(kernels, Site(layout, dtype, "leaky_relu").keep_weight_from_zero())
 
 
+PIECES = {  # of the layouts above
+    24: (16, 8),
+    5: (2, 3),
+    100: (64, *[2] * 18),
+    300: (4, 256, 40),
+    7: (7,),
+    3: (1, 2),
+    2: (1, 1),
+    1: (1,),
+}
+
+
+@EACH_CASE
+def test_cat_norm_act(kernels, dtype, layout):
+    site, pieces = Site(layout, dtype, "relu"), PIECES[layout.channels]
+    z = checks.check_cat_norm_act(kernels, site, pieces)
+    assert torch.equal(z, checks.check_norm_act(kernels, site)), "not the bits of norm_act"
+
+
+@EACH_CASE
+def test_cat_norm_act_backward(kernels, dtype, layout):
+    site, pieces = Site(layout, dtype, "relu"), PIECES[layout.channels]
+    checks.check_cat_norm_act_backward(kernels, site, pieces)
+    checks.check_cat_norm_act_backward(kernels, site, pieces, [index % 2 == 0 for index in range(len(pieces))])
+
+
+def test_cat_norm_act_of_as_many_pieces_as_there_may_be(kernels):
+    site = Site(Layout(90, 100, 1), torch.float32)
+    pieces = [*[1] * (kernels.most_pieces - 1), 101 - kernels.most_pieces]
+    checks.check_cat_norm_act(kernels, site, pieces)
+    checks.check_cat_norm_act_backward(kernels, site, pieces, [True] * len(pieces))
+
+
+def test_what_is_not_wanted_of_pieces(kernels):
+    layout = Layout(700, 24, 1)
+    site = Site(layout, torch.float32)
+    xs = checks.split(site, site.x, (16, 8))
+    dxs, totals = [None, torch.full_like(xs[1], torch.nan)], [None, None]
+    values = site.weight, site.bias, site.mean, site.var, checks.EPS
+    args = site.grad, xs, *values, site.activation, site.args, layout
+    kernels.cat_norm_act_backward(dxs, [False, False], totals, None, None, *args)
+    want = (site.scale()[:, None] * site.dy(site.y()))[:, 16:]
+    checks.assert_close("dx", dxs[1], want, torch.float32)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(kernels, activation):
     site = Site(Layout(300, 5, 1), torch.float32, activation)

@@ -1,0 +1,208 @@
+// cat_norm_act_backward: from the pieces of the concatenation. With c = x − mean and r = 1/sqrt(var + eps):
+//
+//   y = c·a + bias      dy = grad·act'(y)      dweight = r·Σdy·c      dbias = Σdy
+//   dx (+)= a·dy        total[0] += −(a·r²/m)·Σdy·c      total[1] += −(a/m)·Σdy
+//
+// in one pass: what goes through the statistics, total[0]·c + total[1], is left to add_statistics_gradient, once for
+// all norms that read a piece.
+#include "forward.h"
+#include "pieces.h"
+
+namespace normpass {
+namespace {
+
+// Many, for a block's sums are added up in double: its pieces are read as streams of their own.
+inline int64_t rows_per_block(int64_t channels) {
+  return std::max((int64_t(1) << 17) / channels / runs_at_once, int64_t(1)) * runs_at_once;
+}
+
+template <class S> struct Call {
+  const S* grad;
+  const void* const* xs;
+  void* const* dxs;
+  const uint8_t* adds;
+  std::vector<Piece> pieces;
+  ActivationCall activation;
+
+  const S* x(int64_t piece) const { return static_cast<const S*>(xs[piece]); }
+  S* dx(int64_t piece) const { return static_cast<S*>(dxs[piece]); }
+};
+
+struct Sums {
+  std::vector<double> dy, dy_centred;
+  explicit Sums(int64_t channels) : dy(channels, 0.0), dy_centred(channels, 0.0) {}
+};
+
+// dx = a·dy, or that added to `before`; the sums of every position.
+template <int RUNS, bool ADDS, class A, class PerChannel, class Activation>
+NORMPASS_SHARED void differentiate(Runs<const A> grad, Runs<const A> x, Runs<const A> before, Runs<A> dx, A* dy_sums,
+                                   A* centred_sums, int64_t n, AffineAt<PerChannel> at, Activation activation) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    AffineValues<A> affine(at, i);
+    A sum = 0, products = 0;
+#pragma GCC unroll 4
+    for (int run = 0; run < RUNS; ++run) {
+      A centred = x(run, i) - affine.mean;
+      A dy = activation.gradient(grad(run, i), affine.value(centred));
+      sum += dy;
+      products = multiply_add(dy, centred, products);
+      dx(run, i) = ADDS ? multiply_add(affine.scale, dy, before(run, i)) : affine.scale * dy;
+    }
+    dy_sums[i] += sum;
+    centred_sums[i] += products;
+  }
+}
+
+// The same where all values are of one channel.
+template <bool ADDS, class A, class Activation>
+NORMPASS_SHARED void differentiate_plane(const A* grad, const A* x, const A* before, A* dx, double& dy_sum,
+                                         double& centred_sum, int64_t n, AffineAt<OneForAll<A>> at,
+                                         Activation activation) {
+  AffineValues<A> affine(at, 0);
+  A sum = 0, products = 0;
+#pragma omp simd reduction(+ : sum, products)
+  for (int64_t i = 0; i < n; ++i) {
+    A centred = x[i] - affine.mean;
+    A dy = activation.gradient(grad[i], affine.value(centred));
+    sum += dy;
+    products += dy * centred;
+    dx[i] = ADDS ? multiply_add(affine.scale, dy, before[i]) : affine.scale * dy;
+  }
+  dy_sum += sum;
+  centred_sum += products;
+}
+
+template <class A> struct Buffers {
+  alignas(64) A grad[runs_at_once * tile_size], x[runs_at_once * tile_size], dx[runs_at_once * tile_size];
+  alignas(64) A dy_sums[tile_size], centred_sums[tile_size];
+};
+
+template <class F> void with_addition(bool adds, F f) {
+  adds ? f(std::true_type()) : f(std::false_type());
+}
+
+template <class S>
+void strip_backward(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>& affine, const Strip& strip,
+                    Buffers<Wide<S>>& buffers, Sums& sums) {
+  using A = Wide<S>;
+  constexpr bool is_wide = std::is_same<S, A>::value;
+  const int64_t whole = walk.layout().channels, own = call.pieces[strip.piece].channels;
+  S* const result = call.dx(strip.piece);
+  const bool adds = result != nullptr && call.adds[strip.piece];
+  auto at = affine_at(walk, affine, strip.channel);
+  std::fill_n(buffers.dy_sums, strip.n, A(0));
+  std::fill_n(buffers.centred_sums, strip.n, A(0));
+  with_activation<A>(call.activation, [&](auto activation) {
+    with_addition(adds, [&](auto added) {
+      groups_of_rows(strip, [&](int64_t row, auto runs) {
+        constexpr int RUNS = runs.value;
+        int64_t offset = strip.own + row * own;
+        auto grad = read_runs(call.grad + strip.whole + row * whole, whole, buffers.grad, RUNS, strip.n);
+        auto x = read_runs(call.x(strip.piece) + offset, own, buffers.x, RUNS, strip.n);
+        Runs<const A> before{nullptr, 0};
+        if (added.value) before = read_runs<S>(result + offset, own, buffers.dx, RUNS, strip.n);
+        Runs<A> dx{buffers.dx, tile_size};
+        if constexpr (is_wide)
+          if (result != nullptr) dx = {result + offset, own};
+        differentiate<RUNS, added.value>(grad, x, before, dx, buffers.dy_sums, buffers.centred_sums, strip.n, at,
+                                         activation);
+        if constexpr (!is_wide)
+          for (int run = 0; result != nullptr && run < RUNS; ++run)
+            narrow(buffers.dx + run * tile_size, result + offset + run * own, strip.n);
+      });
+    });
+  });
+  for (int64_t i = 0; i < strip.n; ++i) {
+    sums.dy[strip.channel + i] += buffers.dy_sums[i];
+    sums.dy_centred[strip.channel + i] += buffers.centred_sums[i];
+  }
+}
+
+template <class S>
+void walk_share(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>& affine, Sums& sums, int thread,
+                int threads) {
+  Buffers<Wide<S>> buffers;
+  strips(walk.layout(), call.pieces, rows_per_block(walk.layout().channels), thread, threads,
+         [&](const Strip& strip) { strip_backward(walk, call, affine, strip, buffers, sums); });
+}
+
+template <class S>
+void walk_share(const Planes& walk, const Call<S>& call, const Affine<Wide<S>>& affine, Sums& sums, int thread,
+                int threads) {
+  using A = Wide<S>;
+  constexpr bool is_wide = std::is_same<S, A>::value;
+  Buffers<A> buffers;
+  plane_parts<S>(walk, call.pieces, thread, threads, [&](const PlanePart& part) {
+    const int64_t n = part.tile.n, channel = part.tile.position;
+    S* const result = call.dx(part.piece) == nullptr ? nullptr : call.dx(part.piece) + part.own;
+    const bool adds = result != nullptr && call.adds[part.piece];
+    const A* grad = read_runs(call.grad + part.tile.offset, 0, buffers.grad, 1, n).values;
+    const A* x = read_runs(call.x(part.piece) + part.own, 0, buffers.x, 1, n).values;
+    const A* before = adds ? read_runs<S>(result, 0, buffers.dx, 1, n).values : nullptr;
+    A* dx = buffers.dx;
+    if constexpr (is_wide)
+      if (result != nullptr) dx = result;
+    with_activation<A>(call.activation, [&](auto activation) {
+      with_addition(adds, [&](auto added) {
+        differentiate_plane<added.value>(grad, x, before, dx, sums.dy[channel], sums.dy_centred[channel], n,
+                                         affine_at(walk, affine, channel), activation);
+      });
+    });
+    if constexpr (!is_wide)
+      if (result != nullptr) narrow(buffers.dx, result, n);
+  });
+}
+
+template <class S, class Walk>
+Sums backward(const Walk& walk, const Call<S>& call, const Affine<Wide<S>>& affine, int threads) {
+  std::vector<Sums> shares(threads, Sums(walk.layout().channels));
+#pragma omp parallel num_threads(threads)
+  walk_share(walk, call, affine, shares[omp_get_thread_num()], omp_get_thread_num(), omp_get_num_threads());
+  for (int t = 1; t < threads; ++t)
+    for (size_t c = 0; c < shares[0].dy.size(); ++c) {
+      shares[0].dy[c] += shares[t].dy[c];
+      shares[0].dy_centred[c] += shares[t].dy_centred[c];
+    }
+  return std::move(shares[0]);
+}
+
+template <class A>
+void store(const Sums& sums, const std::vector<Piece>& pieces, const Affine<A>& affine, const A* var, double eps,
+           double count, A* dweight, A* dbias, double* const* totals) {
+  for (size_t p = 0; p < pieces.size(); ++p)
+    for (int64_t i = 0; i < pieces[p].channels; ++i) {
+      int64_t c = pieces[p].first + i;
+      double slope = affine.scale[c], precision = 1 / (static_cast<double>(var[c]) + eps);
+      if (dweight != nullptr) dweight[c] = static_cast<A>(sums.dy_centred[c] * std::sqrt(precision));
+      if (dbias != nullptr) dbias[c] = static_cast<A>(sums.dy[c]);
+      if (totals[p] == nullptr) continue;
+      totals[p][i] -= slope * precision * sums.dy_centred[c] / count;
+      totals[p][i + pieces[p].channels] -= slope * sums.dy[c] / count;
+    }
+}
+
+}  // namespace
+}  // namespace normpass
+
+NORMPASS_EXPORT int normpass_cat_norm_act_backward(void* const* dxs, double* const* totals, const uint8_t* adds,
+                                                   void* dweight, void* dbias, const void* grad, const void* const* xs,
+                                                   const int64_t* piece_channels, int64_t pieces, const void* weight,
+                                                   const void* bias, const void* mean, const void* var, double eps,
+                                                   int activation, double arg0, double arg1, int64_t outer,
+                                                   int64_t channels, int64_t inner, int dtype, int threads) {
+  using namespace normpass;
+  return with_dtype(dtype, [&](auto* storage) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    using A = Wide<S>;
+    with_layout({outer, channels, inner}, [&](const auto& walk) {
+      Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
+                       static_cast<const A*>(mean), static_cast<const A*>(var), eps);
+      Call<S> call{static_cast<const S*>(grad), xs,  dxs, adds, pieces_of(piece_channels, pieces),
+                   {activation, arg0, arg1}};
+      Sums sums = backward<S>(walk, call, affine, threads);
+      store<A>(sums, call.pieces, affine, static_cast<const A*>(var), eps,
+               static_cast<double>(walk.layout().count()), static_cast<A*>(dweight), static_cast<A*>(dbias), totals);
+    });
+  });
+}

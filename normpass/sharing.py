@@ -1,0 +1,232 @@
+"""What a rewritten graph calls where norms read concatenations of the same tensors.
+
+    producer_statistics   right behind a producer: the moments of its channels, for all norms that will read them
+    shared_norm_act       z = act(norm(cat(…))) from what those gave; z carries its recipe
+
+As in `normpass.functional` the norm modules are read when the graph runs. Where one can no longer be fused, the plain
+layers run on the concatenation itself: same numbers, no saving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normpass.functional import (
+    NormTensors,
+    Statistics,
+    fused_norm_act,
+    fusible,
+    move_running_stats,
+    next_running,
+    plain_norm_act,
+    running_statistics_of,
+    split_norm_act,
+)
+from normpass.kernels import Kernels, kernels_for
+from normpass.ops.activation import RULES
+from normpass.ops.cat_norm_act import cat_norm_act
+from normpass.ops.eager import eager_device, under_other_derivatives
+from normpass.ops.layout import memory_format_of
+from normpass.ops.library import is_exporting
+from normpass.ops.moments import moments_with_update
+from normpass.ops.operands import can_run
+from normpass.ops.pieces import are_pieces, channels_of
+from normpass.ops.running_stats import update_running_stats
+from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
+from normpass.recipe import Kept, is_recording, pass_on, recipe_of, tag
+
+
+class Producer(NamedTuple):
+    """One tensor that norms read as a piece of their concatenations."""
+
+    x: Tensor
+    """(N, Cᵢ, *)"""
+    statistics: Tensor | None = None
+    """(2, Cᵢ): mean and biased variance of each channel; None where they were not asked for"""
+    memory_format: torch.memory_format | None = None
+    """in which x is dense; None where x is not for kernels without the dispatcher"""
+    kept: Kept | None = None
+    """x as recipes keep it, one for all"""
+    stream: int = 0
+    """the CUDA stream it was read on; autograd synchronises streams for its own gradients only"""
+
+
+class Whole(NamedTuple):
+    """What `fusible` asks of a tensor, of a concatenation that does not exist."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def producer_statistics(x: Any, *norms: Any) -> Producer:
+    """The moments of `x`, if one of `norms` (modules, or whether they normalise with the batch's) needs them now.
+
+    The first and the last of those that read x are enough: for others that need what is missing it is computed.
+    """
+    if not _has_moments(x) or is_exporting() or under_other_derivatives():
+        return Producer(x)
+    needed = any([_uses_batch_statistics(norm) for norm in norms])
+    statistics = _moments(x) if needed else None
+    device = eager_device(x)
+    kernels = None if device is None else kernels_for(device)
+    memory_format = memory_format_of(x)
+    if kernels is None or not can_run(kernels, x) or not x.is_contiguous(memory_format=memory_format):
+        return Producer(x, statistics)
+    if x.requires_grad and torch.is_grad_enabled():
+        alias: Tensor = Reader.apply(x, memory_format)
+        pass_on(x, alias)
+        x = alias
+    kept = Kept(x) if is_recording() and recipe_of(x) is None else None
+    return Producer(x, statistics, memory_format, kept, _stream(x))
+
+
+def shared_norm_act(norm: Any, activation: str, activation_args: Sequence[float], *producers: Producer) -> Tensor:
+    """act(norm(cat of `producers`)) without the concatenation; who saves the result saves its recipe instead."""
+    return _shared(norm, activation, activation_args, producers, is_rebuilt=True)
+
+
+def kept_shared_norm_act(norm: Any, activation: str, activation_args: Sequence[float], *producers: Producer) -> Tensor:
+    """The same without a recipe: who saves the result keeps it."""
+    return _shared(norm, activation, activation_args, producers, is_rebuilt=False)
+
+
+KEEPING: dict[Any, Callable[..., Tensor]] = {split_norm_act: fused_norm_act, shared_norm_act: kept_shared_norm_act}
+"""What rebuilds its result -> the same that keeps it."""
+
+
+def _shared(
+    norm: Any, activation: str, activation_args: Sequence[float], producers: Sequence[Producer], is_rebuilt: bool
+) -> Tensor:
+    prepared = _prepare(norm, activation, activation_args, producers)
+    if isinstance(prepared, Tensor):
+        return prepared
+    fast = _without_dispatcher(prepared, producers)
+    function: Callable[..., Tensor] = cat_norm_act
+    args = prepared
+    if fast is None:
+        z = cat_norm_act(*prepared)
+    else:
+        kernels, memory_format = fast
+        xs, weight, bias, mean, var, *options = prepared
+        values = weight, bias, mean, var
+        if torch.is_grad_enabled():
+            z = CatNormAct.apply(*values, kernels, memory_format, tuple(options), *xs)
+        else:
+            z = cat_norm_act_of(kernels, xs, memory_format, *values, tuple(options))
+        pieces = [x if p.kept is None else p.kept for x, p in zip(xs, producers, strict=True)]
+        function, args = _rebuild, (pieces, memory_format, *values, tuple(options))
+    if is_rebuilt and not torch.compiler.is_compiling() and is_recording():
+        tag(z, function, args)
+    return z
+
+
+def prepare_shared_norm_act(
+    norm: Any, activation: str, activation_args: Sequence[float], *producers: Producer
+) -> tuple | Tensor:
+    """What of `shared_norm_act` is to run once a step; for `finish_shared_norm_act`, as `prepare_norm_act`."""
+    return _prepare(norm, activation, activation_args, producers)
+
+
+def finish_shared_norm_act(prepared: tuple | Tensor) -> Tensor:
+    """z = act(norm(cat(…))) from what `prepare_shared_norm_act` returned."""
+    return prepared if isinstance(prepared, Tensor) else cat_norm_act(*prepared)
+
+
+def _rebuild(xs: Sequence[Tensor], memory_format: torch.memory_format, *others: Any) -> Tensor:
+    """z again, by the kernels that have made it."""
+    kernels = kernels_for(xs[0].device.type)
+    if kernels is None:  # switched off meanwhile
+        *values, options = others
+        return cat_norm_act(xs, *values, *options)
+    return cat_norm_act_of(kernels, xs, memory_format, *others)
+
+
+def _without_dispatcher(prepared: tuple, producers: Sequence[Producer]) -> tuple[Kernels, torch.memory_format] | None:
+    """The kernels and the memory format of all pieces, where `CatNormAct` can run; None where the op must."""
+    xs, weight, bias, mean, var, *options = prepared
+    memory_format = producers[0].memory_format
+    if memory_format is None or any([p.memory_format is not memory_format for p in producers]):
+        return None
+    if torch.is_grad_enabled() and any([x.requires_grad and not hasattr(x.grad_fn, "shared") for x in xs]):
+        return None  # forward began without gradients
+    stream = _stream(xs[0])
+    if any([p.stream != stream for p in producers]):
+        return None
+    device = eager_device(xs[0], weight, bias, mean, var)
+    kernels = None if device is None else kernels_for(device)
+    if kernels is None or not options[1] and (mean.requires_grad or var.requires_grad):
+        return None
+    channels, rule = mean.shape, RULES.get(options[2])
+    fits = all([t is None or t.shape == channels and not t.is_neg() for t in (weight, bias, var)])
+    fits = fits and rule is not None and len(xs) <= kernels.most_pieces
+    return (kernels, memory_format) if fits else None
+
+
+def _prepare(
+    norm: Any, activation: str, activation_args: Sequence[float], producers: Sequence[Producer]
+) -> tuple | Tensor:
+    """The arguments of `cat_norm_act`, the running statistics moved; or the result, where the norm cannot be fused."""
+    xs = [p.x for p in producers]
+    tensors = fusible(norm, _whole(xs), None, activation) if are_pieces(xs) else None
+    if tensors is None:
+        return plain_norm_act(norm, torch.cat(xs, 1), None, activation, activation_args, "")
+    mean, var, of_batch = _statistics(norm, tensors, producers)
+    return xs, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
+
+
+def _statistics(norm: Any, tensors: NormTensors, producers: Sequence[Producer]) -> Statistics:
+    """What this call normalises with, the running statistics moved."""
+    fixed = running_statistics_of(norm, tensors)
+    if fixed is not None:
+        return fixed
+    parts = [_moments(p.x) if p.statistics is None else p.statistics for p in producers]
+    mean, var = torch.cat(parts, 1).unbind(0)
+    running = next_running(norm, tensors)
+    if running is not None:
+        x = producers[0].x
+        count = x.numel() // x.shape[1]
+        device = eager_device(x)
+        if device is None:
+            move_running_stats(running, mean, var, count)
+        else:
+            update_running_stats(kernels_for(device), running, mean, var, count)
+    return Statistics(mean, var, of_batch=True)
+
+
+def _moments(x: Tensor) -> Tensor:
+    """(2, Cᵢ): mean and biased variance."""
+    device = eager_device(x)
+    if device is None:
+        return torch.stack(torch.ops.normpass.moments.default(x.detach()))
+    return torch.stack(moments_with_update(kernels_for(device), x, None))
+
+
+def _stream(x: Tensor) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(x.get_device())) if x.is_cuda else 0
+
+
+def _whole(xs: Sequence[Tensor]) -> Whole:
+    first = xs[0]
+    return Whole((first.shape[0], channels_of(xs), *first.shape[2:]), first.dtype, first.device)
+
+
+def _has_moments(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point() and x.numel() > 0
+
+
+def _uses_batch_statistics(norm: Any) -> bool:
+    if isinstance(norm, bool):
+        return norm
+    return norm.training or norm.running_mean is None or norm.running_var is None
