@@ -17,13 +17,14 @@ FOLDERS = {
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
-    ("guard", "measure", "ops", "extras", "files", "fold"),
+    ("guard", "measure", "ops", "extras", "files", "fold", "grouping"),
     ("tracing", "recipe", "weights", "export"),
     ("nn",),
     ("functional", "report", "agreement"),
     ("capture",),
     ("sites",),
-    ("rewrite",),
+    ("rewrite", "units"),
+    ("traffic",),
     ("planner", "passes"),  # the planner is given the rewrites, it never imports them
     ("verify",),
     ("apply",),
