@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from normpass.passes.derive_recipes import RECOMPUTED, DeriveRecipes
 from normpass.passes.fuse_norm_act import FuseNormAct
+from normpass.passes.group_norm import GroupNorm
 from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
@@ -24,6 +25,7 @@ SPECIALISE = SpecialiseSwitchable()  # before the sites: it makes other nodes of
 AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
+    "group_norm": GroupNorm,
     "kalman": Kalman,
     "sparse_switchable": SparseSwitchable,
 }
@@ -36,6 +38,7 @@ __all__ = [
     "SPECIALISE",
     "DeriveRecipes",
     "FuseNormAct",
+    "GroupNorm",
     "InplaceABN",
     "Kalman",
     "LeakyReLU",
