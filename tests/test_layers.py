@@ -17,14 +17,14 @@ FOLDERS = {
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
-    ("guard", "measure", "ops", "extras", "files", "fold", "grouping"),
+    ("guard", "measure", "ops", "extras", "files", "fold", "grouping", "environment"),
     ("tracing", "recipe", "weights", "export"),
     ("nn",),
     ("functional", "report", "agreement"),
     ("capture",),
     ("sites",),
-    ("rewrite", "units"),
-    ("traffic",),
+    ("rewrite", "units", "per_sample"),
+    ("traffic", "serialised"),
     ("planner", "passes"),  # the planner is given the rewrites, it never imports them
     ("verify",),
     ("apply",),
@@ -34,7 +34,7 @@ ORDER = (
     ("convert", "backend"),
     ("from_onnx",),
     ("normpass",),
-    ("digits", "environment", "models", "timing"),
+    ("digits", "models", "timing"),
     ("bench_layers", "contenders", "overhead"),
     ("bench_kernels", "bench_networks"),
     ("bench_tables",),
