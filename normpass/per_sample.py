@@ -112,7 +112,7 @@ def _is_known(node: fx.Node, value: Tensor, operands: list, shapes: Mapping[fx.N
     if node.op != "call_function":
         return False
     if target in _WITH_WEIGHT:
-        return len(operands) == 1 and dims >= 2 and _normalises_below(node, dims)
+        return _reads_once(node, variable) and dims >= 2 and _normalises_below(node, dims)
     if target in _CONCATENATIONS:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return isinstance(dim, int) and dim % dims != 0
@@ -138,6 +138,13 @@ def _is_known_method(node: fx.Node, dims: int) -> bool:
     if not all(isinstance(axis, int) for axis in axes):
         return False
     return axes[0] % dims == 0 if name == "permute" else all(axis % dims != 0 for axis in axes)
+
+
+def _reads_once(node: fx.Node, variable: set) -> bool:
+    """Whether one argument depends on an input: the weight, too, may be a value of the network."""
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda source: read.append(source) or source)
+    return sum(source in variable for source in read) == 1
 
 
 def _has_no_batch(constant: Any, dims: int) -> bool:

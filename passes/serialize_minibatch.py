@@ -101,9 +101,10 @@ def _chains(graph: fx.Graph, root: nn.Module, shapes: Shapes, name: str) -> tupl
         reason = _refusal(unit, root, shapes, storage, variable)
         if reason is None:
             chains[-1].append(unit)
-            continue
-        refusals.append(Refusal(name, unit.name, reason))
-        chains.append([])
+        else:
+            refusals.append(Refusal(name, unit.name, reason))
+        if reason is not None or any(user not in variable and user.op != "output" for user in unit.output.users):
+            chains.append([])
     return [chain for chain in chains if chain], refusals
 
 
