@@ -11,6 +11,8 @@ from normpass.passes.group_norm import GroupNorm
 from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
+from normpass.passes.serialize_minibatch import SerializeMinibatch
+from normpass.passes.serialize_norms import SerializeNorms
 from normpass.passes.sparse_switchable import SparseSwitchable
 from normpass.passes.specialise_switchable import SpecialiseSwitchable
 from normpass.passes.split_bn import SplitBN
@@ -42,6 +44,8 @@ __all__ = [
     "InplaceABN",
     "Kalman",
     "LeakyReLU",
+    "SerializeMinibatch",
+    "SerializeNorms",
     "SparseSwitchable",
     "SpecialiseSwitchable",
     "SplitBN",

@@ -24,7 +24,7 @@ ORDER = (
     ("capture",),
     ("sites",),
     ("rewrite", "units", "per_sample"),
-    ("traffic", "serialised"),
+    ("traffic", "serialised", "serial_norm"),
     ("planner", "passes"),  # the planner is given the rewrites, it never imports them
     ("verify",),
     ("apply",),
