@@ -180,12 +180,14 @@ def survival_noise(x: Tensor, p: float, mode: str) -> Tensor:
     return noise if p == 1.0 else noise.div_(1.0 - p)
 
 
-def _op_args(device, norm, tensors: NormTensors, x, residual, activation, activation_args, moments=None) -> tuple:
+def _op_args(
+    device, norm, tensors: NormTensors, x, residual, activation, activation_args, moments: Any = None
+) -> tuple:
     mean, var, of_batch = _statistics(device, norm, tensors, x, moments)
     return x, residual, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 
 
-def _statistics(device: str | None, norm, tensors: NormTensors, x: Tensor, moments=None) -> Statistics:
+def _statistics(device: str | None, norm, tensors: NormTensors, x: Tensor, moments: Any = None) -> Statistics:
     """The statistics this call normalises with; in training the running ones move, exactly once."""
     training, running_mean, running_var = norm.training, tensors.running_mean, tensors.running_var
     if not training and running_mean is not None and running_var is not None:
@@ -196,9 +198,10 @@ def _statistics(device: str | None, norm, tensors: NormTensors, x: Tensor, momen
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, momentum)
     if device is not None and moments is not None:
+        mean, var = moments
         if running is not None:
-            update_running_stats(kernels_for(device), running, *moments, x.numel() // x.shape[1])
-        return Statistics(*moments, of_batch=True)
+            update_running_stats(kernels_for(device), running, mean, var, x.numel() // x.shape[1])
+        return Statistics(mean, var, of_batch=True)
     if device is not None:
         return Statistics(*moments_with_update(kernels_for(device), x, running), of_batch=True)
     mean, var = torch.ops.normpass.moments.default(x.detach())

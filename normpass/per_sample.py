@@ -54,7 +54,7 @@ def reason_not_per_sample(node: fx.Node, root: nn.Module, shapes: Mapping[fx.Nod
         variable: the nodes that depend on an input.
     """
     value = shapes.get(node)
-    operands = [shapes.get(s) for s in node.all_input_nodes if s in variable]
+    operands: list[Any] = [shapes.get(s) for s in node.all_input_nodes if s in variable]
     if not isinstance(value, Tensor) or not all(isinstance(v, Tensor) for v in operands):
         return "it handles something other than one tensor"
     if not operands or value.dim() == 0 or any(v.dim() == 0 or v.shape[0] != value.shape[0] for v in operands):
@@ -129,11 +129,12 @@ def _is_known(node: fx.Node, value: Tensor, operands: list, shapes: Mapping[fx.N
 
 def _is_known_method(node: fx.Node, dims: int) -> bool:
     """`flatten`, `mean` and `permute`, as functions or methods, where they leave the batch alone."""
-    name, rest = getattr(node.target, "__name__", node.target), list(node.args[1:])
+    name = getattr(node.target, "__name__", node.target)
+    rest: list[Any] = list(node.args[1:])
     if name == "flatten":
         start = rest[0] if rest else node.kwargs.get("start_dim", 0)
         return isinstance(start, int) and start % dims != 0
-    given = rest[0] if len(rest) == 1 or (rest and name == "mean") else (rest or node.kwargs.get("dim", 0))
+    given: Any = rest[0] if len(rest) == 1 or (rest and name == "mean") else (rest or node.kwargs.get("dim", 0))
     axes = [given] if isinstance(given, int) else list(given)
     if not all(isinstance(axis, int) for axis in axes):
         return False
@@ -143,7 +144,12 @@ def _is_known_method(node: fx.Node, dims: int) -> bool:
 def _reads_once(node: fx.Node, variable: set) -> bool:
     """Whether one argument depends on an input: the weight, too, may be a value of the network."""
     read: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda source: read.append(source) or source)
+
+    def note(source: fx.Node) -> fx.Node:
+        read.append(source)
+        return source
+
+    fx.map_arg((node.args, node.kwargs), note)
     return sum(source in variable for source in read) == 1
 
 

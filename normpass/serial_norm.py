@@ -225,7 +225,7 @@ def _empty_result(first: Tensor, count: int) -> Tensor:
 def _gradients(ctx: Any, dc: Tensor) -> list[Tensor | None]:
     """Of x, the norm's weight and bias, its statistics (none), the convolution's weight and bias."""
     x, norm_weight, norm_bias, mean, var, weight, bias = ctx.saved_tensors
-    eps, of_batch, *activation = ctx.options
+    eps, of_batch, activation, activation_args = ctx.options
     needs = ctx.needs_input_grad
     kernels, blocks = kernels_for(ctx.device), _Blocks(x, weight, ctx.geometry, ctx.step)
     # Without a weight of its own the norm still needs Σdy·x̂ and Σdy.
@@ -239,10 +239,12 @@ def _gradients(ctx: Any, dc: Tensor) -> list[Tensor | None]:
         of_x = blocks.x[block]
         z = norm_act_on(ctx.device, of_x, None, *values, *ctx.options)
         dz, *of_conv = blocks.gradients(dc_blocks[block], z, (True, needs[5], needs[6]))
+        assert dz is not None  # it is always asked for
         del z
         a_dy, _, s2, s1 = norm_act_gradients(
-            kernels, dz, of_x, None, *values, eps, False, *activation, (True, False, True, True)
+            kernels, dz, of_x, None, *values, eps, False, activation, activation_args, (True, False, True, True)
         )
+        assert a_dy is not None
         dx_blocks[block] = a_dy
         sums = [_add(total, g) for total, g in zip(sums, (s2, s1, *of_conv), strict=True)]
     s2, s1, dweight, dbias = sums
@@ -258,7 +260,7 @@ def _gradients(ctx: Any, dc: Tensor) -> list[Tensor | None]:
 
 def _differentiable(ctx: Any, dc: Tensor) -> list[Tensor | None]:
     """The same gradients, whole and with a graph of their own."""
-    inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
+    inputs: list[Any] = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
     x, norm_weight, norm_bias, mean, var, weight, bias = inputs
     z = norm_act(x, None, norm_weight, norm_bias, mean.detach(), var.detach(), *ctx.options)
     c = _convolution(z.dim())(z, weight, bias, *ctx.geometry.args)

@@ -184,18 +184,21 @@ def call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer(*args, **kwargs)
 
 
-def run_layer(layer: Any, x: Tensor, *tensors: Tensor | None) -> Tensor:
+def run_layer(layer: Any, x: Tensor, *tensors: Any) -> Tensor:
     """What `layer` computes of x with other tensors for those that `tensor_names` has."""
     if isinstance(layer, BATCH_NORMS):
-        return F.batch_norm(x, *tensors, False, 0.0, layer.eps)
+        mean, var, weight, bias = tensors
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=layer.eps)
     if isinstance(layer, INSTANCE_NORMS):
-        return F.instance_norm(x, *tensors, layer.training or not layer.track_running_stats, 0.0, layer.eps)
+        mean, var, weight, bias = tensors
+        of_sample = layer.training or not layer.track_running_stats
+        return F.instance_norm(x, mean, var, weight, bias, use_input_stats=of_sample, eps=layer.eps)
     weight, bias = (*tensors, None)[:2]
     if isinstance(layer, CONVOLUTIONS):
         return layer._conv_forward(x, weight, bias)
     if isinstance(layer, TRANSPOSED):
         run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
-        options = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        options: Any = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
         return run(x, weight, bias, *options)
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)

@@ -132,8 +132,8 @@ def _replace(graph: fx.Graph, root: nn.Module, group: Group, start: fx.Node) -> 
         if type(layer) in WITH_TENSORS
         for name in tensor_names(layer)
     )
-    bodies = [_body(nodes, root, start, paths, extras, held if divided else ()) for divided in (False, True)]
-    region = Region(*bodies, len(paths), held, group.sub_batch)
+    whole, part = (_body(nodes, root, start, paths, extras, tensors) for tensors in ((), held))
+    region = Region(whole, part, len(paths), held, group.sub_batch)
     with graph.inserting_before(nodes[-1]):
         layers = [graph.get_attr(path) for path in paths]
         call = graph.call_function(region_function(region), (start, *layers, *extras))
