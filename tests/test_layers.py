@@ -35,7 +35,7 @@ ORDER = (
     ("from_onnx",),
     ("normpass",),
     ("digits", "models", "timing"),
-    ("bench_layers", "contenders", "overhead"),
+    ("bench_layers", "bench_serialised", "contenders", "overhead"),
     ("bench_kernels", "bench_networks"),
     ("bench_tables",),
     ("bench", "demo", "cli_convert"),
