@@ -161,8 +161,8 @@ def format_row(row: Row) -> str:
     return f"{row.table:6}{row.what}: {', '.join(parts)}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a line for each row, write the record."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(prog="python -m normpass.bench_serialised", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, default=16)
@@ -171,7 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tables", nargs="+", default=["exact", "deep"], choices=["exact", "deep"])
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a line for each row, write the record."""
+    options = make_parser().parse_args(argv)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     buffers, rows = buffers_of(device), []
     measured: list[Callable[[], Row]] = []
