@@ -32,7 +32,7 @@ from normpass.capture import reason_to_keep_whole
 from normpass.functional import prepare_norm_act
 from normpass.kernels import kernels_for
 from normpass.ops.eager import eager_device
-from normpass.ops.layout import memory_format_of, per_channel, statistics_dtype
+from normpass.ops.layout import empty_for_blocks, memory_format_of, per_channel, statistics_dtype
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.norm_act_backward import norm_act_gradients
@@ -196,7 +196,7 @@ class NormActConv(torch.autograd.Function):
                 z = norm_act_on(device, blocks.x[block], None, norm_weight, norm_bias, mean, var, *options)
                 of_block = blocks.convolve(z, bias)
                 if c is None:
-                    c = _empty_result(of_block, len(blocks.x))
+                    c = empty_for_blocks(of_block, len(blocks.x))
                 c[block] = of_block
                 merged.append((of_block.numel() // of_block.shape[1], *moments_with_update(kernels, of_block, None)))
         assert c is not None
@@ -214,12 +214,6 @@ class NormActConv(torch.autograd.Function):
         run = _differentiable if torch.is_grad_enabled() else _gradients
         with torch.autocast(ctx.device, enabled=False):
             return *run(ctx, dc), *[None] * 4
-
-
-def _empty_result(first: Tensor, count: int) -> Tensor:
-    """Memory for `count` rows or samples, laid out as the first block is."""
-    empty = first.new_empty((count, *first.shape[1:]))
-    return empty.contiguous(memory_format=memory_format_of(first)) if first.dim() > 2 else empty
 
 
 def _gradients(ctx: Any, dc: Tensor) -> list[Tensor | None]:

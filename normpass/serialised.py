@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normpass.ops.eager import under_other_derivatives
-from normpass.ops.layout import memory_format_of
+from normpass.ops.layout import empty_for_blocks
 from normpass.ops.library import is_exporting
 from normpass.per_sample import BATCH_NORMS, CONVOLUTIONS, INSTANCE_NORMS, TRANSPOSED, reason_not_now
 
@@ -83,8 +83,7 @@ class Serialised(torch.autograd.Function):
         for start, part in _parts(region, x.detach()):
             y = region.part(None, part, *layers, *constants)
             if out is None:
-                out = y.new_empty((x.shape[0], *y.shape[1:]))
-                out = out.contiguous(memory_format=memory_format_of(y))
+                out = empty_for_blocks(y, x.shape[0])
             out[start : start + len(y)] = y
         assert out is not None  # the batch is larger than the sub-batch
         return out

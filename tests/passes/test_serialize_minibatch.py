@@ -6,13 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from serialising import NORMS, Serial, small_resnet
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
-from training import assert_equal, image, train
+from training import assert_equal, image, spread, train
 
-from normpass import measure
+from normpass import measure, passes
+from normpass.apply import rewrite_graph
+from normpass.capture import capture, required_arguments
 from normpass.errors import InvalidInputError
+from normpass.measure import kept_bytes
 from normpass.passes.serialize_minibatch import SerializeMinibatch
+from normpass.planner import make_plan
+from normpass.recipe import recording
+from normpass.sites import find_sites
 
 SHAPE = 7, 3, 16, 16
 
@@ -251,6 +257,64 @@ def test_the_peak_of_a_forward_and_of_a_step():
     with torch.no_grad():
         assert measure.forward_peak_bytes(other, x) < 0.2 * measure.forward_peak_bytes(model, x)
     assert measure.peak_bytes(other, x) < 0.35 * measure.peak_bytes(model, x)
+
+
+def test_a_channels_last_result_is_allocated_once():
+    model = nn.Conv2d(3, 8, 1).to(memory_format=torch.channels_last)
+    x = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
+    other = Serial(model, x, sub_batch=1)
+    with torch.no_grad():
+        assert measure.forward_peak_bytes(other, x) < 1.3 * other(x).numel() * 4
+
+
+# --- beside the other rewrites ----------------------------------------------------------------------
+
+
+class FineTuned(nn.Module):
+    """Frozen layers below, trained ones above, whose first norm's result the frozen layers behind it read."""
+
+    def __init__(self):
+        super().__init__()
+        self.below = small_resnet("eval").layer1
+        self.conv, self.bn, self.act = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()
+        self.above = small_resnet("group").layer2
+        self.first = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        h = self.act(self.bn(self.conv(self.below(self.first(x)))))
+        return self.above(h).mean((2, 3))
+
+
+def test_beside_split_bn():
+    model = spread(FineTuned())
+    other = copy.deepcopy(model)
+    captured = capture(other, required_arguments(other))
+    x = image(6, 3, 12, 12, requires_grad=True)
+    found = SerializeMinibatch(sub_batch=2).apply(captured.graph, other, [x])
+    plan = make_plan(find_sites(captured), passes.ORDER, allow_lossy=False)
+    assert [choice.rewrite for choice in plan.choices] == ["split_bn"]
+    assert [group.name for group in found.groups] == ["first to below", "above to mean"]
+    rewrite_graph(captured.graph, other, plan, passes.ORDER, passes.AFTER_SITES)
+    run = type(fx.GraphModule(other, captured.graph)).forward
+
+    def forward(_, *inputs):
+        with recording():
+            return run(other, *inputs)
+
+    for m in (model, other):
+        m.below.eval()
+    assert_equal(train(model, (x,)), train(other, (x,), run=forward))
+
+    class Kept(nn.Module):
+        def forward(self, x):
+            return forward(None, x)
+
+    for m in (model, other):
+        m.train()
+        m.below.eval()
+    # The images' features below (x of the trained convolution and its result); z itself is a recipe.
+    kept = kept_bytes(Kept(), image(6, 3, 12, 12))
+    assert kept < 1.1 * 2 * 6 * 16 * 12 * 12 * 8
 
 
 # --- what is refused --------------------------------------------------------------------------------
