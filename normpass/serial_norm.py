@@ -152,10 +152,17 @@ class _Blocks:
         """A tensor of the shape of x or c, cut as x is. New memory only where it is not laid out as x is."""
         return _rows(t) if self.by_rows else t
 
-    def convolve(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        if self.by_rows:
-            return F.linear(z, self.weight, bias)
-        return _convolution(z.dim())(z, self.weight, bias, *self.geometry.args)
+    def convolve_into(self, c: Tensor | None, block: slice, z: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """c with the convolution of z in its place, made with the first block where it is None; and that block."""
+        if self.by_rows and c is not None:
+            out = c[block]
+            weight = self.weight.t()
+            return c, torch.mm(z, weight, out=out) if bias is None else torch.addmm(bias, z, weight, out=out)
+        of_block = _convolution(z.dim())(z, self.weight, bias, *self.geometry.args)
+        if c is None:
+            c = empty_for_blocks(of_block, len(self.x))
+        c[block] = of_block
+        return c, of_block
 
     def gradients(self, dc: Tensor, z: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """Of z, of the weight and of the bias."""
@@ -189,15 +196,12 @@ class NormActConv(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, var, weight, bias)
         ctx.options, ctx.geometry, ctx.step, ctx.device = options, geometry, step, device
         blocks, kernels = _Blocks(x, weight, geometry, step), kernels_for(device)
-        c: Tensor | None = None
+        c = x.new_empty((len(blocks.x), len(weight))) if blocks.by_rows else None
         merged: list[tuple[int, Tensor, Tensor]] = []
         with torch.autocast(device, enabled=False):
             for block in blocks:
                 z = norm_act_on(device, blocks.x[block], None, norm_weight, norm_bias, mean, var, *options)
-                of_block = blocks.convolve(z, bias)
-                if c is None:
-                    c = empty_for_blocks(of_block, len(blocks.x))
-                c[block] = of_block
+                c, of_block = blocks.convolve_into(c, block, z, bias)
                 merged.append((of_block.numel() // of_block.shape[1], *moments_with_update(kernels, of_block, None)))
         assert c is not None
         if blocks.by_rows:
