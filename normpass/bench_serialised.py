@@ -80,7 +80,7 @@ class Row:
     """the buffer that is faster than the plain form, None if none is"""
 
 
-class Serialised(nn.Module):
+class SerialisedModel(nn.Module):
     """A model whose forward runs as `SerializeMinibatch` rewrites it for inputs like `x`."""
 
     def __init__(self, model: nn.Module, x: Tensor, buffer_bytes: int) -> None:
@@ -133,7 +133,7 @@ def deep_row(
     model = make().to(device).to(memory_format=torch.channels_last)
     x = torch.randn(tuple(shape), device=device).to(memory_format=torch.channels_last)
     models: dict[str, nn.Module] = {"plain": model}
-    models |= {str(buffer): Serialised(model, x, buffer) for buffer in buffers}
+    models |= {str(buffer): SerialisedModel(model, x, buffer) for buffer in buffers}
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
         times = measure.ratios(measure.step_time(models, x, rounds=rounds), "plain")
         peaks = {key: measure.peak_bytes(each, x) for key, each in models.items()}

@@ -93,6 +93,8 @@ def _reason_of_layer(module: nn.Module, value: Tensor, x: Tensor) -> str | None:
         return "its input has no batch"
     if isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.GLU)):
         return None if module.dim is not None and module.dim % x.dim() != 0 else "it works along the batch"
+    if isinstance(module, (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)):
+        return "it draws random numbers"
     if isinstance(module, nn.Flatten):
         return None if module.start_dim % x.dim() != 0 else "it flattens the batch"
     known = kind in WITH_TENSORS or activation_of_module(module) is not None or kind is nn.ChannelShuffle

@@ -60,7 +60,7 @@ def run_region(region: Region, x: Tensor, *operands: Any) -> Tensor:
     if not _is_divisible(region, x, layers):
         return region.whole(None, x, *operands)
     tensors = [getattr(layers[index], name) for index, name in region.held]
-    result: Tensor = Serialised.apply(region, layers, x, *tensors, *extras)
+    result: Tensor = SerialisedRegion.apply(region, layers, x, *tensors, *extras)
     return result
 
 
@@ -70,7 +70,7 @@ def _is_divisible(region: Region, x: Tensor, layers: Sequence[nn.Module]) -> boo
     return x.shape[0] > region.sub_batch and all(reason_not_now(layer) is None for layer in layers)
 
 
-class Serialised(torch.autograd.Function):
+class SerialisedRegion(torch.autograd.Function):
     """The region with its layers' tensors as inputs, so that autograd knows and checks all that it reads."""
 
     @staticmethod

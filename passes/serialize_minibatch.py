@@ -33,7 +33,7 @@ from normpass.units import Shapes, Unit, shapes_of, units_of, variable_nodes
 
 
 @dataclass(frozen=True)
-class Serialised:
+class Regions:
     """What was serialised in one graph, and what was not and why."""
 
     groups: tuple[Group, ...]
@@ -55,21 +55,25 @@ class SerializeMinibatch:
             if value is not None and value < 1:
                 raise InvalidInputError(f"`{option}` must be at least 1, it is {value}")
 
-    def match(self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> Serialised:
+    def match(self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> Regions:
         """The regions that apply to `graph` for inputs of these shapes; changes nothing.
 
         Args:
             inputs: a tensor for each placeholder, on any device; `meta` takes no memory.
         """
         if not inputs or inputs[0].dim() == 0 or inputs[0].shape[0] == 0:
-            return Serialised((), (Refusal(self.name, "", "there is no batch to divide"),))
-        shapes = shapes_of(graph, root, inputs)
+            return Regions((), (Refusal(self.name, "", "there is no batch to divide"),))
+        try:
+            shapes = shapes_of(graph, root, inputs)
+        except Exception as error:  # whatever the model's own layers raise on such inputs
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            return Regions((), (Refusal(self.name, "", f"its shapes are not known: {reason[0]}"),))
         chains, refusals = _chains(graph, root, shapes, self.name)
         buffer_bytes = self.buffer_bytes or last_level_cache(_device_of(root, inputs))
         groups = [group for units in chains for group in self._groups(units, shapes, buffer_bytes)]
-        return Serialised(tuple(groups), tuple(refusals))
+        return Regions(tuple(groups), tuple(refusals))
 
-    def apply(self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> Serialised:
+    def apply(self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> Regions:
         """Replace every region that `match` finds by one call."""
         found = self.match(graph, root, inputs)
         calls: dict[fx.Node, fx.Node] = {}

@@ -11,7 +11,7 @@ from torch import nn
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from normpass.bench_serialised import Serialised
+from normpass.bench_serialised import SerialisedModel
 from normpass.measure import peak_bytes
 from normpass.serial_norm import norm_act_with_moments, serial_norm_act_conv
 
@@ -29,7 +29,7 @@ def test_deep_regions(channels_last):
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     x.requires_grad_()
-    other = Serialised(copy.deepcopy(model), x, buffer_bytes=10**6)
+    other = SerialisedModel(copy.deepcopy(model), x, buffer_bytes=10**6)
     assert other.found.groups
     y, z = model(x), other(x)
     grad = torch.randn_like(y)
@@ -41,7 +41,7 @@ def test_deep_regions(channels_last):
 
 def test_deep_regions_have_a_lower_peak():
     model, x = chain().float(), torch.randn(64, 3, 64, 64, device="cuda")
-    other = Serialised(model, x, buffer_bytes=4 * 2**20)
+    other = SerialisedModel(model, x, buffer_bytes=4 * 2**20)
     assert peak_bytes(other, x) < 0.5 * peak_bytes(model, x)
 
 
