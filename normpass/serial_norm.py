@@ -296,11 +296,10 @@ def _finish(
 
 def merge_moments(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Moments:
     """Mean and biased variance of all values from (count, mean, variance) of each part (Chan, Golub, LeVeque 1979)."""
-    total = sum(count for count, _, _ in parts)
+    total, dtype = sum(count for count, _, _ in parts), parts[0][1].dtype
+    shares = [count / total for count, _, _ in parts]  # numbers, not a tensor: a GPU need not wait for them
     means = torch.stack([mean for _, mean, _ in parts]).double()
-    variances = torch.stack([var for _, _, var in parts]).double()
-    shares = torch.tensor([count / total for count, _, _ in parts], dtype=torch.float64, device=means.device)[:, None]
-    mean = (shares * means).sum(0)
-    var = (shares * (variances + (means - mean).square())).sum(0)
-    dtype = parts[0][1].dtype
+    mean = torch.stack([share * of_part for share, of_part in zip(shares, means, strict=True)]).sum(0)
+    spread = torch.stack([var for _, _, var in parts]).double() + (means - mean).square()
+    var = torch.stack([share * of_part for share, of_part in zip(shares, spread, strict=True)]).sum(0)
     return mean.to(dtype), var.to(dtype)

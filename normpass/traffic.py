@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from normpass.capture import CaptureError, capture, required_arguments
+from normpass.cuts import shapes_of
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.grouping import Groups, greedy, optimal
-from normpass.units import Unit, shapes_of, units_of
+from normpass.units import Unit, units_of
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normpass.cuts import Shapes, shapes_of, variable_nodes
 from normpass.environment import last_level_cache
 from normpass.errors import InvalidInputError
 from normpass.graph import Storage, called
@@ -29,7 +30,7 @@ from normpass.per_sample import WITH_TENSORS, reason_not_per_sample
 from normpass.rewrite import Refusal, Semantics
 from normpass.serialised import Region, call_layer, run_layer, run_region, tensor_names
 from normpass.traffic import Group, make_group, serialise
-from normpass.units import Shapes, Unit, shapes_of, units_of, variable_nodes
+from normpass.units import Unit, units_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ FOLDERS = {
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
-    ("guard", "measure", "ops", "extras", "files", "fold", "grouping", "environment"),
+    ("guard", "measure", "ops", "extras", "files", "fold", "grouping", "cuts", "environment"),
     ("tracing", "recipe", "weights", "export"),
     ("nn",),
     ("functional", "report", "agreement"),

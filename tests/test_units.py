@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normpass.capture import capture, required_arguments
 from normpass.traffic import units_of_model
-from normpass.units import cuts_of, shapes_of
 
 KIB = 1024
 
@@ -114,24 +112,6 @@ def test_dense_and_inception_like_modules_are_whole():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), Dense(), nn.Conv2d(12, 3, 1))
     units = units_of_model(net, (2, 3, 8, 8), torch.float32)
     assert [unit.name for unit in units] == ["0", "1", "2"]
-
-
-def test_cuts_are_the_values_that_everything_passes():
-    model = Net()
-    graph = capture(model, required_arguments(model)).graph
-    names = [node.name for node in cuts_of(graph)]
-    assert names[0] == "x" and names[-1] == "head"
-    assert "pool" in names and "block_bn1" not in names and "block_conv2" not in names
-
-
-def test_shapes_take_no_memory_and_change_nothing():
-    model = Net()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    captured = capture(model, required_arguments(model))
-    shapes = shapes_of(captured.graph, model, [torch.empty(100000, 3, 512, 512, device="meta")])
-    values = {node.name: value for node, value in shapes.items()}
-    assert values["block_conv2"].shape == (100000, 8, 256, 256)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("unused", [True, False])
