@@ -32,7 +32,7 @@ from normpass.capture import reason_to_keep_whole
 from normpass.functional import prepare_norm_act
 from normpass.kernels import kernels_for
 from normpass.ops.eager import eager_device
-from normpass.ops.layout import empty_for_blocks, memory_format_of, per_channel, statistics_dtype
+from normpass.ops.layout import empty_for_blocks, memory_format_of, statistics_dtype
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.norm_act_backward import norm_act_gradients
@@ -247,7 +247,7 @@ def _gradients(ctx: Any, dc: Tensor) -> list[Tensor | None]:
         sums = [_add(total, g) for total, g in zip(sums, (s2, s1, *of_conv), strict=True)]
     s2, s1, dweight, dbias = sums
     if needs[0] and of_batch:
-        _finish(blocks, dx_blocks, values, eps, s1, s2, x.numel() // x.shape[1])
+        dx = _with_statistics(ctx.device, x, dx, values, eps, s1, s2)
     found = [dx, s2, s1, None, None, dweight, dbias]
     likes = [x, norm_weight, norm_bias, None, None, weight, bias]
     return [
@@ -279,19 +279,15 @@ def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return wide if total is None else total.add_(wide)
 
 
-def _finish(
-    blocks: _Blocks, dx: Tensor, values: tuple, eps: float, s1: Tensor | None, s2: Tensor | None, count: int
-) -> None:
-    """Add the statistics' part to a·dy, which `dx` holds."""
+def _with_statistics(
+    device: str, x: Tensor, a_dy: Tensor, values: tuple, eps: float, s1: Tensor | None, s2: Tensor | None
+) -> Tensor:
+    """dx from a·dy: the part of the statistics is a norm of x with other parameters, to which a·dy is added."""
     scale, _, mean, var = values
     assert s1 is not None and s2 is not None
-    rstd = torch.rsqrt(var + eps)
-    a = scale.to(rstd.dtype) * rstd
-    slope, constant = -a * rstd * s2 / count, -a * s1 / count
-    for block in blocks:
-        of_x = blocks.x[block]
-        centred = of_x - per_channel(mean, of_x)
-        dx[block] += centred.mul_(per_channel(slope, of_x)).add_(per_channel(constant, of_x))
+    a = scale.to(var.dtype) * torch.rsqrt(var + eps)
+    share = -a / (x.numel() // x.shape[1])
+    return norm_act_on(device, x, a_dy, share * s2, share * s1, mean, var, eps, False)
 
 
 def merge_moments(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Moments:
