@@ -31,6 +31,7 @@ from normpass.ops.inplace_abn import inplace_abn_on
 from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
+from normpass.ops.running_stats import update_running_stats
 from normpass.recipe import is_recording, tag
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -131,8 +132,10 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
     return z
 
 
-def prepare_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
+def prepare_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into="", moments=None):
     """What of `split_norm_act` is to run once a step: the moments, and the running statistics' move.
+
+    `moments`: mean and biased variance of x, where they are known already.
 
     Returns what `finish_norm_act` takes: the arguments of its op, or the plain layers' result where the norm
     cannot be fused. A compiler that runs `finish_norm_act` again in backward rebuilds z from x bit for bit.
@@ -140,7 +143,7 @@ def prepare_norm_act(norm, x, residual=None, activation="identity", activation_a
     tensors = fusible(norm, x, residual, activation)
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
-    return _op_args(eager_device(x, residual), norm, tensors, x, residual, activation, activation_args)
+    return _op_args(eager_device(x, residual), norm, tensors, x, residual, activation, activation_args, moments)
 
 
 def finish_norm_act(prepared):
@@ -177,17 +180,24 @@ def survival_noise(x: Tensor, p: float, mode: str) -> Tensor:
     return noise if p == 1.0 else noise.div_(1.0 - p)
 
 
-def _op_args(device, norm, tensors: NormTensors, x, residual, activation, activation_args) -> tuple:
-    mean, var, of_batch = _statistics(device, norm, tensors, x)
+def _op_args(
+    device, norm, tensors: NormTensors, x, residual, activation, activation_args, moments: Any = None
+) -> tuple:
+    mean, var, of_batch = _statistics(device, norm, tensors, x, moments)
     return x, residual, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 
 
-def _statistics(device: str | None, norm, tensors: NormTensors, x: Tensor) -> Statistics:
+def _statistics(device: str | None, norm, tensors: NormTensors, x: Tensor, moments: Any = None) -> Statistics:
     """The statistics this call normalises with; in training the running ones move, exactly once."""
     fixed = running_statistics_of(norm, tensors)
     if fixed is not None:
         return fixed
     running = next_running(norm, tensors)
+    if device is not None and moments is not None:
+        mean, var = moments
+        if running is not None:
+            update_running_stats(kernels_for(device), running, mean, var, x.numel() // x.shape[1])
+        return Statistics(mean, var, of_batch=True)
     if device is not None:
         return Statistics(*moments_with_update(kernels_for(device), x, running), of_batch=True)
     mean, var = torch.ops.normpass.moments.default(x.detach())

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
 import weakref
@@ -163,6 +164,33 @@ def peak_bytes(
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start
+
+
+def forward_peak_bytes(model: nn.Module, *inputs: object, **kwargs: object) -> int:
+    """The highest memory in bytes above the start, over one warm forward in the current mode, its output included.
+
+    Under `no_grad` nothing is kept for backward, so this is the peak beyond parameters and kept tensors; with
+    gradients kept tensors count.
+
+    Raises:
+        ValueError: the device is neither the CPU nor CUDA.
+    """
+    with torch.enable_grad():
+        device = _checked_device(model, inputs, kwargs)
+    forward = partial(_forward, model, inputs, kwargs)
+    with untouched(model, inputs, kwargs):
+        forward()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            start = torch.cuda.memory_allocated(device)
+            forward()
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - start
+        with _recorded() as events:
+            forward()
+    return max(itertools.accumulate((change or 0 for _, change in events), initial=0))
 
 
 def memory_timeline(model: nn.Module, *inputs: object, loss: Loss | None = None, **kwargs: object) -> Timeline:

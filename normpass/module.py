@@ -36,7 +36,7 @@ from normpass.capture import (
 )
 from normpass.errors import InvalidModelError, StaleChangeError
 from normpass.graph import global_hooks
-from normpass.nn.norm import BatchNormLike, as_batch_norm
+from normpass.nn.norm import BatchNormLike, as_batch_norm, batch_norm_again
 from normpass.nn.switchable import decide, switchable_layers
 from normpass.planner import DEFAULT, Decisions, make_plan
 from normpass.sites import find_sites
@@ -163,6 +163,8 @@ def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:
             setattr(owner, name, copy.deepcopy(layer).train(current.training))
         elif isinstance(current, BatchNormLike):
             setattr(owner, name, as_batch_norm(current))
+        elif type(current) is nn.GroupNorm:
+            setattr(owner, name, batch_norm_again(layer, current))
     return plain
 
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from normpass.passes.derive_recipes import RECOMPUTED, DeriveRecipes
 from normpass.passes.fuse_norm_act import FuseNormAct
+from normpass.passes.group_norm import GroupNorm
 from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
 from normpass.passes.recompute_region import RecomputeRegion, Regions
+from normpass.passes.serialize_minibatch import SerializeMinibatch
+from normpass.passes.serialize_norms import SerializeNorms
 from normpass.passes.share_statistics import ShareStatistics
 from normpass.passes.sparse_switchable import SparseSwitchable
 from normpass.passes.specialise_switchable import SpecialiseSwitchable
@@ -28,6 +31,7 @@ AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
 REGIONS = RecomputeRegion()  # last, and only what a plan asks for
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
+    "group_norm": GroupNorm,
     "kalman": Kalman,
     "sparse_switchable": SparseSwitchable,
 }
@@ -41,12 +45,15 @@ __all__ = [
     "SPECIALISE",
     "DeriveRecipes",
     "FuseNormAct",
+    "GroupNorm",
     "InplaceABN",
     "Kalman",
     "LeakyReLU",
     "RecomputeRegion",
     "Regions",
     "ShareStatistics",
+    "SerializeMinibatch",
+    "SerializeNorms",
     "SparseSwitchable",
     "SpecialiseSwitchable",
     "SplitBN",

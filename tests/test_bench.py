@@ -13,7 +13,17 @@ from gpu import run_all
 from torch import nn
 from torch._functorch import config
 
-from normpass import bench, bench_kernels, bench_layers, bench_networks, bench_tables, contenders, environment, timing
+from normpass import (
+    bench,
+    bench_kernels,
+    bench_layers,
+    bench_networks,
+    bench_serialised,
+    bench_tables,
+    contenders,
+    environment,
+    timing,
+)
 from normpass.bench_layers import Case
 from normpass.bench_networks import Setting
 from normpass.kernels import kernels_for
@@ -311,6 +321,9 @@ def test_the_benchmarks_of_a_gpu_run_are_commands_that_parse(tmp_path):
 
     for stage in [*run_all.benchmarks(tmp_path, tmp_path), run_all.fill_compile_cache()]:
         for _, _, module, *arguments in stage.commands:
+            if module == "normpass.bench_serialised":
+                bench_serialised.make_parser().parse_args(arguments)
+                continue
             assert module == "normpass"
             if arguments[:2] == ["bench", "kernels"]:
                 arguments[:2] = ["bench kernels"]

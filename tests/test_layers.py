@@ -17,14 +17,15 @@ FOLDERS = {
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
-    ("guard", "measure", "ops", "extras", "files", "fold"),
+    ("guard", "measure", "ops", "extras", "files", "fold", "grouping", "cuts", "environment"),
     ("tracing", "recipe", "weights", "export"),
     ("nn",),
     ("functional", "report", "agreement", "plots", "concatenation"),
     ("sharing",),
     ("capture",),
     ("sites",),
-    ("rewrite",),
+    ("rewrite", "units", "per_sample"),
+    ("traffic", "serialised", "serial_norm"),
     ("planner", "passes"),  # the planner is given the rewrites, it never imports them
     ("verify",),
     ("apply", "record"),
@@ -36,8 +37,8 @@ ORDER = (
     ("convert", "backend"),
     ("from_onnx",),
     ("normpass",),
-    ("digits", "environment", "models", "timing"),
-    ("bench_layers", "contenders", "overhead"),
+    ("digits", "models", "timing"),
+    ("bench_layers", "bench_serialised", "contenders", "overhead"),
     ("bench_kernels", "bench_networks"),
     ("bench_tables",),
     ("bench", "demo", "cli_convert"),

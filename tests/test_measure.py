@@ -49,6 +49,18 @@ class Prediction:
     name: str = "prediction"
 
 
+# --- forward_peak_bytes -------------------------------------------------------------------------------
+
+
+def test_the_peak_of_a_forward():
+    """Without gradients input and output of a layer are alive at once; with them everything that is kept."""
+    model = nn.Sequential(nn.Linear(IN, H), nn.Sigmoid(), nn.Linear(H, H))
+    with torch.no_grad():
+        assert measure.forward_peak_bytes(model, rows()) == 2 * HIDDEN
+    assert measure.forward_peak_bytes(model, rows()) == 2 * HIDDEN  # sigmoid's result and the last layer's
+    assert measure.forward_peak_bytes(nn.Sequential(model, nn.Sigmoid()), rows()) == 3 * HIDDEN
+
+
 # --- kept_bytes ---------------------------------------------------------------------------------------
 
 

@@ -118,3 +118,11 @@ def as_batch_norm(norm: BatchNormLike) -> nn.Module:
     """The `nn.BatchNorm` that has the very parameters and buffers of `norm`, and its mode."""
     dimension = next(d for d in (1, 2, 3) if d + 2 in norm.dims)
     return adopt(BATCH_NORMS[dimension - 1](**options_of(norm)), norm)
+
+
+def batch_norm_again(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    """A BatchNorm like `norm` and with its very buffers, but the parameters and the mode of `layer`."""
+    again = adopt(type(norm)(**options_of(norm)), norm)
+    for name in ("weight", "bias"):
+        again._parameters[name] = layer._parameters[name]
+    return again.train(layer.training)

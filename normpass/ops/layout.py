@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,12 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.is_contiguous() and x.stride(-1) == 1:
         return torch.contiguous_format
     return candidate
+
+
+def empty_for_blocks(first: Tensor, count: int) -> Tensor:
+    """Memory for `count` rows or samples of which `first` is a block, in its dtype and memory format."""
+    options: dict[str, Any] = {"dtype": first.dtype, "device": first.device}
+    return torch.empty((count, *first.shape[1:]), memory_format=memory_format_of(first), **options)
 
 
 def reduced_dims(x: Tensor) -> list[int]:

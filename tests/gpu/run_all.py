@@ -177,6 +177,13 @@ def bench_kernels(rounds: int, json_file: Path | None = None) -> list[str]:
     return command if json_file is None else [*command, "--json", str(json_file)]
 
 
+def bench_serialised(json_file: Path) -> Stage:
+    """Sub-batches around the size of the L2: ResNet-50's regions at batch 256, and a whole step with GroupNorm."""
+    command = [sys.executable, "-m", "normpass.bench_serialised", "--device", "cuda", "--batch", "256"]
+    command += ["--dtype", "bfloat16", "--rounds", "5", "--json", str(json_file)]
+    return Stage("bench serialised", [command], 90, "bench.log", counts=False)
+
+
 def benchmarks(folder: Path, scratch: Path) -> list[Stage]:
     """The kernels, then each network."""
     kernels = Stage("bench kernels", [bench_kernels(20, folder / "bench_kernels.json")], 110, "bench.log")
@@ -185,6 +192,7 @@ def benchmarks(folder: Path, scratch: Path) -> list[Stage]:
         contenders = f"eager_channels_last,ours,{compiled}"
         command = bench(name, contenders, 10, "eager_channels_last", scratch / f"{name}.json")
         stages.append(Stage(f"bench {name}", [command], 110, "bench.log"))
+    stages.append(bench_serialised(folder / "bench_serialised.json"))
     return stages
 
 

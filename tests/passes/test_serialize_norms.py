@@ -1,0 +1,274 @@
+"""Norm, activation, convolution and moments block by block: the same numbers, and only where it is asked for."""
+
+import copy
+
+import pytest
+import torch
+from serialising import Bottleneck
+from torch import fx, nn
+from training import assert_equal, image, spread, train
+
+from normpass import passes
+from normpass.apply import rewrite_graph
+from normpass.capture import capture, required_arguments
+from normpass.functional import split_norm_act
+from normpass.measure import kept_bytes
+from normpass.passes.serialize_norms import SerializeNorms, tuned
+from normpass.planner import make_plan
+from normpass.recipe import recording
+from normpass.serial_norm import merge_moments, norm_act_with_moments, serial_norm_act_conv
+from normpass.sites import find_sites
+
+KINDS = {
+    "1x1": dict(kernel_size=1),
+    "3x3": dict(kernel_size=3, padding=1),
+    "stride": dict(kernel_size=3, padding=1, stride=2),
+    "1x1 stride": dict(kernel_size=1, stride=2),
+    "groups": dict(kernel_size=3, padding=1, groups=2),
+    "dilation, no bias": dict(kernel_size=3, dilation=2, bias=False),
+}
+
+
+def layers(kind="1x1", dtype=torch.float64, affine=True, channels=6, out=8):
+    torch.manual_seed(0)
+    norm, conv, behind = (
+        nn.BatchNorm2d(channels, affine=affine),
+        nn.Conv2d(channels, out, **KINDS[kind]),
+        nn.BatchNorm2d(out),
+    )
+    return spread(nn.ModuleList([norm, conv, behind])).to(dtype)
+
+
+def plain(modules, x):
+    norm, conv, behind = modules
+    return torch.relu(behind(conv(nn.functional.silu(norm(x)))))
+
+
+def blocked(modules, x, block_bytes):
+    norm, conv, behind = modules
+    c, moments = serial_norm_act_conv(norm, conv, x, None, "silu", [], block_bytes)
+    return norm_act_with_moments(behind, c, moments, None, "relu", [], ""), moments
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_bytes", [1, 4000, 12000])
+def test_the_same_numbers(kind, channels_last, block_bytes):
+    modules = layers(kind)
+    x = image(5, 6, 9, 9) + 1
+    if channels_last:
+        x, modules = x.to(memory_format=torch.channels_last), modules.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    other = copy.deepcopy(modules)
+    y = plain(modules, x)
+    z, moments = blocked(other, x, block_bytes)
+    assert moments is not None and z.stride() == y.stride()
+    grad = image(*y.shape, seed=2)
+    expected = torch.autograd.grad(y, [x, *modules.parameters()], grad)
+    found = torch.autograd.grad(z, [x, *other.parameters()], grad)
+    scale = max(float(a.abs().max()) for a in expected)
+    for a, b in zip((y, *expected), (z, *found), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-12 * scale)
+    for a, b in zip(modules.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["eval", "no affine", "input", "weights"])
+def test_norms_in_eval_mode_and_what_is_frozen(frozen):
+    modules = layers("3x3", affine=frozen != "no affine")
+    x = image(5, 6, 9, 9).requires_grad_(frozen != "input")
+    modules[0].train(frozen != "eval")
+    if frozen == "weights":
+        modules[1].weight.requires_grad_(False)
+        modules[0].bias.requires_grad_(False)
+    other = copy.deepcopy(modules)
+    inputs = [[t for t in (x, *m.parameters()) if t.requires_grad] for m in (modules, other)]
+    y, (z, _) = plain(modules, x), blocked(other, x, 4000)
+    grad = image(*y.shape, seed=2)
+    for a, b in zip(torch.autograd.grad(y, inputs[0], grad), torch.autograd.grad(z, inputs[1], grad), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-11)
+
+
+def test_second_derivatives():
+    def penalty(y, x, modules):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), [x, *modules.parameters()], allow_unused=True)
+
+    modules = layers("3x3")
+    x = image(3, 6, 5, 5, requires_grad=True)
+    expected = penalty(plain(modules, x), x, modules)
+    other = copy.deepcopy(modules)
+    found = penalty(blocked(other, x, 1)[0], x, other)
+    scale = max(float(a.abs().max()) for a in expected if a is not None)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_narrower_dtypes(dtype, bound):
+    modules, x = layers("1x1"), image(16, 6, 9, 9)
+    reference = plain(modules, x)
+    narrow = copy.deepcopy(modules).to(dtype)
+    x = x.to(dtype).to(memory_format=torch.channels_last)
+    found, _ = blocked(narrow, x.requires_grad_(), 4000)
+    assert found.dtype == dtype
+    apart = (found.double() - reference).abs().mean() / reference.abs().mean()
+    assert apart < bound
+    found.float().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in narrow.parameters())
+
+
+def test_autocast():
+    modules = layers("3x3", torch.float32)
+    x = image(6, 6, 9, 9).bfloat16().requires_grad_()
+    other = copy.deepcopy(modules)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, (z, moments) = plain(modules, x), blocked(other, x, 3000)
+    assert moments is not None and z.dtype == y.dtype
+    y.float().square().mean().backward()
+    expected, x.grad = [x.grad, *(p.grad for p in modules.parameters())], None
+    z.float().square().mean().backward()
+    found = [x.grad, *(p.grad for p in other.parameters())]
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b.float(), a.float(), rtol=0, atol=3e-2 * float(a.abs().max()) + 1e-4)
+
+
+def test_moments_are_merged_exactly():
+    x = torch.randn(1000, 4, dtype=torch.float64) * 3 + 1e4
+    sizes = [1, 99, 400, 500]
+    parts = [(len(p), p.mean(0), p.var(0, correction=0)) for p in x.split(sizes)]
+    mean, var = merge_moments(parts)
+    torch.testing.assert_close(mean, x.mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(var, x.var(0, correction=0), rtol=1e-10, atol=0)
+
+
+def test_only_x_is_kept():
+    modules, x = layers("1x1", torch.float32, channels=8, out=8), torch.randn(8, 8, 16, 16).requires_grad_()
+    x = x.to(memory_format=torch.channels_last).detach().requires_grad_()
+
+    class Region(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modules_ = modules
+
+        def forward(self, x):
+            with recording():
+                return serial_norm_act_conv(modules[0], modules[1], x, None, "relu", [], 20000)[0]
+
+    assert kept_bytes(Region(), x) < 2000
+
+
+def test_what_cannot_be_divided_runs_whole():
+    modules, x = layers("3x3"), image(5, 6, 9, 9)
+    assert blocked(modules, x, 10**9)[1] is None  # one block
+    seen = []
+    modules[1].register_forward_hook(lambda *_: seen.append(1))
+    assert blocked(modules, x, 1)[1] is None and seen
+    modules[1]._forward_hooks.clear()
+    modules[0].register_forward_hook(lambda *_: seen.append(2))
+    assert blocked(modules, x, 1)[1] is None and seen[-1] == 2
+
+
+# --- in a graph -------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.block = Bottleneck(nn.BatchNorm2d, 8, 4, 8)
+        self.last = Bottleneck(nn.BatchNorm2d, 8, 4, 16, 2)
+
+    def forward(self, x):
+        return self.last(self.block(self.act(self.bn(self.conv(x))))).mean((2, 3))
+
+
+INNER = ("block.conv2", "block.conv3", "last.conv2", "last.conv3")
+
+
+def rewritten(model, **options):
+    """The model's forward after the ordinary rewrites and this one, with what was matched, refused and done."""
+    captured = capture(model, required_arguments(model))
+    plan = make_plan(find_sites(captured), passes.ORDER, allow_lossy=False)
+    rewrite_graph(captured.graph, model, plan, passes.ORDER, passes.AFTER_SITES)
+    rewrite = SerializeNorms(**options)
+    matched, refusals = rewrite.match(captured.graph, model)
+    done = rewrite.apply(captured.graph, model)
+    captured.graph.lint()
+    run = type(fx.GraphModule(model, captured.graph)).forward
+
+    def call(_, *inputs):
+        with recording():
+            return run(model, *inputs)
+
+    return call, captured.graph, matched, {r.path: r.reason for r in refusals}, done
+
+
+def test_nothing_is_done_unless_it_is_named():
+    _, graph, matched, reasons, done = rewritten(Net())
+    assert set(matched) == set(INNER) and done == ()
+    assert not any(n.target in (serial_norm_act_conv, norm_act_with_moments) for n in graph.nodes)
+    assert "other readers" in reasons["block.conv1"]
+
+
+@pytest.mark.parametrize("paths", [INNER, ("block.conv2",), ("last.conv3", "elsewhere")])
+def test_trains_the_same_in_a_network(paths):
+    model = spread(Net())
+    other = copy.deepcopy(model)
+    run, graph, _, _, done = rewritten(other, block_bytes=3000, paths=paths)
+    assert set(done) == set(paths) & set(INNER)
+    assert sum(n.target is serial_norm_act_conv for n in graph.nodes) == len(done)
+    x = image(5, 3, 9, 9, requires_grad=True)
+    assert_equal(train(model, (x,)), train(other, (x,), run=run))
+
+
+def test_moments_are_taken_once(monkeypatch):
+    """Of what is made block by block no norm takes the moments again."""
+    import normpass.functional as functional
+
+    counted = []
+    original = functional.moments_with_update
+    monkeypatch.setattr(functional, "moments_with_update", lambda k, x, r: counted.append(x.shape) or original(k, x, r))
+    for paths, expected in (((), 8), (INNER, 4)):
+        counted.clear()
+        run, *_ = rewritten(Net(), block_bytes=3000, paths=paths)
+        run(None, torch.randn(5, 3, 9, 9))
+        assert len(counted) == expected
+
+
+def test_a_chain_passes_moments_on():
+    _, graph, *_ = rewritten(Net(), paths=INNER)
+    calls = [n for n in graph.nodes if n.target is serial_norm_act_conv]
+    given = [n.args[3] is not None for n in calls]
+    assert given == [False, True, False, True]
+    assert not any(n.target is split_norm_act and n.args[0].target.endswith(("bn2", "bn3")) for n in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: setattr(m.block, "conv2", nn.Conv2d(4, 4, 3, padding="same")), "padding 'same'"),
+        (lambda m: setattr(m.block, "conv2", nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), "circular"),
+        (lambda m: m.block.conv2.register_forward_hook(lambda *_: None), "it has hooks"),
+        (lambda m: setattr(m.block, "bn2", nn.GroupNorm(2, 4)), "no batch norm alone reads its result"),
+    ],
+)
+def test_convolutions_that_are_refused(change, reason):
+    model = Net()
+    change(model)
+    _, _, matched, reasons, done = rewritten(model, paths=INNER)
+    assert "block.conv2" not in (*matched, *done) and reason in reasons["block.conv2"]
+
+
+# --- tuning -----------------------------------------------------------------------------------------
+
+
+def test_tuning_returns_a_block_only_if_one_is_faster():
+    norm, conv, _ = layers("1x1", torch.float32)
+    x = torch.randn(8, 6, 9, 9).to(memory_format=torch.channels_last)
+    before = copy.deepcopy(norm.state_dict())
+    best, ratios = tuned(norm, conv, x, blocks=(2000, 8000), rounds=2)
+    assert set(ratios) == {2000, 8000} and all(r > 0 for r in ratios.values())
+    assert best == (min(ratios, key=ratios.get) if min(ratios.values()) < 1 else None)
+    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
+    assert norm.weight.grad is None
