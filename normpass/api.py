@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from normpass import passes
 from normpass.budget import StepPlan, known_keys, plan_step
@@ -34,6 +35,7 @@ def optimize(
     allow_lossy: bool = False,
     tune: bool = False,
     plan: Any = None,
+    serialize: bool | passes.SerializeMinibatch = False,
 ) -> nn.Module:
     """A module that computes what `model` computes and keeps about half as much for backward.
 
@@ -56,6 +58,10 @@ def optimize(
             from a rounded one.
         tune: with a budget, measure how long each result takes to be made once more instead of estimating it.
         plan: a `StepPlan` made before, what its `to_json` returned, or the path of a JSON file of it.
+        serialize: run chains of layers sub-batch by sub-batch where every sample is computed by itself (GroupNorm,
+            LayerNorm, frozen batch norms, eval mode), so that what lies between them stays in the cache: less
+            memory, more time on a CPU. True, or a `normpass.passes.SerializeMinibatch` with the buffer's size.
+            Needs `example_inputs`, of the shapes to train with.
 
     Returns:
         The optimised module, in the same train/eval mode.
@@ -70,6 +76,8 @@ def optimize(
     options = _options(changes, allow_lossy, plan, memory_budget)
     if example_inputs is not None:
         check_example_inputs(model, example_inputs)
+    if serialize is not False:
+        options = _with_regions(options, serialize, example_inputs, memory_budget)
     if memory_budget is not None:
         found = plan_step(model, _needed_inputs(example_inputs), memory_budget, options, tune)
         options = replace(options, decisions=found.decisions)
@@ -129,6 +137,7 @@ def explain(
     changes: Sequence[Any] = (),
     allow_lossy: bool = False,
     tune: bool = False,
+    serialize: bool | passes.SerializeMinibatch = False,
 ) -> Report:
     """What `optimize` would do to `model`: every norm with its rewrite or the reason it is left alone.
 
@@ -141,7 +150,8 @@ def explain(
     found = None
     if memory_budget is not None:
         found = plan(model, example_inputs, memory_budget, changes=changes, allow_lossy=allow_lossy, tune=tune)
-    optimised = optimize(model, example_inputs, changes=changes, allow_lossy=allow_lossy, plan=found)
+    chosen: dict[str, Any] = {"changes": changes, "allow_lossy": allow_lossy, "plan": found, "serialize": serialize}
+    optimised = optimize(model, example_inputs, **chosen)
     arguments = None if example_inputs is None else call_arguments(example_inputs)
     return make_report(model, optimised, arguments, found)
 
@@ -199,9 +209,9 @@ def _check_model(model: Any) -> None:
         raise InvalidModelError(f"`{inside}` is optimised already; optimise the whole model once, from plain parts")
 
 
-def _needed_inputs(example_inputs: Any) -> tuple[tuple, dict]:
+def _needed_inputs(example_inputs: Any, what: str = "memory_budget") -> tuple[tuple, dict]:
     if example_inputs is None:
-        raise InvalidInputError("`memory_budget` needs `example_inputs`: what is kept depends on their shapes")
+        raise InvalidInputError(f"`{what}` needs `example_inputs`: what it does depends on their shapes")
     return call_arguments(example_inputs)
 
 
@@ -212,6 +222,17 @@ def _options(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any) -> 
         raise InvalidInputError(f'`changes` is a sequence of names or option objects: changes=("{changes}",)')
     decisions = DEFAULT if plan is None else _read_plan(plan).decisions
     return Options(tuple(_change(c) for c in changes), bool(allow_lossy), decisions)
+
+
+def _with_regions(options: Options, serialize: Any, example_inputs: Any, memory_budget: Any) -> Options:
+    if memory_budget is not None:
+        raise InvalidInputError("give either `serialize` or `memory_budget`: regions are not planned for a budget")
+    if serialize is not True and not isinstance(serialize, passes.SerializeMinibatch):
+        raise InvalidInputError(f"`serialize` is True, False or a SerializeMinibatch, not {serialize!r}")
+    args, kwargs = _needed_inputs(example_inputs, "serialize")
+    inputs = [t.to("meta") for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    chosen = passes.SerializeMinibatch() if serialize is True else serialize
+    return replace(options, serialize=chosen, inputs=tuple(inputs))
 
 
 def _check_decisions(optimised: nn.Module, decisions: Decisions) -> None:

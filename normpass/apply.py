@@ -31,6 +31,8 @@ class Program:
     """names of the nodes whose results are rebuilt in backward"""
     recomputed: frozenset
     """aten ops that torch.compile must run again in backward rather than keep"""
+    regions: Any = None
+    """what runs sub-batch by sub-batch, and what does not and why"""
 
 
 @dataclass(frozen=True)

@@ -57,16 +57,21 @@ class Parts:
     """path -> why its own forward is left as it is"""
 
 
-def find_parts(model: nn.Module) -> Parts:
-    """The largest traceable submodules of `model` that hold norms."""
+def find_parts(model: nn.Module, also_without_norms: bool = False) -> Parts:
+    """The largest traceable submodules of `model` that hold norms (or, `also_without_norms`, all of it)."""
     captures: dict[str, Capture] = {}
+    if also_without_norms and not _holds_norms(model):
+        try:
+            return Parts({"": capture(model, required_arguments(model))})
+        except CaptureError as error:
+            return Parts({}, {"": str(error)})
     untraceable: dict[str, str] = {}
     _find_parts(model, "", captures, untraceable)
     return Parts(captures, untraceable)
 
 
 def _find_parts(module: nn.Module, path: str, captures: dict, untraceable: dict) -> None:
-    if isinstance(module, NORM_BASES) or not any(isinstance(m, NORM_BASES) for m in module.modules()):
+    if isinstance(module, NORM_BASES) or not _holds_norms(module):
         return
     try:
         captured = capture(module, required_arguments(module))
@@ -80,6 +85,10 @@ def _find_parts(module: nn.Module, path: str, captures: dict, untraceable: dict)
         untraceable.update({join(path, name): why for name, why in captured.opaque.items()})
     for name, child in inner:
         _find_parts(child, join(path, name), captures, untraceable)
+
+
+def _holds_norms(module: nn.Module) -> bool:
+    return any(isinstance(m, NORM_BASES) for m in module.modules())
 
 
 def _has_no_forward(module: nn.Module) -> bool:

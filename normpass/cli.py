@@ -21,13 +21,15 @@ from rich.console import Console
 from torch import nn
 
 import normpass
-from normpass import bench, cli_convert, demo, kernels, measure, models
+from normpass import bench, cli_convert, demo, kernels, measure, models, passes
 from normpass.bench_layers import DEFAULT_SHAPES, LAYERS, LAYOUTS, Case
 from normpass.bench_networks import NETWORKS, Setting
 from normpass.bench_tables import frontier_points
+from normpass.budget import parse_budget
 from normpass.contenders import COMPILED, CONTENDERS, FRONTIER
-from normpass.environment import environment, openmp_runtimes
+from normpass.environment import environment, last_level_cache, openmp_runtimes
 from normpass.plots import Curve, plot_frontier, plot_memory
+from normpass.traffic import traffic_report
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BENCH_DTYPES = ("float32", "bfloat16", "float16")
@@ -97,6 +99,11 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="measure what rebuilding takes, for --budget")
     parser.add_argument("--plan", type=_output, metavar="FILE", help="write the plan for --budget here, as JSON")
     parser.add_argument("--plot", type=_output, metavar="PNG", help="draw the memory along a step, plain and optimised")
+    parser.add_argument("--serialize", action="store_true", help="run chains of layers sub-batch by sub-batch")
+    parser.add_argument("--traffic", action="store_true", help="and say what moves to and from memory, modelled")
+    parser.add_argument(
+        "--buffer", type=_bytes, metavar="SIZE", help="what a sub-batch may take, as 10MiB (default: the last cache)"
+    )
     parser.add_argument("--allow-lossy", action="store_true", help="allow in-place activated batch norm")
     parser.add_argument("--change", action="append", default=[], help="change the model, as `leaky_relu`")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
@@ -169,13 +176,16 @@ def _explain(options: argparse.Namespace) -> int:
     inputs = None if options.input is None else tuple(torch.randn(s, dtype=dtype) for s in options.input)
     try:
         with Console(stderr=True).status("measuring" if inputs else "tracing"):
-            chosen = {"changes": options.change, "allow_lossy": options.allow_lossy}
+            serialize = passes.SerializeMinibatch(options.buffer) if options.serialize else False
+            chosen = {"changes": options.change, "allow_lossy": options.allow_lossy, "serialize": serialize}
             report = normpass.explain(model, inputs, memory_budget=options.budget, tune=options.tune, **chosen)
             curves = _curves(model, inputs, report, chosen) if options.plot else ()
     except ValueError as error:  # also of `measure`: a frozen model, an output without floating tensors
         return _refuse(error)
     console = Console()
     console.print(report) if console.is_terminal else print(report)
+    if options.traffic:
+        print(_traffic(model, options, dtype))
     try:
         if options.plot:
             plot_memory(curves, f"Memory along one training step: {options.model}", options.plot)
@@ -188,6 +198,13 @@ def _explain(options: argparse.Namespace) -> int:
     ):
         return failed
     return _write_json(options.json, report.to_json())
+
+
+def _traffic(model: nn.Module, options: argparse.Namespace, dtype: torch.dtype) -> str:
+    if options.input is None or len(options.input) != 1:
+        raise normpass.InvalidInputError("--traffic needs --input, the shape of one tensor")
+    size = options.buffer or last_level_cache(torch.device("cpu"))
+    return traffic_report(model, options.input[0], dtype=dtype, buffer_bytes=size)
 
 
 def _curves(model: nn.Module, inputs: tuple | None, report: normpass.Report, chosen: dict) -> list[Curve]:
@@ -292,6 +309,13 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_budget(text, 0)
+    except normpass.InvalidInputError as error:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a size such as 10MiB") from error
 
 
 def _budget(text: str) -> float | str:

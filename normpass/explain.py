@@ -9,6 +9,7 @@ from torch import nn
 
 from normpass.capture import NORM_BASES
 from normpass.concatenation import NO_CONCATENATION
+from normpass.graph import module_of
 from normpass.measure import kept_bytes, peak_bytes
 from normpass.module import Part, Program, join, part_of
 from normpass.planner import Choice
@@ -27,11 +28,15 @@ def make_report(
         program = part.programs[0][1]
         rows += _rows(path, program, part.options.decisions.below(path).kept)
         derived.update(program.derived.values())
+    regions = part_of(optimised).programs[0][1].regions if part_of(optimised).programs else None
+    rows += _serialised(model, regions)
     rows += _left_out(model, {row.path for row in rows}, root.untraceable)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     rows.sort(key=lambda row: order.get(row.path, len(order)))
     memory = _measure(model, optimised, arguments) if arguments is not None else None
-    return Report(type(model).__name__, tuple(rows), root.untraceable, dict(derived), memory, plan)
+    return Report(
+        type(model).__name__, tuple(rows), root.untraceable, dict(derived), memory, plan, _region_lines(regions)
+    )
 
 
 def _rows(path: str, program: Program, kept: frozenset[str]) -> list[Row]:
@@ -50,6 +55,22 @@ def _rows(path: str, program: Program, kept: frozenset[str]) -> list[Row]:
             )
         )
     return rows
+
+
+def _serialised(model: nn.Module, regions: Any) -> list[Row]:
+    """Norms that run sub-batch by sub-batch, with the layers around them."""
+    nodes = (node for group in (regions.groups if regions else ()) for unit in group.units for node in unit.nodes)
+    layers = {str(node.target): module_of(node, model) for node in nodes}
+    norms = {path: layer for path, layer in layers.items() if isinstance(layer, NORM_BASES)}
+    return [Row(path, type(norm).__name__, "serialize_minibatch", None, "") for path, norm in norms.items()]
+
+
+def _region_lines(regions: Any) -> tuple[str, ...]:
+    """What runs sub-batch by sub-batch, and what does not, in words."""
+    if regions is None:
+        return ()
+    lines = [f"{group.name}: {group.iterations} sub-batches of {group.sub_batch} samples" for group in regions.groups]
+    return (*lines, *(f"{refusal.path or 'the model'} runs whole: {refusal.reason}" for refusal in regions.refusals))
 
 
 def _kept_of(choice: Choice, kept: frozenset[str]) -> str | None:

@@ -14,7 +14,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -52,6 +52,10 @@ class Options:
     changes: tuple[Any, ...] = ()
     allow_lossy: bool = False
     decisions: Decisions = DEFAULT
+    serialize: Any = None
+    """a `SerializeMinibatch`, for the part that is the whole model"""
+    inputs: tuple[Tensor, ...] = ()
+    """what it is planned for: a tensor on `meta` for each argument"""
 
 
 PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.REGIONS, passes.RECOMPUTED)
@@ -177,7 +181,7 @@ def optimise_in_place(model: nn.Module, options: Options, replaced: Mapping[str,
     for change in options.changes:
         replaced.update(change.change_modules(model))
     decide(list(switchable_layers(model).values()))  # what has chosen is rewritten as what it chose
-    parts = find_parts(model)
+    parts = find_parts(model, also_without_norms=options.serialize is not None)
     for path, captured in parts.captures.items():
         module = model.get_submodule(path)
         parameters = parameters_of(module)
@@ -226,8 +230,18 @@ def build_program(captured: Capture, part: Part) -> Program:
     for change in options.changes:
         change.change_graph(captured.graph, captured.root)
     passes.SPECIALISE.change_graph(captured.graph, captured.root)
+    regions = _serialise(captured, part)
     plan = make_plan(find_sites(captured), passes.ORDER, options.allow_lossy, decisions)
-    return apply_plan(captured, plan, PASSES, decisions)
+    return replace(apply_plan(captured, plan, PASSES, decisions), regions=regions)
+
+
+def _serialise(captured: Capture, part: Part) -> Any:
+    """The regions that run sub-batch by sub-batch; None where nobody asked for them, or for other arguments."""
+    options, graph = part.options, captured.graph
+    arguments = sum(node.op == "placeholder" for node in graph.nodes)
+    if options.serialize is None or not part.is_root or arguments != len(options.inputs):
+        return None
+    return options.serialize.apply(graph, captured.root, options.inputs)
 
 
 # --- running --------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ class Report:
     memory: Memory | None = None
     plan: Any = None
     """the `StepPlan`, where a memory budget was named"""
+    regions: tuple[str, ...] = ()
+    """what runs sub-batch by sub-batch, and what does not and why, where that was asked for"""
 
     @property
     def rewritten(self) -> int:
@@ -84,6 +86,7 @@ class Report:
             m = self.memory
             lines.append(_compared("kept for backward", m.kept_before, m.kept_after))
             lines.append(_compared("peak over a step", m.peak_before, m.peak_after))
+        lines += self.regions
         return lines if self.plan is None else [*lines, *str(self.plan).splitlines()]
 
 
