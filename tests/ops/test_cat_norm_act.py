@@ -31,11 +31,16 @@ def by_readers(xs, weight, bias, mean, var, eps, batch_statistics, activation, a
     return CatNormAct.apply(weight, bias, mean, var, kernels, memory_format, options, *read)
 
 
-@pytest.fixture(params=["op", "readers"])
-def cat_norm_act(request, kernels):
-    if request.param == "readers" and kernels is None:
-        pytest.skip("only the kernels take this way")
-    return ops.cat_norm_act if request.param == "op" else by_readers
+@pytest.fixture(params=["reference", "kernels", "readers"])
+def cat_norm_act(request):
+    """The op by its reference and by the kernels, and the way of plain eager mode, which only the kernels take."""
+    if request.param == "reference":
+        with library.disabled():
+            yield ops.cat_norm_act
+        return
+    if library.kernels_for("cpu") is None:
+        pytest.skip(library.status()[0].words)
+    yield by_readers if request.param == "readers" else ops.cat_norm_act
 
 
 def assert_equals_plain(function, site, split, plain_formula, error, tolerance=1e-12):
@@ -277,9 +282,9 @@ def shared_readers():
 
 
 @pytest.fixture
-def sites(kernels, make_site):
-    if kernels is None:
-        pytest.skip("only the kernels take this way")
+def sites(make_site):
+    if library.kernels_for("cpu") is None:
+        pytest.skip(library.status()[0].words)
     return make_site((3, 6, 4, 4), residual=False), make_site((3, 6, 4, 4), residual=False, seed=1)
 
 
