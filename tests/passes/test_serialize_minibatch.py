@@ -15,6 +15,7 @@ from normpass.apply import rewrite_graph
 from normpass.capture import capture, required_arguments
 from normpass.errors import InvalidInputError
 from normpass.measure import kept_bytes
+from normpass.module import PASSES
 from normpass.passes.serialize_minibatch import SerializeMinibatch
 from normpass.planner import make_plan
 from normpass.recipe import recording
@@ -294,7 +295,7 @@ def test_beside_split_bn():
     plan = make_plan(find_sites(captured), passes.ORDER, allow_lossy=False)
     assert [choice.rewrite for choice in plan.choices] == ["split_bn"]
     assert [group.name for group in found.groups] == ["first to below", "above to mean"]
-    rewrite_graph(captured.graph, other, plan, passes.ORDER, passes.AFTER_SITES)
+    rewrite_graph(captured.graph, other, plan, PASSES)
     run = type(fx.GraphModule(other, captured.graph)).forward
 
     def forward(_, *inputs):

@@ -13,6 +13,7 @@ from normpass.apply import rewrite_graph
 from normpass.capture import capture, required_arguments
 from normpass.functional import split_norm_act
 from normpass.measure import kept_bytes
+from normpass.module import PASSES
 from normpass.passes.serialize_norms import SerializeNorms, tuned
 from normpass.planner import make_plan
 from normpass.recipe import recording
@@ -190,7 +191,7 @@ def rewritten(model, **options):
     """The model's forward after the ordinary rewrites and this one, with what was matched, refused and done."""
     captured = capture(model, required_arguments(model))
     plan = make_plan(find_sites(captured), passes.ORDER, allow_lossy=False)
-    rewrite_graph(captured.graph, model, plan, passes.ORDER, passes.AFTER_SITES)
+    rewrite_graph(captured.graph, model, plan, PASSES)
     rewrite = SerializeNorms(**options)
     matched, refusals = rewrite.match(captured.graph, model)
     done = rewrite.apply(captured.graph, model)
