@@ -6,7 +6,8 @@ of 1.5 and 2.5 copies of one such array. A residual is read wherever x is, and i
 The inputs come from memory, never from a cache; what stays in one from one pass to the next is read faster than the
 copy reads, so small arrays may beat it.
 
-Eager is at its best: its additions and ReLUs are in place, as torchvision's networks have them.
+Eager is at its best: its additions and ReLUs are in place, as torchvision's networks have them; beside it stands what
+`nn.ReLU()` does by default.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def contenders(case: Case, compile_backend: str | None) -> dict[str, nn.Module]:
         return nn.BatchNorm2d(case.shape[1], device=case.device)
 
     found: dict[str, nn.Module] = {"ours": Ours(norm(), activation), "eager": Plain(norm(), activation)}
+    found["eager_out_of_place"] = Plain(norm(), activation, in_place=False)
     if case.layout == "channels_last":
         found["eager_contiguous"] = Plain(norm(), activation)
     if case.device.type == "cuda":
@@ -163,19 +165,19 @@ def contenders(case: Case, compile_backend: str | None) -> dict[str, nn.Module]:
 
 
 class Plain(nn.Module):
-    """The layers one after another, in place where torchvision's networks are."""
+    """The layers one after another; by default in place where torchvision's networks are."""
 
-    def __init__(self, norm: nn.BatchNorm2d, activation: str) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, activation: str, in_place: bool = True) -> None:
         super().__init__()
-        self.norm, self.activation = norm, activation
+        self.norm, self.activation, self.in_place = norm, activation, in_place
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self.activate(self.norm(x), residual)
 
     def activate(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
-            y += residual
-        return F.relu(y, inplace=True) if self.activation == "relu" else F.silu(y)
+            y = y.add_(residual) if self.in_place else y + residual
+        return F.relu(y, inplace=self.in_place) if self.activation == "relu" else F.silu(y)
 
 
 class Ours(Plain):

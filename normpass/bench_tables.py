@@ -14,7 +14,7 @@ from normpass.bench_networks import Row
 from normpass.measure import Ratio, format_bytes
 from normpass.plots import Point
 
-_HEADS = {"eager_contiguous": "contiguous", "cudnn": "cuDNN", "aten": "ATen"}
+_HEADS = {"eager_contiguous": "contiguous", "eager_out_of_place": "out of place", "cudnn": "cuDNN", "aten": "ATen"}
 
 
 def network_table(rows: Sequence[Row], title: str) -> Table:

@@ -110,7 +110,7 @@ def test_alternate_refuses_its_arguments(steps, rounds):
 @pytest.mark.parametrize("layer", bench_layers.LAYERS)
 def test_layers(layer):
     rows = {row.contender: row for row in bench_layers.bench_layer(Case(layer, SMALL), 2, "aot_eager")}
-    assert list(rows) == ["ours", "eager", "eager_contiguous", "compile", "copy"]
+    assert list(rows) == ["ours", "eager", "eager_out_of_place", "eager_contiguous", "compile", "copy"]
     assert all(row.error == "" for row in rows.values())
     assert list(rows["ours"].phases) == ["forward", "backward", "both"]
     assert rows["eager"].phases["both"].ratio == Ratio(1.0, 1.0, 1.0)
