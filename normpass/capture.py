@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from normpass.functional import product_as_first, sum_as_first, survival_noise
-from normpass.graph import VIEW_FUNCTIONS, VIEW_METHODS, hooks_of, is_in_place_call, module_of, owns_result
+from normpass.graph import VIEW_FUNCTIONS, VIEW_METHODS, hooks_of, is_in_place_call, join, module_of, owns_result
 from normpass.guard import SIMPLE, Guard, make_guard
 from normpass.tracing import CaptureError, Tracer, watched
 
@@ -96,10 +96,6 @@ def _has_no_forward(module: nn.Module) -> bool:
         nn.ModuleList.forward,
         nn.ModuleDict.forward,
     )
-
-
-def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.running_stats import update_running_stats
 from normpass.recipe import is_recording, tag
 
-BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _ANY_DIMS = (2, 3, 4, 5)
 _PARAMETER_DTYPES = {

@@ -54,6 +54,31 @@ IN_PLACE_OPERATORS = frozenset(
 )
 
 
+def join(path: str, name: str) -> str:
+    """A dotted path below another; the root's is empty."""
+    return f"{path}.{name}" if path else name
+
+
+def replace_layers(model: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> dict[str, nn.Module]:
+    """Put `make(layer)` in the place of every layer below `model` for which that is not None.
+
+    A layer that stands in two places stays one. Returns path -> the layer that stood there.
+    """
+    replaced: dict[str, nn.Module] = {}
+    new: dict[int, nn.Module | None] = {}
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent._modules.items()):
+            if child is None:
+                continue
+            if id(child) not in new:
+                new[id(child)] = make(child)
+            other = new[id(child)]
+            if other is not None:
+                parent._modules[name] = other
+                replaced[join(path, name)] = child
+    return replaced
+
+
 def hooks_of(module: nn.Module) -> list[dict]:
     """The hook dictionaries of `module` that a plain call consults."""
     return [module.__dict__[name] for name in HOOK_DICTS if name in module.__dict__]

@@ -29,13 +29,12 @@ from normpass.capture import (
     capture,
     described,
     find_parts,
-    join,
     parameters_of,
     required_arguments,
     tensors_of,
 )
 from normpass.errors import InvalidModelError, StaleChangeError
-from normpass.graph import global_hooks
+from normpass.graph import global_hooks, join
 from normpass.nn.norm import BatchNormLike, as_batch_norm, batch_norm_again
 from normpass.nn.switchable import decide, switchable_layers
 from normpass.planner import DEFAULT, Decisions, make_plan

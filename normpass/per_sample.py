@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from normpass.capture import reason_to_keep_whole
 from normpass.functional import product_as_first, sum_as_first
 from normpass.graph import bound, module_of
+from normpass.nn.norm import BATCH_NORMS
 from normpass.sites import activation_of, activation_of_module
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from normpass.capture import join, reason_to_keep_whole
+from normpass.capture import reason_to_keep_whole
+from normpass.graph import replace_layers
 from normpass.nn.norm import dimension_of, options_of
 
 
@@ -35,17 +36,13 @@ class GroupNorm:
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Replace every BatchNorm of `model`; returns path -> the layer that stood there."""
-        replaced: dict[str, nn.Module] = {}
-        new: dict[int, nn.Module] = {}  # a norm that stands in two places stays one
-        for path, parent in list(model.named_modules()):
-            for name, child in list(parent._modules.items()):
-                if child is None or dimension_of(child) is None or reason_to_keep_whole(child) is not None:
-                    continue
-                if id(child) not in new:
-                    new[id(child)] = group_norm_from(child, self.num_groups)
-                parent._modules[name] = new[id(child)]
-                replaced[join(path, name)] = child
-        return replaced
+
+        def new(layer: nn.Module) -> nn.Module | None:
+            if dimension_of(layer) is None or reason_to_keep_whole(layer) is not None:
+                return None
+            return group_norm_from(layer, self.num_groups)
+
+        return replace_layers(model, new)
 
     def change_graph(self, graph: fx.Graph, root: nn.Module) -> None:
         """Nothing: the layers are called as the norms were."""

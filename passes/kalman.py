@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from normpass.capture import find_parts, join, reason_to_keep_whole
-from normpass.graph import module_of
+from normpass.capture import find_parts, reason_to_keep_whole
+from normpass.graph import module_of, replace_layers
 from normpass.nn.estimate import activated, concatenated, padded, predicted, predicted_by_sample, summed, through_norm
 from normpass.nn.kalman import KALMAN_NORMS, batch_norm_with_estimate, check_options, kalman_from
 from normpass.nn.norm import dimension_of
@@ -81,7 +81,7 @@ class Kalman:
                     new[id(norm)] = kalman_from(norm, micro_batches=self.micro_batches, **options)
                 elif self.micro_batches > 1:
                     new[id(norm)] = kalman_from(norm, micro_batches=self.micro_batches, prediction_weight=0.0)
-        return _replace(model, new)
+        return replace_layers(model, lambda layer: new.get(id(layer)))
 
     def change_graph(self, graph: fx.Graph, root: nn.Module) -> None:
         """Wire the estimates along the edges of `graph`."""
@@ -113,17 +113,6 @@ def _estimates(graph: fx.Graph, root: nn.Module) -> Estimates:
         return once and reason_to_keep_whole(module) is None
 
     return Estimates(graph, root, is_filter)
-
-
-def _replace(model: nn.Module, new: dict[int, nn.Module]) -> dict[str, nn.Module]:
-    """Put `new[id(module)]` wherever that module stands."""
-    replaced: dict[str, nn.Module] = {}
-    for path, parent in list(model.named_modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in new and child is not None:
-                parent._modules[name] = new[id(child)]
-                replaced[join(path, name)] = child
-    return replaced
 
 
 def _wire(graph: fx.Graph, root: nn.Module, node: fx.Node, prediction: fx.Node | None, feeds: bool) -> fx.Node | None:

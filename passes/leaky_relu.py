@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normpass.graph import is_in_place_call
+from normpass.graph import is_in_place_call, replace_layers, replace_node
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
 _RELU_METHODS = ("relu", "relu_")
@@ -35,14 +35,13 @@ class LeakyReLU:
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Replace every `nn.ReLU` of `model`; returns path -> the layer that stood there."""
-        replaced: dict[str, nn.Module] = {}
-        for parent_path, parent in list(model.named_modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.ReLU:
-                    new = nn.LeakyReLU(self.negative_slope, child.inplace)
-                    setattr(parent, name, new.train(child.training))
-                    replaced[f"{parent_path}.{name}" if parent_path else name] = child
-        return replaced
+
+        def new(layer: nn.Module) -> nn.Module | None:
+            if type(layer) is not nn.ReLU:
+                return None
+            return nn.LeakyReLU(self.negative_slope, layer.inplace).train(layer.training)
+
+        return replace_layers(model, new)
 
     def change_graph(self, graph: fx.Graph, root: nn.Module) -> None:
         """Replace every functional ReLU of `graph`."""
@@ -52,8 +51,7 @@ class LeakyReLU:
             in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or is_in_place_call(node)
             with graph.inserting_before(node):
                 new = graph.call_function(F.leaky_relu, (node.all_input_nodes[0], self.negative_slope, in_place))
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+            replace_node(graph, node, new)
 
 
 def _is_functional_relu(node: fx.Node) -> bool:

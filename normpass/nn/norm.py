@@ -12,7 +12,7 @@ from normpass.ops import shift_scale, updated_running_stats
 from normpass.ops.layout import statistics_dtype
 from normpass.recipe import is_recording, tag
 
-BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class BatchNormLike(_NormBase):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normpass.graph import replace_layers
 from normpass.nn.kalman import KALMAN_NORMS
 from normpass.nn.norm import BatchNormLike, as_batch_norm, options_of
 from normpass.nn.switchable import SWITCHABLE_NORMS, decide, switchable_layers
@@ -24,12 +25,7 @@ def as_plain_norms(model: nn.Module) -> nn.Module:
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers()) if isinstance(t, Tensor)}
     plain = copy.deepcopy(model, shared)
     decide(list(switchable_layers(plain).values()))
-    new: dict[int, nn.Module] = {}
-    for parent in list(plain.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, BatchNormLike):
-                new.setdefault(id(child), _plain(child))
-                parent._modules[name] = new[id(child)]
+    replace_layers(plain, lambda layer: _plain(layer) if isinstance(layer, BatchNormLike) else None)
     return _plain(plain) if isinstance(plain, BatchNormLike) else plain
 
 

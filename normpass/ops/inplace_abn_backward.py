@@ -104,21 +104,8 @@ def _check(
     check_like("inplace_abn_backward", z, "grad", grad)
 
 
-def _reference(
-    grad: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    var: Tensor,
-    eps: float,
-    batch_statistics: bool,
-    activation: str,
-    activation_args: Sequence[float],
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = eps, batch_statistics, activation, activation_args, needs
-    dx, dweight, dbias = (or_empty(t, grad) for t in _reference_gradients(grad, z, weight, bias, var, *options))
-    return dx, dweight, dbias
+def _reference(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernel(None, grad, *others)
 
 
 def _reference_gradients(

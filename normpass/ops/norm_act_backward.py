@@ -113,24 +113,8 @@ def _check(
     check_like(op, x, "residual", residual)
 
 
-def _reference(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    batch_statistics: bool,
-    activation: str,
-    activation_args: Sequence[float],
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = eps, batch_statistics, activation, activation_args, needs
-    results = _reference_gradients(grad, x, residual, weight, bias, mean, var, *options)
-    dx, dresidual, dweight, dbias = (or_empty(result, grad) for result in results)
-    return dx, dresidual, dweight, dbias
+def _reference(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _kernel(None, grad, *others)
 
 
 def _reference_gradients(
