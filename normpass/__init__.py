@@ -11,7 +11,6 @@ measure    bytes kept, peak, step time: the one definition used everywhere
 from normpass import measure
 from normpass._version import __version__
 from normpass.api import explain, optimize, plan, restore
-from normpass.budget import StepPlan
 from normpass.convert import Conversion, convert
 from normpass.errors import (
     ConversionError,
@@ -26,6 +25,7 @@ from normpass.errors import (
 )
 from normpass.module import Optimized
 from normpass.report import Report
+from normpass.step_plan import StepPlan
 
 __all__ = [
     "Conversion",

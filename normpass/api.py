@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normpass import passes
-from normpass.budget import StepPlan, known_keys, plan_step
+from normpass.budget import known_keys, plan_step
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.explain import make_report
 from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
 from normpass.planner import DEFAULT, Decisions
 from normpass.report import Report
+from normpass.step_plan import StepPlan
 from normpass.untouched import untouched
 from normpass.verify import verify_outputs, verify_state
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from normpass import passes, recipe
 from normpass.apply import Rewritten, rewrite_graph
-from normpass.budget import parse_budget, plan_record, selectable
+from normpass.budget import plan_record, selectable
 from normpass.capture import Capture, normalise
 from normpass.errors import InvalidInputError
 from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
@@ -38,6 +38,7 @@ from normpass.planner import DEFAULT, Decisions, Plan, make_plan
 from normpass.record import record_graph
 from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
 from normpass.sites import find_sites
+from normpass.step_plan import parse_budget
 
 INNER = ("inductor", "aot_eager", "eager")
 _OPTIONS = ("inner", "memory_budget")

@@ -8,12 +8,8 @@ and from JSON, may be edited, and is applied by `optimize(model, plan=…)`.
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
@@ -22,118 +18,15 @@ from normpass import cost, tune
 from normpass.choose import Chosen, Search, Selectable
 from normpass.errors import InfeasibleBudgetError, InvalidInputError
 from normpass.graph import key_of
-from normpass.liveness import Seconds, Use, Walker
+from normpass.liveness import Seconds, Walker
 from normpass.measure import format_bytes
 from normpass.module import PASSES, Optimized, Options, Program, optimise_in_place, part_of, shared_copy
 from normpass.planner import DEFAULT, Decisions
 from normpass.record import Record, Recorder, recording, recording_for_real
+from normpass.step_plan import INDICES, Predicted, Row, StepPlan, parse_budget
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PEAK_MARGIN = 1.1
 """how far the peak may lie above the budget's share of the plain model's"""
-_VERSION = 1
-_INDICES = " (indices)"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result that backward needs: what is done with it, and what the other choice would change."""
-
-    key: str
-    """the layer or the node that makes it"""
-    choice: str
-    """kept, rebuilt or replayed"""
-    bytes: int
-    """of the result (of the indices, where it is replayed)"""
-    seconds: float
-    """of making it once more"""
-    other_bytes: int
-    """kept bytes with the other choice, less those with this one"""
-    other_seconds: float
-    """seconds of rebuilding with the other choice, less those with this one"""
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """One step of a model: bytes between forward and backward, the peak, the seconds spent on rebuilding."""
-
-    kept: int
-    peak: int
-    seconds: float
-    timeline: tuple[int, ...] = ()
-    """bytes after every step of forward, then of backward"""
-    forward_steps: int = 0
-
-    @classmethod
-    def of(cls, use: Use) -> Predicted:
-        return cls(use.kept, use.peak, use.seconds, use.timeline, use.forward_steps)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What is kept and what is rebuilt in one training step of one model; `optimize(model, plan=…)` applies it."""
-
-    decisions: Decisions
-    rows: tuple[Row, ...] = ()
-    plain: Predicted | None = None
-    default: Predicted | None = None
-    planned: Predicted | None = None
-    budget: str = ""
-    """as it was asked for"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; `from_json` reads `decisions`, which may be edited."""
-        predicted = {n: getattr(self, n) for n in ("plain", "default", "planned") if getattr(self, n) is not None}
-        return {
-            "version": _VERSION,
-            "budget": self.budget,
-            "decisions": {
-                "rewrites": dict(self.decisions.rewrites),
-                **{name: sorted(getattr(self.decisions, name)) for name in ("kept", "rebuilt", "replayed")},
-            },
-            "predicted": {n: {"kept": p.kept, "peak": p.peak, "seconds": p.seconds} for n, p in predicted.items()},
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> StepPlan:
-        """The plan that `to_json` wrote.
-
-        Raises:
-            InvalidInputError: it is no such plan.
-        """
-        if not isinstance(data, Mapping) or data.get("version") != _VERSION or "decisions" not in data:
-            raise InvalidInputError(f"`plan` is not a plan of version {_VERSION}: write one with `StepPlan.to_json`")
-        found = dict(data["decisions"])
-        unknown = sorted(set(found) - {"rewrites", "kept", "rebuilt", "replayed"})
-        if unknown:
-            raise InvalidInputError(f"`plan` has unknown decisions: {', '.join(unknown)}")
-        kept, rebuilt, replayed = (frozenset(found.get(name, ())) for name in ("kept", "rebuilt", "replayed"))
-        decisions = Decisions(dict(found.get("rewrites", {})), kept, rebuilt, replayed)
-        predicted = {name: Predicted(**value) for name, value in data.get("predicted", {}).items()}
-        rows = tuple(Row(**row) for row in data.get("rows", ()))
-        return cls(decisions, rows, budget=str(data.get("budget", "")), **predicted)
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    def __str__(self) -> str:
-        changed = [row for row in self.rows if row.key.removesuffix(_INDICES) in self.decisions.keys]
-        lines = [f"plan for a budget of {self.budget}: {len(changed)} results differ from the default"]
-        for row in changed:
-            lines.append(
-                f"  {row.key}: {row.choice} ({format_bytes(row.bytes)}); otherwise "
-                f"{row.other_bytes / 2**20:+.1f} MiB kept and {row.other_seconds * 1e3:+.2f} ms"
-            )
-        for name in ("plain", "default", "planned"):
-            p: Predicted | None = getattr(self, name)
-            if p is not None:
-                rebuilding = f", rebuilding {p.seconds * 1e3:.1f} ms" if p.seconds else ""
-                lines.append(
-                    f"{name}: kept {format_bytes(p.kept)}, peak {format_bytes(p.peak)}{rebuilding} (predicted)"
-                )
-        return "\n".join(lines)
 
 
 def plan_step(
@@ -194,27 +87,6 @@ def plan_record(
         Predicted.of(search.use(chosen)),
         str(memory_budget),
     )
-
-
-def parse_budget(budget: float | str, plain: int) -> int:
-    """Bytes of a budget, given as a fraction of `plain` bytes or as a size.
-
-    Raises:
-        InvalidInputError: it is neither.
-    """
-    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
-        if not 0 < budget <= 1:
-            raise InvalidInputError(
-                f"`memory_budget={budget!r}` is not a fraction between 0 and 1 of what the plain model keeps; "
-                'bytes are given as "12GB"'
-            )
-        return int(budget * plain)
-    found = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", budget, re.IGNORECASE) if isinstance(budget, str) else None
-    )
-    if found is None:
-        raise InvalidInputError(f'`memory_budget={budget!r}`: give a fraction such as 0.5, or bytes such as "12GB"')
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 # --- recording ------------------------------------------------------------------------------------
@@ -349,4 +221,4 @@ def _rows(walker: Walker, search: Search, chosen: Chosen) -> Iterator[Row]:
         changes = search.kept(other) - kept, walker.cost(other.rebuilt, other.replayed) - seconds
         step = record.steps[index]
         choice = "replayed" if index in chosen.replayed else "kept"
-        yield Row(step.key + _INDICES, choice, step.internals, walker.seconds[index], *changes)
+        yield Row(step.key + INDICES, choice, step.internals, walker.seconds[index], *changes)

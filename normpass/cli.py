@@ -25,10 +25,10 @@ from normpass import bench, cli_convert, demo, kernels, measure, models, passes
 from normpass.bench_layers import DEFAULT_SHAPES, LAYERS, LAYOUTS, Case
 from normpass.bench_networks import NETWORKS, Setting
 from normpass.bench_tables import frontier_points
-from normpass.budget import parse_budget
 from normpass.contenders import COMPILED, CONTENDERS, FRONTIER
 from normpass.environment import environment, last_level_cache, openmp_runtimes
 from normpass.plots import Curve, plot_frontier, plot_memory
+from normpass.step_plan import parse_budget
 from normpass.traffic import traffic_report
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")

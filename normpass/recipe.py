@@ -103,7 +103,7 @@ class Recipe:
         self.kwargs = _map_tensors(_note, kwargs)
         self.select = select
         self.version = version
-        self.autocast = _autocast_state(args)
+        self.autocast = autocast_state(args)
         self.value: Tensor | None = None
         self.readers = 0  # saved tensors and recipes that will ask for the value in one backward
         self.waiting = 0  # how many of them have not asked yet
@@ -135,7 +135,7 @@ class Recipe:
             counts[id(self)] = counts.get(id(self), 0) + 1
         args = _map_noted(self.args)
         kwargs = _map_noted(self.kwargs)
-        with _without_grad(), _same_autocast(self.autocast):
+        with _without_grad(), same_autocast(self.autocast):
             value = self.function(*args, **kwargs)
         return value if self.select is None else value[self.select]
 
@@ -217,57 +217,6 @@ def derived_function(function: Callable) -> Callable:
 
 def _call_layer(layer: nn.Module, parameters: tuple, *args: Any, **kwargs: Any) -> Any:
     return layer(*args, **kwargs)
-
-
-def replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False, **kwargs: Any) -> Tensor:
-    """Call a `function` of one tensor so that backward runs it again: it keeps x and nothing else.
-
-    With `is_rebuilt` the result is tagged like that of `derived`.
-    """
-    call = functools.partial(_with_arguments, function, args, kwargs)
-    hooked = isinstance(function, nn.Module) and any(hooks_of(function))
-    if torch.compiler.is_compiling() or not is_recording() or not x.requires_grad or hooked:
-        return call(x)
-    result: Tensor = _Replay.apply(call, x)
-    if is_rebuilt:
-        tag(result, call, (x,))
-    return result
-
-
-def _with_arguments(function: Callable, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
-    result: Tensor = function(x, *args, **kwargs)
-    return result
-
-
-@functools.cache
-def replayed_function(function: Callable) -> Callable:
-    """`replayed` with its first argument fixed."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return replayed(function, *args, **kwargs)
-
-    call.__name__ = f"replayed_{getattr(function, '__name__', 'function')}"
-    return call
-
-
-class _Replay(torch.autograd.Function):
-    """A function of one tensor that is run once more to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable, x: Tensor) -> Tensor:
-        ctx.function, ctx.autocast = function, _autocast_state((x,))
-        ctx.save_for_backward(x)
-        result: Tensor = function(x)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        twice = torch.is_grad_enabled()  # then x stays where it is in the graph
-        (x,) = ctx.saved_tensors
-        x = x if twice else x.detach().requires_grad_()
-        with torch.enable_grad(), _same_autocast(ctx.autocast):
-            result = ctx.function(x)
-        return None, *torch.autograd.grad(result, x, grads, create_graph=twice)
 
 
 def pass_on(tensor: Tensor, alias: Tensor) -> None:
@@ -375,7 +324,7 @@ def _map_noted(value: Any) -> Any:
     return value
 
 
-def _autocast_state(args: tuple) -> tuple[str, torch.dtype] | str | None:
+def autocast_state(args: tuple) -> tuple[str, torch.dtype] | str | None:
     """`(device type, dtype)` where autocast is on, the device type where it is off."""
     tensor = _first_tensor(args)
     kind = None if tensor is None else tensor.device.type
@@ -399,7 +348,7 @@ def _without_grad():
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
-def _same_autocast(state: tuple[str, torch.dtype] | str | None):
+def same_autocast(state: tuple[str, torch.dtype] | str | None):
     if isinstance(state, tuple):
         return torch.autocast(state[0], dtype=state[1])
     if state is not None and torch.is_autocast_enabled(state):

@@ -21,7 +21,8 @@ from torch import fx, nn
 
 from normpass.capture import reason_to_keep_whole
 from normpass.graph import Storage, key_of, module_of, owns_result, replace_node
-from normpass.recipe import derived, derived_function, replayed, replayed_function
+from normpass.recipe import derived, derived_function
+from normpass.replay import replayed, replayed_function
 
 _MODULES = (
     nn.modules.conv._ConvNd,

@@ -11,8 +11,8 @@ from networks import NETWORKS
 from torch import nn
 
 import normpass
-from normpass.budget import parse_budget
 from normpass.measure import kept_bytes, peak_bytes
+from normpass.step_plan import parse_budget
 
 
 class Residual(nn.Module):
