@@ -50,6 +50,18 @@ def test_moments(kernels, dtype, layout):
     checks.check_moments(kernels, site.x, layout)
 
 
+@EACH_LAYOUT
+@EACH_DTYPE
+def test_concatenations(kernels, dtype, layout):
+    """In pieces of one channel, of a third, and the rest; every other one is added to."""
+    third = layout.channels // 3
+    pieces = [n for n in (1, third, layout.channels - 1 - third) if n > 0]
+    site = Site(layout, dtype, device="cuda")
+    checks.check_cat_norm_act(kernels, site, pieces)
+    checks.check_cat_norm_act_backward(kernels, site, pieces)
+    checks.check_cat_norm_act_backward(kernels, site, pieces, [index % 2 == 0 for index in range(len(pieces))])
+
+
 @pytest.mark.parametrize("layout", [Layout(200000, 16, 1), Layout(16, 4, 12544)], ids=["rows", "planes"])
 @pytest.mark.parametrize("outlier", [False, True])
 def test_moments_of_hard_values(kernels, layout, outlier):
