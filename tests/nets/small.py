@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,7 +111,7 @@ class EveryActivation(nn.Module):
     def _branch(act: nn.Module) -> nn.Module:
         channels = 3 if isinstance(act, nn.GLU) else 6
         return nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), act, nn.Conv2d(channels, 4, 1)
+            nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), copy.deepcopy(act), nn.Conv2d(channels, 4, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
