@@ -100,9 +100,51 @@ def test_explain_changes_and_lossy(workspace, capsys):
     assert "inplace_abn" in out
 
 
+def test_explain_plans_for_a_budget(workspace, capsys):
+    command = "explain tinynet:Tiny --input 2x3x16x16 --budget 0.5 --plan plan.json --plot memory.png --json report.json"
+    status, out, _ = run(capsys, command)
+    assert status == 0
+    assert "plan for a budget of 0.5" in out and "planned: kept" in out
+    plan = json.loads((workspace / "plan.json").read_text())
+    assert plan["predicted"]["planned"]["kept"] <= 0.5 * plan["predicted"]["plain"]["kept"]
+    report = json.loads((workspace / "report.json").read_text())
+    assert report["plan"] == plan
+    assert report["memory"]["kept_after"] == plan["predicted"]["planned"]["kept"]
+    assert (workspace / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_serialises_and_models_the_traffic(workspace, capsys):
+    command = "explain tinynet:Tiny --input 8x3x16x16 --change group_norm --serialize --traffic --buffer 40KiB"
+    status, out, _ = run(capsys, command)
+    assert status == 0
+    assert "sub-batches of" in out
+    assert "Modelled memory traffic of a training step, Tiny, 8x3x16x16, float32, buffer 0.0390625 MiB" in out
+    assert "greedy, branches held in the buffer" in out
+
+
+def test_bench_frontier(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "FRONTIER", ("eager", "ours", "ours@0.5", "compile"))
+    command = "bench frontier tinynet:Tiny --input 2x3x16x16 --rounds 1 --no-compile --json f.json --plot f.png"
+    status, out, _ = run(capsys, command)
+    assert status == 0
+    rows = json.loads((workspace / "f.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["eager", "ours", "ours@0.5"]
+    assert rows[2]["kept"] <= 0.5 * rows[0]["kept"]
+    assert (workspace / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
+        ("explain tinynet:Tiny --budget 0.5", "`memory_budget` needs `example_inputs`"),
+        ("explain tinynet:Tiny --input 2x3x8x8 --budget much", "give a fraction such as 0.5"),
+        ("explain tinynet:Tiny --input 2x3x8x8 --budget 0.00001", "no plan keeps fewer than"),
+        ("explain tinynet:Tiny --plot m.png", "--plot needs --input"),
+        ("explain tinynet:Tiny --traffic", "--traffic needs --input"),
+        ("explain tinynet:Tiny --serialize", "`serialize` needs `example_inputs`"),
+        ("explain tinynet:Tiny --input 2x3x8x8 --serialize --buffer big", "`big` is not a size such as 10MiB"),
+        ("bench frontier tinynet:Nope", "has no `Nope`"),
+        ("bench tinynet:Tiny --with ours@2", "no contender `ours@2`"),
         ("", "the following arguments are required: COMMAND"),
         ("fry", "invalid choice: 'fry'"),
         ("explain", "required: MODEL"),
