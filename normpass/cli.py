@@ -170,6 +170,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if options.plot and options.input is None:
+        raise normpass.InvalidInputError("--plot needs --input: memory depends on the shapes")
+    if options.traffic and len(options.input or ()) != 1:
+        raise normpass.InvalidInputError("--traffic needs --input, the shape of one tensor")
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     model = models.load(options.model).to(dtype)
@@ -179,7 +183,7 @@ def _explain(options: argparse.Namespace) -> int:
             serialize = passes.SerializeMinibatch(options.buffer) if options.serialize else False
             chosen = {"changes": options.change, "allow_lossy": options.allow_lossy, "serialize": serialize}
             report = normpass.explain(model, inputs, memory_budget=options.budget, tune=options.tune, **chosen)
-            curves = _curves(model, inputs, report, chosen) if options.plot else ()
+            curves = _curves(model, inputs or (), report, chosen) if options.plot else ()
     except ValueError as error:  # also of `measure`: a frozen model, an output without floating tensors
         return _refuse(error)
     console = Console()
@@ -201,16 +205,12 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _traffic(model: nn.Module, options: argparse.Namespace, dtype: torch.dtype) -> str:
-    if options.input is None or len(options.input) != 1:
-        raise normpass.InvalidInputError("--traffic needs --input, the shape of one tensor")
     size = options.buffer or last_level_cache(torch.device("cpu"))
     return traffic_report(model, options.input[0], dtype=dtype, buffer_bytes=size)
 
 
-def _curves(model: nn.Module, inputs: tuple | None, report: normpass.Report, chosen: dict) -> list[Curve]:
+def _curves(model: nn.Module, inputs: Sequence[torch.Tensor], report: normpass.Report, chosen: dict) -> list[Curve]:
     """Memory along one step of the model as it is and as the report describes it, in train mode."""
-    if inputs is None:
-        raise normpass.InvalidInputError("--plot needs --input: memory depends on the shapes")
     optimised = normpass.optimize(model, plan=report.plan, **chosen)
     both = {"plain": model.train(), "optimised": optimised.train()}
     return [Curve(n, measure.kept_bytes(m, *inputs), measure.memory_timeline(m, *inputs)) for n, m in both.items()]

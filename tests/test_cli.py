@@ -101,7 +101,9 @@ def test_explain_changes_and_lossy(workspace, capsys):
 
 
 def test_explain_plans_for_a_budget(workspace, capsys):
-    command = "explain tinynet:Tiny --input 2x3x16x16 --budget 0.5 --plan plan.json --plot memory.png --json report.json"
+    command = (
+        "explain tinynet:Tiny --input 2x3x16x16 --budget 0.5 --plan plan.json --plot memory.png --json report.json"
+    )
     status, out, _ = run(capsys, command)
     assert status == 0
     assert "plan for a budget of 0.5" in out and "planned: kept" in out
