@@ -25,7 +25,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from normpass.graph import key_of
 from normpass.untouched import untouched
@@ -87,6 +88,7 @@ class Recorder:
 
     def __init__(self, external: Sequence[Tensor], device: str):
         self._record = Record(device=device)
+        self.flops = _Flops()
         self._alive: list[Any] = []  # storages, so that no identity is used twice
         self._external = {self._identity(t) for t in external}
         self._value_of: dict[int, int] = {}
@@ -140,6 +142,12 @@ class Recorder:
             self._saved.append((self._running[-1], storage, tensor.untyped_storage().nbytes()))
         return tensor.detach()
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, what autograd saves and what is multiplied is noted."""
+        with saved_tensors_hooks(self.pack, lambda saved: saved), self.flops:
+            yield
+
     def finish(self, output: Any) -> Record:
         """Sort what was saved into values and internals."""
         returned = {self._identity(t) for t in tensors_in(output)}
@@ -170,7 +178,7 @@ def record_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Record:
     with mode:
         fakes = [_like(value) if isinstance(value, Tensor) else value for value in inputs]
         recorder = Recorder(list(tensors_in(fakes)), next((t.device.type for t in tensors_in(fakes)), "cpu"))
-        with torch.enable_grad(), saved_tensors_hooks(recorder.pack, lambda saved: saved):
+        with torch.enable_grad(), recorder.watching():
             output = recorder.run(graph_module.graph, graph_module, "", fakes)
     return recorder.finish(output)
 
@@ -208,7 +216,7 @@ def recording(model: nn.Module, arguments: tuple[tuple, dict]) -> Iterator[tuple
         args, kwargs = pytree.tree_map(fake, arguments)
         device = next((t.device.type for t in tensors_in((args, kwargs))), "cpu")
         recorder = Recorder(list(memo.values()), device)
-        with mode, torch.enable_grad(), saved_tensors_hooks(recorder.pack, lambda saved: saved):
+        with mode, torch.enable_grad(), recorder.watching():
             yield recorder, (args, kwargs)
     finally:
         for values, originals in zip(registered, before, strict=True):
@@ -261,6 +269,21 @@ def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     return result
 
 
+class _Flops(TorchDispatchMode):
+    """Counts the multiplications and additions of matrix products and convolutions, by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
+
+
 class _Interpreter(fx.Interpreter):
     def __init__(self, recorder: Recorder, graph: fx.Graph, module: nn.Module, path: str):
         super().__init__(module, graph=graph)
@@ -273,9 +296,10 @@ class _Interpreter(fx.Interpreter):
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         step = Step(".".join(filter(None, (self._path, key))), module if module is not None else n.target)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        with self._recorder.running(step), FlopCounterMode(display=False) as counter:
+        before = self._recorder.flops.total
+        with self._recorder.running(step):
             result = super().run_node(n)
-        step.flops = counter.get_total_flops()
+        step.flops = self._recorder.flops.total - before
         layers = [m for m in (module, *pytree.tree_leaves(args)) if isinstance(m, nn.Module)]
         step.weights = sum(p.nbytes for m in layers for p in m.parameters()) + self._recorder.external_bytes(args)
         step.scratch = _scratch(step, layers, args, result)
