@@ -232,7 +232,7 @@ def recording_for_real(
     existing = [*model.parameters(), *model.buffers(), *tensors_in(arguments)]
     device = next((t.device.type for t in tensors_in(arguments)), "cpu")
     recorder = Recorder(existing, device)
-    with untouched(model, *arguments), torch.enable_grad(), saved_tensors_hooks(recorder.pack, lambda saved: saved):
+    with untouched(model, *arguments), torch.enable_grad(), recorder.watching():
         yield recorder, arguments
 
 
