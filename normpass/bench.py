@@ -7,7 +7,6 @@ found out at once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from normpass.bench_kernels import bench_kernels
 from normpass.bench_layers import Case, bench_layer, shape_text
 from normpass.bench_networks import Setting, bench_network, check_contenders
 from normpass.bench_tables import kernel_table, layer_table, network_table
+from normpass.files import write_json
 from normpass.overhead import call_overhead
 
 
@@ -48,7 +48,7 @@ class Record:
             OSError: it cannot be written.
         """
         if self.path is not None:
-            self.path.write_text(json.dumps({**self.found, **self.rows}, indent=1) + "\n")
+            write_json(self.path, {**self.found, **self.rows})
 
 
 def run_networks(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from normpass import measure
 from normpass.capture import capture, required_arguments
 from normpass.environment import environment, last_level_cache
 from normpass.extras import needed
+from normpass.files import write_json
 from normpass.passes import SerializeMinibatch
 from normpass.passes.serialize_norms import tuned
 
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         command = "python -m normpass.bench_serialised " + " ".join(sys.argv[1:] if argv is None else argv)
         record: dict[str, Any] = {**environment(options.device, command), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.json, record)
     return 0
 
 

@@ -17,13 +17,13 @@ from torch import fx, nn
 from normpass import cost, tune
 from normpass.choose import Chosen, Search, Selectable
 from normpass.errors import InfeasibleBudgetError, InvalidInputError
-from normpass.graph import key_of
+from normpass.graph import join, key_of
 from normpass.liveness import Seconds, Walker
 from normpass.measure import format_bytes
 from normpass.module import PASSES, Optimized, Options, Program, optimise_in_place, part_of, shared_copy
 from normpass.planner import DEFAULT, Decisions
 from normpass.record import Record, Recorder, recording, recording_for_real
-from normpass.step_plan import INDICES, Predicted, Row, StepPlan, parse_budget
+from normpass.step_plan import INDICES, Row, StepPlan, parse_budget
 
 _PEAK_MARGIN = 1.1
 """how far the peak may lie above the budget's share of the plain model's"""
@@ -82,9 +82,9 @@ def plan_record(
     return StepPlan(
         _decisions(walker, chosen, default, given),
         tuple(_rows(walker, search, chosen)),
-        Predicted.of(unchanged),
-        Predicted.of(search.use(default)),
-        Predicted.of(search.use(chosen)),
+        unchanged,
+        search.use(default),
+        search.use(chosen),
         str(memory_budget),
     )
 
@@ -169,10 +169,10 @@ def selectable(record: Record, graphs: Iterable[tuple[str, fx.Graph, nn.Module, 
     """What may be rebuilt in a record of these graphs: (path of the part, graph, root, names of what is rebuilt)."""
     default, extra, replayable = set(), set(), set()
     for path, graph, root, rebuilt in graphs:
-        default |= {_full(path, key_of(n)) for n in graph.nodes if n.name in rebuilt}
+        default |= {join(path, key_of(n)) for n in graph.nodes if n.name in rebuilt}
         regions = PASSES.regions.match(graph, root)
-        extra |= {_full(path, key) for key in regions.rebuildable}
-        replayable |= {_full(path, key) for key in regions.replayable}
+        extra |= {join(path, key) for key in regions.rebuildable}
+        replayable |= {join(path, key) for key in regions.replayable}
     steps = list(enumerate(record.steps))
     return Selectable(
         default=frozenset(v for _, s in steps if s.key in default for v in s.makes),
@@ -185,11 +185,7 @@ def known_keys(optimised: nn.Module) -> frozenset[str]:
     """What a plan for this module may name."""
     parts = [part_of(m) for m in optimised.modules() if isinstance(m, Optimized)]
     nodes = ((part.path, n) for part in parts for _, program in part.programs for n in program.graph.nodes)
-    return frozenset(_full(path, key_of(n)) for path, n in nodes)
-
-
-def _full(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+    return frozenset(join(path, key_of(n)) for path, n in nodes)
 
 
 # --- what was chosen ------------------------------------------------------------------------------

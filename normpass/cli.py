@@ -8,7 +8,6 @@ that says what to do; status 1 means that the work itself failed (the demo's los
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -27,6 +26,7 @@ from normpass.bench_networks import NETWORKS, Setting
 from normpass.bench_tables import frontier_points
 from normpass.contenders import COMPILED, CONTENDERS, FRONTIER
 from normpass.environment import environment, last_level_cache, openmp_runtimes
+from normpass.files import write_json
 from normpass.plots import Curve, plot_frontier, plot_memory
 from normpass.step_plan import parse_budget
 from normpass.traffic import traffic_report
@@ -290,7 +290,7 @@ def _console() -> Console:
 def _write_json(path: Path | None, content: object, option: str = "--json") -> int:
     try:
         if path is not None:
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            write_json(path, content)
     except OSError as error:
         return _cannot_write(path, error, option)
     return 0

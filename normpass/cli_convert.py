@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from normpass import models
 from normpass.convert import Conversion, convert
 from normpass.errors import ConversionError, InvalidInputError
-from normpass.files import appearing
+from normpass.files import appearing, write_json
 from normpass.from_onnx import convert_onnx
 from normpass.weights import load_weights
 
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
             with Console(stderr=True).status("converting"):
                 result = _from_onnx(options) if options.from_onnx is not None else _from_model(options)
             if report is not None:
-                report.write_text(json.dumps(result.to_json(), indent=1) + "\n")
+                write_json(report, result.to_json())
     except ConversionError as error:
         print(f"normpass: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _FAILED

@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON as all of ours is written."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,15 @@ def appearing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as JSON that a person can read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _create(path: Path) -> Path:

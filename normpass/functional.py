@@ -31,7 +31,7 @@ from normpass.ops.inplace_abn import inplace_abn_on
 from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
-from normpass.ops.running_stats import update_running_stats
+from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.recipe import is_recording, tag
 
 _DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -220,14 +220,6 @@ def next_running(norm, tensors: NormTensors) -> Running | None:
     momentum = _next_momentum(norm, tensors)
     mean, var = tensors.running_mean, tensors.running_var
     return None if mean is None or var is None else Running(mean, var, momentum)
-
-
-def move_running_stats(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-    """The running statistics after one more batch, through the dispatcher."""
-    old_mean, old_var, momentum = running
-    new = torch.ops.normpass.updated_running_stats.default(old_mean, old_var, mean, var, momentum, count)
-    old_mean.copy_(new[0])
-    old_var.copy_(new[1])
 
 
 def _next_momentum(norm, tensors: NormTensors) -> float:

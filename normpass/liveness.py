@@ -22,7 +22,7 @@ Seconds = Callable[[Step, "Record"], float]
 
 @dataclass(frozen=True)
 class Use:
-    """What one choice of rebuilt values costs."""
+    """What a step of training takes with one choice of rebuilt values."""
 
     kept: int
     """bytes"""
@@ -30,7 +30,7 @@ class Use:
     """bytes above the start of the step"""
     seconds: float
     """of rebuilding, in one backward"""
-    at_peak: frozenset[int]
+    at_peak: frozenset[int] = frozenset()
     """rebuilt values that are alive at the peak"""
     timeline: tuple[int, ...] = ()
     """bytes after every step of forward and then of backward"""

@@ -348,9 +348,10 @@ def _without_grad():
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
-def same_autocast(state: tuple[str, torch.dtype] | str | None):
+def same_autocast(state: tuple[str, torch.dtype] | str | None, cached: bool | None = None):
+    """Autocast as `autocast_state` found it; `cached`: are casts of weights remembered, None for as it is here."""
     if isinstance(state, tuple):
-        return torch.autocast(state[0], dtype=state[1])
+        return torch.autocast(state[0], dtype=state[1], cache_enabled=cached)
     if state is not None and torch.is_autocast_enabled(state):
         return torch.autocast(state, enabled=False)
     return nullcontext()

@@ -28,8 +28,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from normpass.graph import key_of
-from normpass.untouched import untouched
+from normpass.graph import join, key_of
+from normpass.untouched import tensors_in, untouched
 
 
 @dataclass
@@ -177,7 +177,7 @@ def record_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Record:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         fakes = [_like(value) if isinstance(value, Tensor) else value for value in inputs]
-        recorder = Recorder(list(tensors_in(fakes)), next((t.device.type for t in tensors_in(fakes)), "cpu"))
+        recorder = Recorder(tensors_in(fakes), next((t.device.type for t in tensors_in(fakes)), "cpu"))
         with torch.enable_grad(), recorder.watching():
             output = recorder.run(graph_module.graph, graph_module, "", fakes)
     return recorder.finish(output)
@@ -240,7 +240,7 @@ def _groups(layers: Sequence[nn.Module], args: tuple) -> int:
     """Of a convolution: the channels of its input over those of its weight."""
     if layers:
         return max(getattr(m, "groups", 1) for m in layers)
-    tensors = list(tensors_in(args))
+    tensors = tensors_in(args)
     if len(tensors) < 2 or tensors[1].dim() < 3:
         return 1
     return max(1, tensors[0].shape[1] // tensors[1].shape[1])
@@ -249,7 +249,7 @@ def _groups(layers: Sequence[nn.Module], args: tuple) -> int:
 def _scratch(step: Step, layers: Sequence[nn.Module], args: tuple, result: Any) -> int:
     """Gradients of the weights; and what a convolution on the CPU takes to work on its arguments in another layout."""
     layer = next((m for m in layers if isinstance(m, nn.modules.conv._ConvNd)), None)
-    x = next(tensors_in(args), None)
+    x = next(iter(tensors_in(args)), None)
     if layer is None or x is None or x.device.type != "cpu" or not isinstance(result, Tensor):
         return step.weights
     if set(layer.kernel_size) == set(layer.stride) == {1} and layer.groups == 1:
@@ -257,11 +257,6 @@ def _scratch(step: Step, layers: Sequence[nn.Module], args: tuple, result: Any) 
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return 3 * step.weights
     return 2 * step.weights + x.nbytes + result.nbytes
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors in a nested value; those of a module are not among them."""
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -294,7 +289,7 @@ class _Interpreter(fx.Interpreter):
             return super().run_node(n)
         key = key_of(n)
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        step = Step(".".join(filter(None, (self._path, key))), module if module is not None else n.target)
+        step = Step(join(self._path, key), module if module is not None else n.target)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         before = self._recorder.flops.total
         with self._recorder.running(step):

@@ -15,7 +15,6 @@ the sub-batch. A backward with `create_graph=True` runs it whole too.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from normpass.ops.eager import under_other_derivatives
 from normpass.ops.layout import empty_for_blocks
 from normpass.ops.library import is_exporting
 from normpass.per_sample import CONVOLUTIONS, INSTANCE_NORMS, TRANSPOSED, reason_not_now
+from normpass.recipe import autocast_state, same_autocast
 
 Tensors = Sequence[Tensor | None]
 
@@ -76,7 +76,7 @@ class SerialisedRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, region: Region, layers: Sequence[nn.Module], x: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.region, ctx.layers, ctx.autocast = region, layers, _autocast_state(x)
+        ctx.region, ctx.layers, ctx.autocast = region, layers, autocast_state((x,))
         ctx.save_for_backward(x, *tensors)
         # Detached, or autocast would remember a weight's cast, made here without gradients, for layers to come.
         constants = [t if t is None else t.detach() for t in tensors]
@@ -94,7 +94,8 @@ class SerialisedRegion(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         run = _differentiable if torch.is_grad_enabled() else _by_sub_batch
-        with _same_autocast(ctx.autocast):
+        # Without the cache: a remembered cast would belong to the graph of one sub-batch.
+        with same_autocast(ctx.autocast, cached=False):
             return None, None, *run(ctx.region, ctx.layers, x, tensors, grad, needs)
 
 
@@ -151,22 +152,6 @@ def _differentiable(
     sources = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
     found = iter(torch.autograd.grad(y, sources, grad, create_graph=True, allow_unused=True))
     return [next(found) if needed and t is not None else None for t, needed in zip(inputs, needs, strict=True)]
-
-
-def _autocast_state(x: Tensor) -> tuple[str, bool, torch.dtype] | None:
-    """(device type, whether autocast is on, its dtype); None where the device knows none."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return None
-    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-
-def _same_autocast(state: tuple[str, bool, torch.dtype] | None) -> contextlib.AbstractContextManager[object]:
-    if state is None:
-        return contextlib.nullcontext()
-    kind, enabled, dtype = state
-    # Without the cache: a remembered cast would belong to the graph of one sub-batch.
-    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 # --- layers on given tensors ----------------------------------------------------------------------

@@ -21,7 +21,6 @@ from normpass.functional import (
     Statistics,
     fused_norm_act,
     fusible,
-    move_running_stats,
     next_running,
     plain_norm_act,
     running_statistics_of,
@@ -36,7 +35,7 @@ from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of
-from normpass.ops.running_stats import update_running_stats
+from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
 from normpass.recipe import Kept, is_recording, pass_on, recipe_of, tag
 

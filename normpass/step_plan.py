@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from normpass.errors import InvalidInputError
+from normpass.files import write_json
 from normpass.liveness import Use
 from normpass.measure import format_bytes
 from normpass.planner import Decisions
@@ -40,30 +40,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """One step of a model: bytes between forward and backward, the peak, the seconds spent on rebuilding."""
-
-    kept: int
-    peak: int
-    seconds: float
-    timeline: tuple[int, ...] = ()
-    """bytes after every step of forward, then of backward"""
-    forward_steps: int = 0
-
-    @classmethod
-    def of(cls, use: Use) -> Predicted:
-        return cls(use.kept, use.peak, use.seconds, use.timeline, use.forward_steps)
-
-
-@dataclass(frozen=True)
 class StepPlan:
     """What is kept and what is rebuilt in one training step of one model; `optimize(model, plan=…)` applies it."""
 
     decisions: Decisions
     rows: tuple[Row, ...] = ()
-    plain: Predicted | None = None
-    default: Predicted | None = None
-    planned: Predicted | None = None
+    plain: Use | None = None
+    """predicted, as the next two: of the model as it is, of the default, of this plan"""
+    default: Use | None = None
+    planned: Use | None = None
     budget: str = ""
     """as it was asked for"""
 
@@ -96,13 +81,13 @@ class StepPlan:
             raise InvalidInputError(f"`plan` has unknown decisions: {', '.join(unknown)}")
         kept, rebuilt, replayed = (frozenset(found.get(name, ())) for name in ("kept", "rebuilt", "replayed"))
         decisions = Decisions(dict(found.get("rewrites", {})), kept, rebuilt, replayed)
-        predicted = {name: Predicted(**value) for name, value in data.get("predicted", {}).items()}
+        predicted = {name: Use(**value) for name, value in data.get("predicted", {}).items()}
         rows = tuple(Row(**row) for row in data.get("rows", ()))
         return cls(decisions, rows, budget=str(data.get("budget", "")), **predicted)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        write_json(Path(path), self.to_json())
 
     def __str__(self) -> str:
         changed = [row for row in self.rows if row.key.removesuffix(INDICES) in self.decisions.keys]
@@ -113,7 +98,7 @@ class StepPlan:
                 f"{row.other_bytes / 2**20:+.1f} MiB kept and {row.other_seconds * 1e3:+.2f} ms"
             )
         for name in ("plain", "default", "planned"):
-            p: Predicted | None = getattr(self, name)
+            p: Use | None = getattr(self, name)
             if p is not None:
                 rebuilding = f", rebuilding {p.seconds * 1e3:.1f} ms" if p.seconds else ""
                 lines.append(

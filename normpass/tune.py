@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from normpass.graph import key_of
+from normpass.environment import device_name
+from normpass.files import write_json
+from normpass.graph import join, key_of
 from normpass.recipe import observed_tags
+from normpass.timing import wait_for
 from normpass.untouched import untouched
 
 REPEATS = 3
-Runner = Callable[[fx.Graph, nn.Module, str, Any], Any]
 
 
 class Timer:
@@ -57,7 +59,7 @@ class _Interpreter(fx.Interpreter):
         self._timer, self._path = timer, path
 
     def run_node(self, n: fx.Node) -> Any:
-        self._timer.at(".".join(filter(None, (self._path, key_of(n)))))
+        self._timer.at(join(self._path, key_of(n)))
         return super().run_node(n)
 
 
@@ -72,7 +74,7 @@ def measured(
         call(timer)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(cache, indent=1, sort_keys=True) + "\n")
+        write_json(path, dict(sorted(cache.items())))
     return timer.seconds
 
 
@@ -90,12 +92,9 @@ def _read(path: Path | None) -> dict[str, float]:
 
 
 def _device_name(model: nn.Module) -> str:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
-    return f"{name} torch {torch.__version__}".replace(" ", "_").replace("/", "_")
+    """A file's name for the device that the model is on, its threads and torch's version."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    return re.sub(r"\W+", "_", f"{device_name(kind)} torch {torch.__version__}")
 
 
 def _signature(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> str:
@@ -111,14 +110,9 @@ def _shortest(function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> flo
     times = []
     with torch.no_grad():
         for _ in range(REPEATS + 1):
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             function(*args, **kwargs)
-            _wait(device)
+            wait_for(device)
             times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from normpass import concatenation
 from normpass.functional import fused_norm_act, inplace_abn, product_as_first, split_norm_act, sum_as_first
 from normpass.graph import (
     VIEW_FUNCTIONS,
@@ -42,7 +43,7 @@ from normpass.sites import activation_of, is_add
 
 _aten = torch.ops.aten
 
-CAT = frozenset({torch.cat, torch.concat, torch.concatenate, torch.stack})
+CAT = concatenation.CAT | {torch.stack}
 MUL = frozenset({operator.mul, torch.mul, product_as_first})
 PAD = frozenset({F.pad})
 UPSAMPLE = frozenset({F.interpolate, F.upsample, F.pixel_shuffle, torch.pixel_shuffle, torch.channel_shuffle})

@@ -35,11 +35,12 @@ from normpass.functional import split_norm_act
 from normpass.graph import called, module_of
 from normpass.kernels import kernels_for
 from normpass.ops.moments import moments_with_update
+from normpass.per_sample import CONVOLUTIONS
 from normpass.recipe import recording
 from normpass.rewrite import Refusal, Semantics
 from normpass.serial_norm import norm_act_with_moments, serial_norm_act_conv
+from normpass.timing import wait_for
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BLOCKS = tuple(2**20 * mib for mib in (1, 2, 4, 8, 16, 32, 64))
 """What `tuned` tries, in bytes."""
 
@@ -83,7 +84,7 @@ def _convolution_behind(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The convolution that reads what the rewritten norm `node` returns, if there is one."""
     if node.target is not split_norm_act:
         return None
-    return next((user for user in node.users if isinstance(module_of(user, root), _CONVOLUTIONS)), None)
+    return next((user for user in node.users if isinstance(module_of(user, root), CONVOLUTIONS)), None)
 
 
 def _reason_against(norm: fx.Node, conv: fx.Node, root: nn.Module) -> str | None:
@@ -95,7 +96,7 @@ def _reason_against(norm: fx.Node, conv: fx.Node, root: nn.Module) -> str | None
     whole = reason_to_keep_whole(layer)
     if whole is not None:
         return whole
-    if type(layer) not in _CONVOLUTIONS or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+    if type(layer) not in CONVOLUTIONS or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return f"{type(layer).__name__} with padding {layer.padding!r}, {layer.padding_mode}, is not one that is known"
     readers = list(conv.users)
     if len(readers) != 1 or readers[0].target is not split_norm_act or readers[0].args[1] is not conv:
@@ -168,7 +169,7 @@ def tuned(
 
 def _seconds(norm: Any, conv: Any, x: Tensor, activation: str, args: list[float], block: int) -> float:
     """One forward and backward; `block` 0: whole."""
-    _wait(x)
+    wait_for(x.device)
     start = time.perf_counter()
     with recording():
         if block:
@@ -178,10 +179,5 @@ def _seconds(norm: Any, conv: Any, x: Tensor, activation: str, args: list[float]
         if moments is None:
             moments_with_update(kernels_for(c.device.type), c, None)
     torch.autograd.grad(c, [x, *conv.parameters(), *norm.parameters()], torch.ones_like(c))
-    _wait(x)
+    wait_for(x.device)
     return time.perf_counter() - start
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

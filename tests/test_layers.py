@@ -18,7 +18,7 @@ FOLDERS = {
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
     ("guard", "measure", "ops", "extras", "files", "fold", "grouping", "cuts", "environment"),
-    ("tracing", "recipe", "weights", "export"),
+    ("tracing", "recipe", "weights", "export", "timing"),
     ("nn", "replay"),
     ("functional", "report", "agreement", "plots", "concatenation"),
     ("sharing",),
@@ -37,7 +37,7 @@ ORDER = (
     ("convert", "backend"),
     ("from_onnx",),
     ("normpass",),
-    ("digits", "models", "timing"),
+    ("digits", "models"),
     ("bench_layers", "bench_serialised", "contenders", "overhead"),
     ("bench_kernels", "bench_networks"),
     ("bench_tables",),

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normpass.ops import shift_scale, updated_running_stats
+from normpass.kernels import Running
+from normpass.ops import shift_scale
 from normpass.ops.layout import statistics_dtype
+from normpass.ops.running_stats import move_running_stats
 from normpass.recipe import is_recording, tag
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -76,9 +78,7 @@ def update_running(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
     mean, var = mean.detach(), var.detach()
     with torch.no_grad():
         if norm.momentum is not None:
-            new = updated_running_stats(norm.running_mean, norm.running_var, mean, var, norm.momentum, count)
-            norm.running_mean.copy_(new[0])
-            norm.running_var.copy_(new[1])
+            move_running_stats(Running(norm.running_mean, norm.running_var, norm.momentum), mean, var, count)
             return
         share = 1 / norm.num_batches_tracked.to(mean.dtype)  # on the device: nothing is read back
         for running, value in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):

@@ -4,10 +4,9 @@
     running_var'  = (1 − momentum)·running_var  + momentum·var·m/(m − 1)
 
 with m values per channel: PyTorch keeps the unbiased variance though it normalises with the biased one. The
-caller copies the result into its buffers, exactly once a step; a recomputed region then has nothing to update
-twice. In plain eager mode
-`update_running_stats` writes the buffers themselves. For `momentum=None` (the cumulative average) the caller passes
-1/num_batches_tracked.
+caller copies the result into its buffers, exactly once a step (`move_running_stats`); a recomputed region then has
+nothing to update twice. In plain eager mode `update_running_stats` writes the buffers themselves. For `momentum=None`
+(the cumulative average) the caller passes 1/num_batches_tracked.
 """
 
 from __future__ import annotations
@@ -45,6 +44,14 @@ def updated_running_stats(
     """
     new_mean, new_var = _updated_running_stats(running_mean, running_var, mean, var, momentum, count)
     return new_mean, new_var
+
+
+def move_running_stats(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """The running statistics after one more batch, through the dispatcher."""
+    old_mean, old_var, momentum = running
+    new = torch.ops.normpass.updated_running_stats.default(old_mean, old_var, mean, var, momentum, count)
+    old_mean.copy_(new[0])
+    old_var.copy_(new[1])
 
 
 def update_running_stats(kernels: Kernels | None, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
