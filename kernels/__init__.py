@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -157,6 +157,14 @@ class Kernels(Protocol):
     ) -> None: ...
 
     def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None: ...
+
+    @property
+    def depthwise_weight_gradient(self) -> Callable[..., None] | None:
+        """`(dweight, grad, x, stride, padding, memory_format)`, or None where the vendor's is to run.
+
+        dweight: (C, 1, kernel height, kernel width) in the statistics dtype, contiguous. grad and x: dense in
+        `memory_format`. stride, padding: rows and columns. Widths and strides as in `ops.depthwise_conv2d`.
+        """
 
 
 class Status(NamedTuple):

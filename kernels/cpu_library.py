@@ -37,6 +37,7 @@ _SIGNATURES = {
     "add_statistics_gradient": (*[_POINTER] * 4, *_END),
     "inplace_abn_backward": (*[_POINTER] * 8, _DOUBLE, _INT, *_ACTIVATION, *_END),
     "running_stats": (*[_POINTER] * 4, _DOUBLE, _LONG, _LONG, _INT),
+    "depthwise_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 12, *[_INT] * 3),
 }
 
 
@@ -56,6 +57,7 @@ class CpuKernels:
         self._add_statistics_gradient = _function(library, "add_statistics_gradient")
         self._inplace_abn_backward = _function(library, "inplace_abn_backward")
         self._running_stats = _function(library, "running_stats")
+        self._depthwise_weight_gradient = _function(library, "depthwise_weight_gradient")
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in _DTYPES
@@ -239,6 +241,30 @@ class CpuKernels:
             _DTYPES[mean.dtype],
         )
 
+    def depthwise_weight_gradient(
+        self,
+        dweight: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        memory_format: torch.memory_format,
+    ) -> None:
+        status = self._depthwise_weight_gradient(
+            dweight.data_ptr(),
+            grad.data_ptr(),
+            x.data_ptr(),
+            *x.shape,
+            *grad.shape[2:],
+            *dweight.shape[2:],
+            *stride,
+            *padding,
+            memory_format is torch.channels_last,
+            _DTYPES[x.dtype],
+            _threads(x),
+        )
+        assert status == 0, f"no loop for a kernel of {tuple(dweight.shape[2:])} with a stride of {tuple(stride)}"
+
 
 def load() -> tuple[CpuKernels | None, str]:
     """The kernels for this processor, or None; and in words which they are, or why there are none."""
@@ -280,5 +306,8 @@ def _activation(name: str, args: Sequence[float]) -> tuple[int, float, float]:
 
 
 def _end(x: Tensor, layout: Layout) -> tuple[int, int, int, int, int]:
-    threads = max(1, min(torch.get_num_threads(), x.numel() // FEWEST_PER_THREAD))
-    return *layout, _DTYPES[x.dtype], threads
+    return *layout, _DTYPES[x.dtype], _threads(x)
+
+
+def _threads(x: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), x.numel() // FEWEST_PER_THREAD))

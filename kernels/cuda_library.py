@@ -52,6 +52,7 @@ class CudaKernels:
     """The `Kernels` of CUDA devices."""
 
     most_pieces = PIECES[-1]
+    depthwise_weight_gradient = None  # cuDNN's will do
 
     def __init__(self, device: Device):
         self._device = device

@@ -42,6 +42,8 @@ class Passes:
     sites: Sequence[Rewrite]
     after_sites: Any
     """makes recipes of cheap functions"""
+    convolutions: Any
+    """gives some convolutions a kernel of ours"""
     regions: Any
     """runs producers again"""
     recomputed: Mapping[str, tuple]
@@ -80,6 +82,8 @@ def rewrite_graph(
             by_name[choice.match.rewrite].apply(graph, choice.match)
     derived = {} if decisions.leaves_all else passes.after_sites.apply(graph, root, decisions.kept)
     _keep_results(graph, decisions.kept)
+    if not decisions.leaves_all:
+        passes.convolutions.apply(graph, root)
     again = passes.regions.apply(graph, root, decisions.rebuilt, decisions.replayed)
     verify_graph(inputs, graph, root, plan)
     split = {n.name for n in graph.nodes if n.target in KEEPING}

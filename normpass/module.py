@@ -57,7 +57,7 @@ class Options:
     """what it is planned for: a tensor on `meta` for each argument"""
 
 
-PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.REGIONS, passes.RECOMPUTED)
+PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.CONVOLUTIONS, passes.REGIONS, passes.RECOMPUTED)
 
 
 @dataclass

@@ -190,12 +190,12 @@ def derived(function: Callable, *args: Any, **kwargs: Any) -> Any:
     result = function(*args, **kwargs)
     if torch.compiler.is_compiling() or not is_recording():
         return result
-    if isinstance(function, nn.Module):
-        if any(hooks_of(function)):
-            return result
-        parameters = tuple(function.parameters())
-        if parameters:  # noted as well, so that one that changes before backward is found out
-            function, args = _call_layer, (function, parameters, *args)
+    layers = [f for f in (function, *args) if isinstance(f, nn.Module)]
+    if any(any(hooks_of(layer)) for layer in layers):
+        return result
+    parameters = tuple(p for layer in layers for p in layer.parameters())
+    if parameters:  # noted as well, so that one that changes before backward is found out
+        function, args = _call_beside, (parameters, function, *args)
     if isinstance(result, Tensor):
         tag(result, function, args, kwargs)
     elif isinstance(result, (tuple, list)):
@@ -215,8 +215,8 @@ def derived_function(function: Callable) -> Callable:
     return call
 
 
-def _call_layer(layer: nn.Module, parameters: tuple, *args: Any, **kwargs: Any) -> Any:
-    return layer(*args, **kwargs)
+def _call_beside(parameters: tuple, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 def pass_on(tensor: Tensor, alias: Tensor) -> None:

@@ -20,7 +20,7 @@ ORDER = (
     ("guard", "measure", "ops", "extras", "files", "fold", "grouping", "cuts", "environment"),
     ("tracing", "recipe", "weights", "export", "timing"),
     ("nn", "replay"),
-    ("functional", "report", "agreement", "plots", "concatenation"),
+    ("functional", "report", "agreement", "plots", "concatenation", "convolution"),
     ("sharing",),
     ("capture",),
     ("sites",),

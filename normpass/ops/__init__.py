@@ -6,6 +6,7 @@ Importing this package registers them all. The functions below are the same oper
 from .activation import Activation, activate, activate_, activation_backward, deactivate
 from .cat_norm_act import cat_norm_act
 from .cat_norm_act_backward import cat_norm_act_backward
+from .depthwise_conv2d import depthwise_conv2d, depthwise_weight_gradient
 from .inplace_abn import inplace_abn
 from .inplace_abn_backward import inplace_abn_backward
 from .instance_moments import instance_moments, merged_moments
@@ -25,6 +26,8 @@ __all__ = [
     "cat_norm_act",
     "cat_norm_act_backward",
     "deactivate",
+    "depthwise_conv2d",
+    "depthwise_weight_gradient",
     "inplace_abn",
     "inplace_abn_backward",
     "instance_moments",
