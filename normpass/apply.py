@@ -29,6 +29,8 @@ class Program:
     """node name -> kind, of the nodes that became recipes beside the sites"""
     rebuilt: frozenset[str]
     """names of the nodes whose results are rebuilt in backward"""
+    convolutions: frozenset[str]
+    """names of the convolutions whose weight's gradient is computed here"""
     recomputed: frozenset
     """aten ops that torch.compile must run again in backward rather than keep"""
     regions: Any = None
@@ -58,17 +60,19 @@ def apply_plan(capture: Capture, plan: Plan, passes: Passes, decisions: Decision
     ops = frozenset(op for kind in set(rewritten.derived.values()) for op in passes.recomputed[kind])
     own = torch.ops.normpass
     ops |= {own.norm_act.default, own.cat_norm_act.default, own.shift_scale.default}
-    return Program(run, graph, plan, capture.guard, rewritten.derived, rewritten.rebuilt, ops)
+    return Program(run, graph, plan, capture.guard, rewritten.derived, rewritten.rebuilt, rewritten.convolutions, ops)
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """Which nodes of a rewritten graph are recipes, by name."""
+    """Nodes of a rewritten graph, by name."""
 
     derived: dict[str, str]
-    """-> kind, of those beside the sites"""
+    """those that became recipes beside the sites -> kind"""
     rebuilt: frozenset[str]
-    """all of them"""
+    """all recipes"""
+    convolutions: frozenset[str]
+    """those whose weight's gradient is computed here"""
 
 
 def rewrite_graph(
@@ -82,12 +86,11 @@ def rewrite_graph(
             by_name[choice.match.rewrite].apply(graph, choice.match)
     derived = {} if decisions.leaves_all else passes.after_sites.apply(graph, root, decisions.kept)
     _keep_results(graph, decisions.kept)
-    if not decisions.leaves_all:
-        passes.convolutions.apply(graph, root)
+    convolutions = set() if decisions.leaves_all else passes.convolutions.apply(graph, root)
     again = passes.regions.apply(graph, root, decisions.rebuilt, decisions.replayed)
     verify_graph(inputs, graph, root, plan)
     split = {n.name for n in graph.nodes if n.target in KEEPING}
-    return Rewritten(derived, frozenset({*derived, *again, *split}))
+    return Rewritten(derived, frozenset({*derived, *again, *split}), frozenset(convolutions))
 
 
 def _keep_results(graph: fx.Graph, kept: frozenset[str]) -> None:

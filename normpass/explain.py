@@ -23,11 +23,13 @@ def make_report(
     root = part_of(optimised)
     rows: list[Row] = []
     derived: Counter[str] = Counter()
+    convolutions = 0
     for path in root.parts:
         part: Part = part_of(optimised.get_submodule(path))
         program = part.programs[0][1]
         rows += _rows(path, program, part.options.decisions.below(path).kept)
         derived.update(program.derived.values())
+        convolutions += len(program.convolutions)
     regions = part_of(optimised).programs[0][1].regions if part_of(optimised).programs else None
     rows += _serialised(model, regions)
     rows += _left_out(model, {row.path for row in rows}, root.untraceable)
@@ -35,7 +37,14 @@ def make_report(
     rows.sort(key=lambda row: order.get(row.path, len(order)))
     memory = _measure(model, optimised, arguments) if arguments is not None else None
     return Report(
-        type(model).__name__, tuple(rows), root.untraceable, dict(derived), memory, plan, _region_lines(regions)
+        type(model).__name__,
+        tuple(rows),
+        root.untraceable,
+        dict(derived),
+        convolutions,
+        memory,
+        plan,
+        _region_lines(regions),
     )
 
 

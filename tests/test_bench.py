@@ -151,7 +151,7 @@ def test_what_cannot_run_is_a_row_with_its_reason(monkeypatch):
 
 def test_ops_alone():
     rows = {row.kernel: row for row in bench_kernels.bench_kernels(Case("bn_relu", SMALL), 2)}
-    assert list(rows) == [*bench_kernels.KERNELS, "copy"]
+    assert list(rows) == [*bench_kernels.KERNELS, *bench_kernels.CONVOLUTIONS, "copy"]
     assert rows["copy"].of_copy == 1.0
     assert all(row.seconds > 0 and row.of_copy > 0 for row in rows.values())
 

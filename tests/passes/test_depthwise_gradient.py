@@ -178,3 +178,9 @@ def test_under_torch_compile(inner):
     torch.compiler.reset()
     optimised = torch.compile(normpass.optimize(copy.deepcopy(plain)), backend=inner, fullgraph=True)
     assert_same_step(plain, optimised, x)
+
+
+def test_the_report_counts_them():
+    report = normpass.explain(Inverted())
+    assert report.convolutions == report.to_json()["convolutions"] == 1
+    assert "a faster weight gradient on the CPU: 1" in str(report)
