@@ -24,7 +24,20 @@ template <class A> struct RowMoments {
 
   explicit RowMoments(int64_t width) : shift(width), sum(width), squares(width), mean(width), m2(width) {}
 
-  template <int PATTERNS> void add(const A* const (&values)[PATTERNS], int64_t n, int64_t position) {
+  // `ahead`: from these patterns to those that come next.
+  template <int PATTERNS>
+  void add(const A* const (&values)[PATTERNS], int64_t n, int64_t position, int64_t ahead) {
+    int64_t i = 0;
+    for (; i + line<A> <= n; i += line<A>) {
+#pragma GCC unroll 4
+      for (int p = 0; p < PATTERNS; ++p) __builtin_prefetch(values[p] + i + ahead, 0, 2);
+      add_some(values, line<A>, i, position + i);
+    }
+    add_some(values, n - i, i, position + i);
+  }
+
+  template <int PATTERNS>
+  NORMPASS_ALWAYS_INLINE void add_some(const A* const (&values)[PATTERNS], int64_t n, int64_t begin, int64_t position) {
     A* s = sum.data() + position;
     A* q = squares.data() + position;
     const A* about = shift.data() + position;
@@ -33,7 +46,7 @@ template <class A> struct RowMoments {
       A deviations = 0, products = 0;
 #pragma GCC unroll 4
       for (int p = 0; p < PATTERNS; ++p) {
-        A deviation = values[p][i] - about[i];
+        A deviation = values[p][begin + i] - about[i];
         deviations += deviation;
         products = multiply_add(deviation, deviation, products);
       }
@@ -65,15 +78,16 @@ template <class A> struct RowMoments {
 template <class S, int PATTERNS>
 void add_patterns(const S* from, int64_t width, RowMoments<Wide<S>>& moments) {
   using A = Wide<S>;
+  constexpr bool is_widened = !std::is_same<S, A>::value;
   alignas(64) A widened[PATTERNS][tile_size];
   for (int64_t i = 0; i < width; i += tile_size) {
     int64_t n = std::min(tile_size, width - i);
     const A* values[PATTERNS];
     for (int p = 0; p < PATTERNS; ++p) {
-      prefetch_next(from + p * width + i, n);
       values[p] = read_values(from + p * width + i, widened[p], n);
+      if (is_widened) prefetch_next(from + p * width + i, n);
     }
-    moments.add(values, n, i);
+    moments.add(values, n, i, is_widened ? 0 : PATTERNS * width);
   }
 }
 

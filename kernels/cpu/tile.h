@@ -31,6 +31,9 @@ struct Half { uint16_t bits; };
 // The type in which values of a storage type are computed with.
 template <class S> using Wide = std::conditional_t<std::is_same<S, double>::value, double, float>;
 
+// Values in a line of the caches.
+template <class A> constexpr int64_t line = 64 / sizeof(A);
+
 // --- storage -------------------------------------------------------------------------------------------------
 
 inline void widen(const BFloat16* from, float* to, int64_t n) {
