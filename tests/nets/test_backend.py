@@ -25,8 +25,8 @@ WITH_INDUCTOR = (
 def check(row, results):
     kept = row["kept"]
     results.add("backend", row)
-    numbers = f"difference {row['difference']:.1e}" + (f" error {row['error']:.1e}" if "error" in row else "")
-    print(f"{row['network']:22} {row['inner']:9} {numbers} kept {kept['backend'] / kept['optimize']:.3f} of optimize's")
+    ratio = f"kept {kept['backend'] / kept['optimize']:.3f} of optimize's"
+    print(f"{row['network']:22} {row['inner']:9} difference {row['difference']:.1e} {ratio}")
     assert row["graphs"] == 1
     assert row["graphs of another batch"] <= 1
     assert kept["backend"] <= 1.12 * kept["optimize"]
@@ -43,7 +43,7 @@ def test_trains_the_same(name, inner, results):
 @pytest.mark.parametrize("name", WITH_INDUCTOR.split())
 def test_trains_the_same_with_inductor(name, results):
     with inductor_config.patch(fallback_random=True):
-        row = compare(network(name), "inductor", torch.float32, torch.channels_last)
+        row = compare(network(name), "inductor", torch.channels_last)
     check(row, results)
-    # A deep network amplifies rounding: what eager itself makes of it in float32 is the measure.
-    assert row["error"] <= 3 * row["error of eager"] + 1e-5
+    # In float64: in float32 a deep network makes errors of a tenth out of rounding, eager's as well as Inductor's.
+    assert row["difference"] < 1e-9
