@@ -15,10 +15,10 @@ from typing import Any
 from torch import fx, nn
 
 from normpass import cost, tune
-from normpass.choose import Chosen, Search, Selectable
+from normpass.choose import Chosen, Search, Selectable, flip
 from normpass.errors import InfeasibleBudgetError, InvalidInputError
 from normpass.graph import join, key_of
-from normpass.liveness import Seconds, Walker
+from normpass.liveness import Demand, Seconds, Walker
 from normpass.measure import format_bytes
 from normpass.module import PASSES, Optimized, Options, Program, optimise_in_place, part_of, shared_copy
 from normpass.planner import DEFAULT, Decisions
@@ -94,9 +94,7 @@ def plan_record(
 
 def _recorded(model: nn.Module, arguments: tuple[tuple, dict], options: Options) -> tuple[Record, Selectable]:
     """One training step's forward of the model optimised with `options`, and what may be rebuilt in it."""
-    optimised = optimise_in_place(shared_copy(model), options)
-    modes = [(m, m.training) for m in optimised.modules()]
-    optimised.train()
+    optimised = optimise_in_place(shared_copy(model).train(), options, in_both_modes=False)
     try:
         try:
             record = _run(optimised, recording(optimised, arguments))
@@ -107,9 +105,6 @@ def _recorded(model: nn.Module, arguments: tuple[tuple, dict], options: Options)
             f"`memory_budget`: {type(model).__name__} does not run a step of training on `example_inputs` "
             f"({type(error).__name__}: {error}), so it cannot be planned; leave the budget out"
         ) from error
-    finally:
-        for m, training in modes:
-            m.training = training
     return record, _selectable(optimised, record)
 
 
@@ -125,15 +120,14 @@ def _measured(
     """Seconds of a step, measured where it can be rebuilt."""
     maker = record.maker()
     rebuilt = frozenset(record.steps[maker[v]].key for v in possible.extra - possible.default)
-    optimised = optimise_in_place(
-        shared_copy(model),
-        dataclasses.replace(options, decisions=dataclasses.replace(options.decisions, rebuilt=rebuilt)),
-    )
+    decisions = dataclasses.replace(options.decisions, rebuilt=rebuilt)
+    options = dataclasses.replace(options, decisions=decisions)
+    optimised = optimise_in_place(shared_copy(model).train(), options, in_both_modes=False)
     args, kwargs = arguments
 
     def call(timer: tune.Timer) -> None:
         with _stepwise(optimised, timer):
-            optimised.train()(*args, **kwargs)
+            optimised(*args, **kwargs)
 
     found = tune.measured(call, optimised, arguments, tune.cache_folder())
     return lambda step, record: found[step.key] if step.key in found else cost.seconds(step, record)
@@ -193,7 +187,6 @@ def known_keys(optimised: nn.Module) -> frozenset[str]:
 
 def _decisions(walker: Walker, chosen: Chosen, default: Chosen, given: Decisions) -> Decisions:
     steps, maker = walker.record.steps, walker.maker
-    _, used = walker.needed(default.rebuilt)
     return dataclasses.replace(
         given,
         kept=frozenset(steps[maker[v]].key for v in default.rebuilt - chosen.rebuilt),
@@ -203,18 +196,24 @@ def _decisions(walker: Walker, chosen: Chosen, default: Chosen, given: Decisions
 
 
 def _rows(walker: Walker, search: Search, chosen: Chosen) -> Iterator[Row]:
-    record, maker = walker.record, walker.maker
-    kept, seconds = search.kept(chosen), walker.cost(chosen.rebuilt, chosen.replayed)
+    record, maker, demand = walker.record, walker.maker, search.demand(chosen)
     for value in sorted(search.values):
-        other = Chosen(chosen.rebuilt ^ {value}, chosen.replayed)
-        changes = search.kept(other) - kept, walker.cost(other.rebuilt, other.replayed) - seconds
+        changes = _changes(demand, Chosen(frozenset({value}), frozenset()))
         choice = "rebuilt" if value in chosen.rebuilt else "kept"
         step = record.steps[maker[value]]
         if changes != (0, 0.0):
             yield Row(step.key, choice, record.sizes[value], walker.seconds[maker[value]], *changes)
     for index in sorted(search.steps):
-        other = Chosen(chosen.rebuilt, chosen.replayed ^ {index})
-        changes = search.kept(other) - kept, walker.cost(other.rebuilt, other.replayed) - seconds
+        changes = _changes(demand, Chosen(frozenset(), frozenset({index})))
         step = record.steps[index]
         choice = "replayed" if index in chosen.replayed else "kept"
         yield Row(step.key + INDICES, choice, step.internals, walker.seconds[index], *changes)
+
+
+def _changes(demand: Demand, item: Chosen) -> tuple[int, float]:
+    """Kept bytes and seconds of rebuilding with the other choice for `item`, less those with this one."""
+    kept, seconds = demand.kept, demand.seconds()
+    flip(demand, item)
+    changes = demand.kept - kept, demand.seconds() - seconds
+    flip(demand, item)
+    return changes

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from normpass.liveness import Use, Walker
+from normpass.liveness import Demand, Use, Walker
 
 _SEARCH_SECONDS = 2.0
 
@@ -63,7 +63,11 @@ class Search:
         return min(self.kept(self._cover(0, start)) for start in self._starts())
 
     def kept(self, chosen: Chosen) -> int:
-        return self.walker.kept(chosen.rebuilt, chosen.replayed)
+        return self.demand(chosen).kept
+
+    def demand(self, chosen: Chosen) -> Demand:
+        """What backward asks for; changes with `flip`."""
+        return Demand(self.walker, chosen.rebuilt, chosen.replayed)
 
     def use(self, chosen: Chosen) -> Use:
         return self.walker.walk(chosen.rebuilt, chosen.replayed)
@@ -91,30 +95,34 @@ class Search:
 
     def _cover(self, budget: int, start: Chosen, refused: frozenset[int] = frozenset()) -> Chosen:
         """`start` with items added, the cheapest first, until it keeps at most `budget`."""
-        chosen, kept = start, self.kept(start)
-        grown = True
-        while grown and kept > budget:
+        demand, grown = self.demand(start), True
+        while grown and demand.kept > budget:
             grown = False
             for item in self._items:
-                more = _union(chosen, item)
-                if more == chosen or item.rebuilt & refused:
+                if item.rebuilt & refused or _holds(demand, item):
                     continue
-                less = self.kept(more)
-                if less < kept:
-                    chosen, kept, grown = more, less, True
-                    if kept <= budget:
-                        break
-        return chosen
+                before = demand.kept
+                flip(demand, item)
+                if demand.kept >= before:
+                    flip(demand, item)
+                    continue
+                grown = True
+                if demand.kept <= budget:
+                    break
+        return _choice(demand)
 
     def _trimmed(self, chosen: Chosen, budget: int) -> Chosen:
         """`chosen` without what it can do without, the dearest first."""
-        seconds = self.walker.seconds
-        steps = {self.walker.maker[v]: v for v in chosen.rebuilt}
-        for step in sorted({*steps, *chosen.replayed}, key=lambda s: -seconds[s]):
-            fewer = _without(chosen, {v for v in chosen.rebuilt if self.walker.maker[v] == step}, {step})
-            if self.kept(fewer) <= budget:
-                chosen = fewer
-        return chosen
+        seconds, maker, demand = self.walker.seconds, self.walker.maker, self.demand(chosen)
+        made: dict[int, set[int]] = {step: set() for step in chosen.replayed}
+        for value in chosen.rebuilt:
+            made.setdefault(maker[value], set()).add(value)
+        for step in sorted(made, key=lambda s: (-seconds[s], s)):
+            item = Chosen(frozenset(made[step]), chosen.replayed & {step})
+            flip(demand, item)
+            if demand.kept > budget:
+                flip(demand, item)
+        return _choice(demand)
 
     def _lowered(self, chosen: Chosen, budget: int, peak: int) -> Chosen:
         use, end = self.use(chosen), time.monotonic() + _SEARCH_SECONDS
@@ -136,8 +144,20 @@ class Search:
         return chosen
 
 
-def _union(a: Chosen, b: Chosen) -> Chosen:
-    return Chosen(a.rebuilt | b.rebuilt, a.replayed | b.replayed)
+def flip(demand: Demand, item: Chosen) -> None:
+    """Take what `item` names into the choice, or out of it."""
+    for value in item.rebuilt:
+        demand.flip(value)
+    for step in item.replayed:
+        demand.flip_internals(step)
+
+
+def _holds(demand: Demand, item: Chosen) -> bool:
+    return item.rebuilt <= demand.rebuilt and item.replayed <= demand.replayed
+
+
+def _choice(demand: Demand) -> Chosen:
+    return Chosen(frozenset(demand.rebuilt), frozenset(demand.replayed))
 
 
 def _without(chosen: Chosen, values: Iterable[int], steps: Iterable[int]) -> Chosen:

@@ -12,6 +12,7 @@ as a whole when its end is read: few bytes are kept, and the peak is high. A val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -46,44 +47,17 @@ class Walker:
         self.maker = record.maker()
         self.seconds = [seconds(step, record) for step in record.steps]
         self.saved = {v for step in record.steps for v in step.saves} - record.outputs
+        self.made_from = [record.steps[index].reads for index in self.maker]
         self._last_read = self._last_reads()
-
-    def needed(self, rebuilt: Iterable[int]) -> tuple[set[int], set[int]]:
-        """The values that are kept, and those of `rebuilt` that backward has a use for."""
-        chosen, kept, used = frozenset(rebuilt), set(), set()
-        waiting = list(self.saved)
-        while waiting:
-            value = waiting.pop()
-            if value not in chosen or value in self.record.outputs:
-                kept.add(value)
-            elif value not in used:
-                used.add(value)
-                waiting.extend(self.record.steps[self.maker[value]].reads)
-        return kept - self.record.outputs, used
-
-    def kept(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> int:
-        """Bytes that are kept; the steps in `replayed` keep no internals."""
-        values, _ = self.needed(rebuilt)
-        return sum(self.record.sizes[v] for v in values) + self._internals(replayed)
-
-    def cost(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> float:
-        """Seconds of rebuilding in one backward."""
-        _, used = self.needed(rebuilt)
-        return sum(self.seconds[s] for s in {self.maker[v] for v in used}) + sum(self.seconds[s] for s in replayed)
 
     def walk(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> Use:
         """Kept bytes, peak and seconds of one choice."""
-        kept, used = self.needed(rebuilt)
-        walk = _Walk(self, kept, used, replayed)
+        demand = Demand(self, rebuilt, replayed)
+        walk = _Walk(self, demand.kept_values(), demand.used(), replayed)
         walk.forward()
         middle = len(walk.timeline)
         walk.backward()
-        bytes_kept = sum(self.record.sizes[v] for v in kept) + self._internals(replayed)
-        seconds = self.cost(rebuilt, replayed)
-        return Use(bytes_kept, walk.peak, seconds, frozenset(walk.at_peak), tuple(walk.timeline), middle)
-
-    def _internals(self, replayed: frozenset[int]) -> int:
-        return sum(step.internals for i, step in enumerate(self.record.steps) if i not in replayed)
+        return Use(demand.kept, walk.peak, demand.seconds(), frozenset(walk.at_peak), tuple(walk.timeline), middle)
 
     def _last_reads(self) -> list[int]:
         """The last step of forward that makes or reads each value."""
@@ -94,6 +68,67 @@ class Walker:
         for value in self.record.outputs:
             last[value] = len(self.record.steps)
         return last
+
+
+class Demand:
+    """What backward asks for under one choice, kept up to date while the choice changes value by value.
+
+    A value is asked for as often as steps save it, or rebuilt values that are asked for are made from it. So a change
+    costs what changes with it, and not a walk over the network.
+    """
+
+    def __init__(self, walker: Walker, rebuilt: Iterable[int], replayed: Iterable[int] = ()):
+        self._walker, record = walker, walker.record
+        self._sizes = [0 if v in record.outputs else size for v, size in enumerate(record.sizes)]
+        self._asked = [0] * len(record.sizes)
+        self.rebuilt, self.replayed = set(rebuilt) - record.outputs, set(replayed)
+        self.kept = sum(step.internals for i, step in enumerate(record.steps) if i not in self.replayed)
+        """bytes"""
+        self._ask(walker.saved, 1)
+
+    def flip(self, value: int) -> None:
+        """Rebuild `value` from now on; keep it, if it is rebuilt. Outputs exist anyway."""
+        if value in self._walker.record.outputs:
+            return
+        self.rebuilt ^= {value}
+        if self._asked[value]:
+            sign = 1 if value in self.rebuilt else -1
+            self.kept -= sign * self._sizes[value]
+            self._ask(self._walker.made_from[value], sign)
+
+    def flip_internals(self, step: int) -> None:
+        """Compute the internals of `step` again from now on; keep them, if they are computed again."""
+        self.replayed ^= {step}
+        self.kept += self._walker.record.steps[step].internals * (-1 if step in self.replayed else 1)
+
+    def used(self) -> set[int]:
+        """The rebuilt values that are asked for."""
+        return {v for v in self.rebuilt if self._asked[v]}
+
+    def kept_values(self) -> set[int]:
+        """The kept values; outputs are none."""
+        outputs = self._walker.record.outputs
+        return {v for v, asked in enumerate(self._asked) if asked and v not in self.rebuilt and v not in outputs}
+
+    def seconds(self) -> float:
+        """Of rebuilding in one backward."""
+        seconds, maker = self._walker.seconds, self._walker.maker
+        steps = {maker[v] for v in self.used()}
+        return math.fsum([*(seconds[s] for s in steps), *(seconds[s] for s in self.replayed)])
+
+    def _ask(self, values: Iterable[int], sign: int) -> None:
+        """One more reader of each of `values`, or, with a `sign` of -1, one less."""
+        waiting = list(values)
+        while waiting:
+            value = waiting.pop()
+            before = self._asked[value]
+            self._asked[value] = before + sign
+            if before and self._asked[value]:
+                continue
+            if value in self.rebuilt:
+                waiting += self._walker.made_from[value]
+            else:
+                self.kept += sign * self._sizes[value]
 
 
 class _Walk:

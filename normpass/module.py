@@ -171,10 +171,16 @@ def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:
     return plain
 
 
-def optimise_in_place(model: nn.Module, options: Options, replaced: Mapping[str, nn.Module] | None = None) -> nn.Module:
+def optimise_in_place(
+    model: nn.Module,
+    options: Options,
+    replaced: Mapping[str, nn.Module] | None = None,
+    in_both_modes: bool = True,
+) -> nn.Module:
     """Turn `model` (a copy that nobody else holds) into its optimised form.
 
-    `replaced` has the layers that changes have replaced in it already.
+    `replaced` has the layers that changes have replaced in it already. Without `in_both_modes` it is traced for the
+    mode that it is in, train or eval, and for the other one when it is called in that.
     """
     replaced = dict(replaced or {})
     for change in options.changes:
@@ -190,7 +196,7 @@ def optimise_in_place(model: nn.Module, options: Options, replaced: Mapping[str,
         key = tuple(required_arguments(module).values())
         part.programs.append((key, build_program(captured, part)))
         _attach(module, part)
-        if any(name == "training" for _, name, _ in captured.guard.reads):
+        if in_both_modes and any(name == "training" for _, name, _ in captured.guard.reads):
             _trace_other_mode(module, part, key)
     if "" not in parts.captures:
         _attach(model, Part(options, True, None))

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from normpass.graph import join, key_of
+from normpass.ops.layout import memory_format_of
 from normpass.untouched import tensors_in, untouched
 
 
@@ -140,7 +141,7 @@ class Recorder:
         storage = self._identity(tensor)
         if storage not in self._external:
             self._saved.append((self._running[-1], storage, tensor.untyped_storage().nbytes()))
-        return tensor.detach()
+        return tensor if tensor.is_leaf else tensor.detach()  # detached: its own node may be what saves it
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -272,11 +273,22 @@ class _Flops(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        is_norm = func is _native_batch_norm and isinstance(args[0], FakeTensor)
+        result = _fake_batch_norm(*args) if is_norm else func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **(kwargs or {}), out_val=result))
         return result
+
+
+_native_batch_norm = torch.ops.aten.native_batch_norm.default
+
+
+def _fake_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *others: Any) -> tuple:
+    """What the operator returns, of tensors without memory; torch finds that out by twenty other operators."""
+    dtype = next((t.dtype for t in (weight, bias, mean, var) if t is not None), x.dtype)
+    statistics = (x.new_empty(x.shape[1] if training else 0, dtype=dtype) for _ in range(2))
+    return torch.empty_like(x, memory_format=memory_format_of(x)), *statistics
 
 
 class _Interpreter(fx.Interpreter):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exactness import compare
 from nets import small
 from networks import NETWORKS
@@ -224,6 +225,29 @@ def test_a_model_that_is_traced_in_parts_can_be_planned():
     found = normpass.plan(asks_for_values, X, 0.4)
     assert kept_bytes(normpass.optimize(asks_for_values, plan=found), X) == found.planned.kept
     assert asks_for_values.inner.stem[1].num_batches_tracked == 0
+
+
+class OtherNamesInEval(nn.Module):
+    """Its first pooling in train mode is another one than its first in eval mode, and not one that is rebuilt."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.side = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+        self.main = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        side = self.side(F.avg_pool2d(x, 2)).mean() if self.training else 0
+        return self.head(F.avg_pool2d(self.main(x), 3, 1, 1)).mean((2, 3)) + side
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_plan_is_for_the_names_of_train_mode(training):
+    plain = OtherNamesInEval().train(training)
+    found = normpass.plan(plain, X, "280KB")
+    assert "avg_pool2d" in found.decisions.rebuilt
+    assert kept_bytes(normpass.optimize(plain, plan=found).train(), X) == found.planned.kept
 
 
 def test_tuning_measures_once_and_remembers(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from normpass.choose import Chosen, Search, Selectable
-from normpass.liveness import Walker
+from normpass.liveness import Demand, Walker
 from normpass.record import Record, Step
 
 NONE: frozenset[int] = frozenset()
@@ -31,7 +31,8 @@ def test_everything_is_kept_that_nobody_rebuilds():
 def test_a_rebuilt_value_costs_its_step_and_keeps_what_it_is_made_from():
     walker = Walker(chain(4), one_second)
     use = walker.walk({1, 2})
-    assert walker.needed({1, 2}) == ({0, 3}, {1, 2})
+    demand = Demand(walker, {1, 2})
+    assert (demand.kept_values(), demand.used()) == ({0, 3}, {1, 2})
     assert use.kept == 200 and use.seconds == 2
 
 
