@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from normpass.capture import Capture, Guard
@@ -31,8 +30,6 @@ class Program:
     """names of the nodes whose results are rebuilt in backward"""
     convolutions: frozenset[str]
     """names of the convolutions whose weight's gradient is computed here"""
-    recomputed: frozenset
-    """aten ops that torch.compile must run again in backward rather than keep"""
     regions: Any = None
     """what runs sub-batch by sub-batch, and what does not and why"""
 
@@ -48,8 +45,6 @@ class Passes:
     """gives some convolutions a kernel of ours"""
     regions: Any
     """runs producers again"""
-    recomputed: Mapping[str, tuple]
-    """kind of a cheap function -> the aten ops that torch.compile must run again"""
 
 
 def apply_plan(capture: Capture, plan: Plan, passes: Passes, decisions: Decisions = DEFAULT) -> Program:
@@ -57,10 +52,7 @@ def apply_plan(capture: Capture, plan: Plan, passes: Passes, decisions: Decision
     graph = capture.graph
     rewritten = rewrite_graph(graph, capture.root, plan, passes, decisions)
     run = type(fx.GraphModule(capture.root, graph)).forward
-    ops = frozenset(op for kind in set(rewritten.derived.values()) for op in passes.recomputed[kind])
-    own = torch.ops.normpass
-    ops |= {own.norm_act.default, own.cat_norm_act.default, own.shift_scale.default}
-    return Program(run, graph, plan, capture.guard, rewritten.derived, rewritten.rebuilt, rewritten.convolutions, ops)
+    return Program(run, graph, plan, capture.guard, rewritten.derived, rewritten.rebuilt, rewritten.convolutions)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats
-from normpass.recipe import is_recording, tag
+from normpass.recipe import is_recording, rebuilt_when_compiled, tag
 
 _DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _ANY_DIMS = (2, 3, 4, 5)
@@ -125,8 +125,10 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
     args = _op_args(device, norm, tensors, x, residual, activation, activation_args)
+    if torch.compiler.is_compiling():
+        return rebuilt_when_compiled(norm_act, *args)
     z = norm_act_on(device, *args)
-    if not torch.compiler.is_compiling() and is_recording():
+    if is_recording():
         tag(z, rebuild_norm_act, args)
     return z
 

@@ -57,7 +57,7 @@ class Options:
     """what it is planned for: a tensor on `meta` for each argument"""
 
 
-PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.CONVOLUTIONS, passes.REGIONS, passes.RECOMPUTED)
+PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.CONVOLUTIONS, passes.REGIONS)
 
 
 @dataclass
@@ -344,7 +344,7 @@ def _run_compiled(program: Program | None, body: Callable, module: nn.Module, ar
     """Under torch.compile saved-tensor hooks are not allowed; a selective checkpoint says what to run again."""
     if program is None or not torch.is_grad_enabled() or _runs_as_it_is():
         return body(module, *args, **kwargs)
-    context = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, program.recomputed))
+    context = functools.partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(body, module, *args, use_reentrant=False, context_fn=context)
 
 
@@ -365,8 +365,8 @@ def _runs_as_it_is() -> bool:
 _runs_as_it_is._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _policy(recomputed: frozenset, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_RECOMPUTE if op in recomputed else CheckpointPolicy.MUST_SAVE
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if recipe.is_annotated() else CheckpointPolicy.MUST_SAVE
 
 
 __all__ = [

@@ -16,6 +16,9 @@ Rules that keep it right:
   * Hooks of somebody else (`torch.utils.checkpoint`, `save_on_cpu`) stay in charge: nothing is
     installed or tagged under them.
   * A tag is only put on a tensor that requires grad: then what it is made from is kept anyway.
+
+Under torch.compile there are neither hooks nor tags: there a partitioner decides what is kept, and what it is to
+compute again is annotated while the graph is traced (`rebuilt_when_compiled`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.traceback import annotate, get_current_meta
 from torch.utils import _pytree as pytree
 
 from normpass.errors import ModifiedInPlaceError
@@ -40,6 +44,7 @@ _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ign
 _graph_task = torch._C._current_graph_task_id
 
 _TAG = "_normpass_recipe"
+_ANNOTATION = {"normpass": "rebuilt"}
 
 
 class Rebuilds:
@@ -187,8 +192,10 @@ def tag(tensor: Tensor, function: Callable, args: tuple, kwargs: dict | None = N
 
 def derived(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a cheap `function` (concatenation, product, pooling, view, …) and tag what it returns."""
+    if torch.compiler.is_compiling():
+        return rebuilt_when_compiled(function, *args, **kwargs)
     result = function(*args, **kwargs)
-    if torch.compiler.is_compiling() or not is_recording():
+    if not is_recording():
         return result
     layers = [f for f in (function, *args) if isinstance(f, nn.Module)]
     if any(any(hooks_of(layer)) for layer in layers):
@@ -237,6 +244,22 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
     """The recipe of a tagged tensor whose content has not changed since; None for any other."""
     recipe = getattr(tensor, _TAG, None)
     return recipe if recipe is not None and recipe.version == tensor._version else None
+
+
+def rebuilt_when_compiled(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call `function` while torch.compile traces: whatever it computes is computed again in backward.
+
+    Not for what moves running statistics or draws random numbers, nor for a layer with hooks that do.
+    """
+    if isinstance(function, nn.Module) and any(hooks_of(function)):
+        return function(*args, **kwargs)
+    with annotate(_ANNOTATION):
+        return function(*args, **kwargs)
+
+
+def is_annotated() -> bool:
+    """Whether the operator that is traced now comes from a `rebuilt_when_compiled`."""
+    return bool(get_current_meta().get("custom", {}).get("normpass") == "rebuilt")
 
 
 @functools.cache

@@ -13,19 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from normpass.graph import hooks_of
-from normpass.recipe import autocast_state, is_recording, same_autocast, tag
+from normpass.recipe import autocast_state, is_recording, rebuilt_when_compiled, same_autocast, tag
 
 
 def replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False, **kwargs: Any) -> Tensor:
     """Call a `function` of one tensor so that backward runs it again: it keeps x and nothing else.
 
-    With `is_rebuilt` the result is tagged like that of `derived`.
+    With `is_rebuilt` the result is tagged like that of `derived`. Under torch.compile it always is: what finds the
+    indices again makes the result as well.
     """
     call = functools.partial(_with_arguments, function, args, kwargs)
     hooked = isinstance(function, nn.Module) and any(hooks_of(function))
-    if torch.compiler.is_compiling() or not is_recording() or not x.requires_grad or hooked:
+    if torch.compiler.is_compiling():
+        result: Tensor = rebuilt_when_compiled(function, x, *args, **kwargs)
+        return result
+    if not is_recording() or not x.requires_grad or hooked:
         return call(x)
-    result: Tensor = _Replay.apply(call, x)
+    result = _Replay.apply(call, x)
     if is_rebuilt:
         tag(result, call, (x,))
     return result

@@ -37,7 +37,7 @@ from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.norm_act_backward import norm_act_gradients
 from normpass.ops.operands import Options
-from normpass.recipe import is_recording, tag
+from normpass.recipe import is_recording, rebuilt_when_compiled, tag
 
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance, each (C,)."""
@@ -95,8 +95,10 @@ def norm_act_with_moments(
 
 
 def _whole(device: str | None, prepared: tuple) -> Tensor:
+    if torch.compiler.is_compiling():
+        return rebuilt_when_compiled(norm_act_on, device, *prepared)  # type: ignore[no-any-return]
     z = norm_act_on(device, *prepared)
-    if not torch.compiler.is_compiling() and is_recording():
+    if is_recording():
         tag(z, rebuild_norm_act, prepared)
     return z
 

@@ -37,7 +37,7 @@ from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of
 from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
-from normpass.recipe import Kept, is_recording, pass_on, recipe_of, tag
+from normpass.recipe import Kept, is_recording, pass_on, rebuilt_when_compiled, recipe_of, tag
 
 
 class Producer(NamedTuple):
@@ -111,6 +111,8 @@ def _shared(
     prepared = _prepare(norm, activation, activation_args, producers)
     if isinstance(prepared, Tensor):
         return prepared
+    if is_rebuilt and torch.compiler.is_compiling():
+        return rebuilt_when_compiled(cat_norm_act, *prepared)  # type: ignore[no-any-return]
     fast = _without_dispatcher(prepared, producers)
     function: Callable[..., Tensor] = cat_norm_act
     args = prepared
@@ -126,7 +128,7 @@ def _shared(
             z = cat_norm_act_of(kernels, xs, memory_format, *values, tuple(options))
         pieces = [x if p.kept is None else p.kept for x, p in zip(xs, producers, strict=True)]
         function, args = _rebuild, (pieces, memory_format, *values, tuple(options))
-    if is_rebuilt and not torch.compiler.is_compiling() and is_recording():
+    if is_rebuilt and is_recording():
         tag(z, function, args)
     return z
 

@@ -6,7 +6,7 @@ Adding one: a file here, its test, a line in `ORDER` (or in `CHANGES`, if it cha
 from __future__ import annotations
 
 from normpass.passes.depthwise_gradient import DepthwiseGradient
-from normpass.passes.derive_recipes import RECOMPUTED, DeriveRecipes
+from normpass.passes.derive_recipes import DeriveRecipes
 from normpass.passes.fuse_norm_act import FuseNormAct
 from normpass.passes.group_norm import GroupNorm
 from normpass.passes.inplace_abn import InplaceABN
@@ -43,7 +43,6 @@ __all__ = [
     "CHANGES",
     "CONVOLUTIONS",
     "ORDER",
-    "RECOMPUTED",
     "REGIONS",
     "SPECIALISE",
     "DepthwiseGradient",

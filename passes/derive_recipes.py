@@ -41,8 +41,6 @@ from normpass.recipe import derived, derived_function, method_function
 from normpass.sharing import KEEPING, producer_statistics, shared_norm_act
 from normpass.sites import activation_of, is_add
 
-_aten = torch.ops.aten
-
 CAT = concatenation.CAT | {torch.stack}
 MUL = frozenset({operator.mul, torch.mul, product_as_first})
 PAD = frozenset({F.pad})
@@ -91,57 +89,13 @@ _SMOOTH_OR_INPUT_SAVING = (
     "mish",
 )
 
-# What must be run again under torch.compile for each kind, in terms of the ops that it decomposes to.
-RECOMPUTED: dict[str, tuple] = {
-    "cat": (_aten.cat.default, _aten.stack.default),
-    "mul": (_aten.mul.Tensor,),
-    "add": (_aten.add.Tensor,),
-    "activation": (
-        _aten.threshold.default,
-        _aten.hardtanh.default,
-        _aten.leaky_relu.default,
-        _aten.elu.default,
-        _aten.silu.default,
-        _aten.gelu.default,
-        _aten.hardswish.default,
-        _aten.hardsigmoid.default,
-        _aten.softplus.default,
-        _aten.mish.default,
-    ),
-    "pad": (_aten.constant_pad_nd.default, _aten.reflection_pad2d.default, _aten.replication_pad2d.default),
-    "upsample": (
-        _aten.upsample_nearest2d.default,
-        _aten.upsample_nearest2d.vec,
-        _aten.upsample_bilinear2d.default,
-        _aten.upsample_bilinear2d.vec,
-        _aten._unsafe_index.Tensor,
-        _aten.pixel_shuffle.default,
-        _aten.channel_shuffle.default,
-    ),
-    "pool": (_aten.max_pool2d_with_indices.default, _aten.avg_pool2d.default),
-    "view": (
-        _aten.view.default,
-        _aten.transpose.int,
-        _aten.permute.default,
-        _aten.split.Tensor,
-        _aten.slice.Tensor,
-        _aten.select.int,
-        _aten.clone.default,
-        _aten._unsafe_view.default,
-        _aten.squeeze.dim,
-        _aten.unsqueeze.default,
-        _aten.expand.default,
-        _aten.split_with_sizes.default,
-    ),
-}
-
 
 @dataclass(frozen=True)
 class DeriveRecipes:
     name: str = "derive_recipes"
 
     def apply(self, graph: fx.Graph, root: nn.Module, kept: frozenset[str] = frozenset()) -> dict[str, str]:
-        """Rewrite `graph` in place; returns node name -> kind (a key of RECOMPUTED) for each derived node.
+        """Rewrite `graph` in place; returns node name -> kind for each derived node.
 
         The nodes whose keys are in `kept` stay as they are, and their results are kept.
         """

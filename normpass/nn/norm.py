@@ -12,7 +12,7 @@ from normpass.kernels import Running
 from normpass.ops import shift_scale
 from normpass.ops.layout import statistics_dtype
 from normpass.ops.running_stats import move_running_stats
-from normpass.recipe import is_recording, tag
+from normpass.recipe import is_recording, rebuilt_when_compiled, tag
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -48,8 +48,10 @@ def normalise(norm: Any, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     if norm.weight is not None:
         scale = scale * norm.weight.to(scale.dtype)
     args = x, mean, scale, norm.bias
+    if torch.compiler.is_compiling():
+        return rebuilt_when_compiled(shift_scale, *args)  # type: ignore[no-any-return]
     y = shift_scale(*args)
-    if not torch.compiler.is_compiling() and is_recording():
+    if is_recording():
         tag(y, shift_scale, args)
     return y
 
