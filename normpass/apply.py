@@ -30,6 +30,8 @@ class Program:
     """names of the nodes whose results are rebuilt in backward"""
     convolutions: frozenset[str]
     """names of the convolutions whose weight's gradient is computed here"""
+    is_planned: bool = False
+    """whether what is kept and what is rebuilt was decided, by a plan or for a budget"""
     regions: Any = None
     """what runs sub-batch by sub-batch, and what does not and why"""
 
@@ -52,7 +54,9 @@ def apply_plan(capture: Capture, plan: Plan, passes: Passes, decisions: Decision
     graph = capture.graph
     rewritten = rewrite_graph(graph, capture.root, plan, passes, decisions)
     run = type(fx.GraphModule(capture.root, graph)).forward
-    return Program(run, graph, plan, capture.guard, rewritten.derived, rewritten.rebuilt, rewritten.convolutions)
+    planned = bool(decisions.keys)
+    names = rewritten.derived, rewritten.rebuilt, rewritten.convolutions
+    return Program(run, graph, plan, capture.guard, *names, planned)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from normpass.budget import plan_record, selectable
 from normpass.capture import Capture, normalise
 from normpass.errors import InvalidInputError
 from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
+from normpass.graph import key_of
 from normpass.guard import Guard
 from normpass.module import PASSES
 from normpass.planner import DEFAULT, Decisions, Plan, make_plan
@@ -84,10 +85,11 @@ def compile_graph(
         isinstance(t, Tensor) and t.requires_grad for t in example_inputs
     )
     if will_differentiate:
-        plan, rewritten = rewrite(graph_module, _decide(graph_module, example_inputs, settings))
+        decisions = _decide(graph_module, example_inputs, settings)
+        plan, rewritten = rewrite(graph_module, decisions)
         _log_plan(graph_module, plan, rewritten)
         if settings.inner != "eager":
-            _mark_recomputed(graph_module, rewritten)
+            _mark_recomputed(graph_module, rewritten, decisions)
     if settings.inner == "eager":
         return _with_recipes(graph_module) if will_differentiate else graph_module.forward
     inner: Any = lookup_backend(settings.inner)
@@ -135,8 +137,6 @@ def _decide(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Backe
     _, rewritten = rewrite(copied)
     records = [record_graph(m, inputs) for m in (plain, copied)]
     possible = selectable(records[1], [("", copied.graph, copied, rewritten.rebuilt)])
-    if settings.inner != "eager":
-        possible = replace(possible, replayable=frozenset())  # the partitioner knows no such thing
     found = plan_record(records[0], records[1], possible, settings.memory_budget)
     _log.info("%s", found)
     return found.decisions
@@ -162,8 +162,11 @@ def _with_recipes(graph_module: fx.GraphModule) -> Callable[..., Any]:
     return run
 
 
-def _mark_recomputed(graph_module: fx.GraphModule, rewritten: Rewritten) -> None:
-    """Mark what backward computes again, the sites split so that their moments are not among it."""
+def _mark_recomputed(graph_module: fx.GraphModule, rewritten: Rewritten, decisions: Decisions) -> None:
+    """Mark what backward computes again, the sites split so that their moments are not among it.
+
+    A pooling that looks for its maxima again makes its result again as well: that is one operator.
+    """
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target in _IN_TWO:
@@ -174,7 +177,7 @@ def _mark_recomputed(graph_module: fx.GraphModule, rewritten: Rewritten) -> None
             _mark(finished)
             node.replace_all_uses_with(finished)
             graph.erase_node(node)
-        elif node.name in rewritten.rebuilt:
+        elif node.name in rewritten.rebuilt or key_of(node) in decisions.replayed:
             _mark(node)
     graph_module.recompile()
 

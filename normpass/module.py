@@ -342,23 +342,32 @@ def _stale_message(module: nn.Module) -> str:
 
 def _run_compiled(program: Program | None, body: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
     """Under torch.compile saved-tensor hooks are not allowed; a selective checkpoint says what to run again."""
-    if program is None or not torch.is_grad_enabled() or _runs_as_it_is():
+    if program is None or not torch.is_grad_enabled() or _runs_as_it_is(program.is_planned):
         return body(module, *args, **kwargs)
     context = functools.partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(body, module, *args, use_reentrant=False, context_fn=context)
 
 
-def _runs_as_it_is() -> bool:
+def _runs_as_it_is(is_planned: bool) -> bool:
     """Whether the backend that Dynamo traces for runs the graph itself (`eager`), asked while it traces.
 
-    There a checkpoint would be the one of eager mode, which refuses a region that moves running statistics.
+    There a checkpoint would be the one of eager mode, which refuses a region that moves running statistics. Warns
+    where it was planned what is kept.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     backend = getattr(backend, "_torchdynamo_orig_backend", backend)
     options = getattr(backend, "kwargs", {}).get("options", {})
-    return getattr(backend, "compiler_name", "") == "eager" or options.get("inner") == "eager"
+    runs_as_it_is = getattr(backend, "compiler_name", "") == "eager" or options.get("inner") == "eager"
+    if runs_as_it_is and is_planned:
+        warnings.warn(
+            "normpass: the backend `eager` runs the graph as it is and keeps about what the plain model keeps, not what "
+            "was planned: compile the planned model with `inductor` or `aot_eager`, or the plain one with "
+            'backend="normpass"',
+            stacklevel=2,
+        )
+    return runs_as_it_is
 
 
 # What `torch.compiler.assume_constant_result` does, which would import Dynamo, for seconds, wherever nobody compiles.
