@@ -362,8 +362,8 @@ def _runs_as_it_is(is_planned: bool) -> bool:
     runs_as_it_is = getattr(backend, "compiler_name", "") == "eager" or options.get("inner") == "eager"
     if runs_as_it_is and is_planned:
         warnings.warn(
-            "normpass: the backend `eager` runs the graph as it is and keeps about what the plain model keeps, not what "
-            "was planned: compile the planned model with `inductor` or `aot_eager`, or the plain one with "
+            "normpass: the backend `eager` runs the graph as it is and keeps about what the plain model keeps, not "
+            "what was planned: compile the planned model with `inductor` or `aot_eager`, or the plain one with "
             'backend="normpass"',
             stacklevel=2,
         )
