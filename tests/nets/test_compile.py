@@ -81,10 +81,7 @@ def test_a_planned_network_trains_the_same(name, budget, results):
     entry = network(name)
     plain = entry.build().double().train()
     x = entry.make_inputs(0)[0].double()
-    try:
-        optimised = normpass.optimize(copy.deepcopy(plain), x, memory_budget=budget)
-    except normpass.InfeasibleBudgetError as error:
-        pytest.skip(f"at the small size of this test: {error}")
+    optimised = normpass.optimize(copy.deepcopy(plain), x, memory_budget=budget)
     torch.compiler.reset()
     compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
     before = counters["stats"]["unique_graphs"]
