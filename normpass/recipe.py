@@ -197,8 +197,8 @@ def derived(function: Callable, *args: Any, **kwargs: Any) -> Any:
     result = function(*args, **kwargs)
     if not is_recording():
         return result
-    layers = [f for f in (function, *args) if isinstance(f, nn.Module)]
-    if any(any(hooks_of(layer)) for layer in layers):
+    layers = _layers_in(function, args)
+    if any([any(hooks_of(layer)) for layer in layers]):
         return result
     parameters = tuple(p for layer in layers for p in layer.parameters())
     if parameters:  # noted as well, so that one that changes before backward is found out
@@ -220,6 +220,10 @@ def derived_function(function: Callable) -> Callable:
 
     call.__name__ = f"derived_{getattr(function, '__name__', 'function')}"
     return call
+
+
+def _layers_in(function: Callable, args: tuple) -> list[nn.Module]:
+    return [f for f in (function, *args) if isinstance(f, nn.Module)]
 
 
 def _call_beside(parameters: tuple, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +255,7 @@ def rebuilt_when_compiled(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
     Not for what moves running statistics or draws random numbers, nor for a layer with hooks that do.
     """
-    if isinstance(function, nn.Module) and any(hooks_of(function)):
+    if any([any(hooks_of(layer)) for layer in _layers_in(function, args)]):
         return function(*args, **kwargs)
     with annotate(_ANNOTATION):
         return function(*args, **kwargs)
