@@ -1,7 +1,7 @@
 """What a rewritten graph calls where a convolution stood whose weight gradient has a kernel of its own.
 
 As in `normpass.functional` the layer is read when the graph runs. Where it cannot be done so (a hook was registered,
-other dtypes, autocast, no gradient for the weight), the layer itself runs.
+other dtypes, no gradient for the weight), the layer itself runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from normpass.ops.depthwise_conv2d import STRIDES, WIDTHS, DepthwiseConv2d, dept
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.library import is_exporting
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_NARROWED = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float64, *_NARROWED)
 
 
 def depthwise_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -41,14 +42,22 @@ def depthwise_function(
 ) -> Tensor:
     """`F.conv2d` of the same arguments."""
     step, border = _pair(stride), _pair(padding)
-    if border is None or step is None or _pair(dilation) != (1, 1) or not _fits(input, weight, bias, step, groups):
+    x, w, b = (_as_autocast(t) for t in (input, weight, bias))
+    if border is None or step is None or _pair(dilation) != (1, 1) or not _fits(x, w, b, step, groups):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
-        return depthwise_conv2d(input, weight, bias, step, border)
-    if eager_device(input, weight, bias) != "cpu" or kernels_for("cpu") is None:
+        return depthwise_conv2d(x, w, b, step, border)
+    if eager_device(x, w, b) != "cpu" or kernels_for("cpu") is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    y: Tensor = DepthwiseConv2d.apply(input, weight, bias, step, border, "cpu")
+    y: Tensor = DepthwiseConv2d.apply(x, w, b, step, border, "cpu")
     return y
+
+
+def _as_autocast(t: Any) -> Any:
+    """`t` as autocast would give it to a convolution on the CPU."""
+    if t is None or not torch.is_autocast_enabled("cpu") or t.device.type != "cpu" or t.dtype not in _NARROWED:
+        return t
+    return t.to(torch.get_autocast_dtype("cpu"))
 
 
 def has_kernel(kernel_size: Any, stride: Any, groups: int, channels: int) -> bool:
@@ -62,7 +71,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int
         return False
     if x.device.type != "cpu" or x.dim() != 4 or x.dtype not in _DTYPES or weight.dtype != x.dtype:
         return False
-    if torch.is_autocast_enabled("cpu") or (bias is not None and bias.dtype != x.dtype):
+    if bias is not None and bias.dtype != x.dtype:
         return False
     if weight.dim() != 4 or not weight.is_contiguous() or weight.shape[1] != 1 or weight.shape[0] != x.shape[1]:
         return False

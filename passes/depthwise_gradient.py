@@ -4,7 +4,7 @@
     the gradient of the weight         one reading of x and of the result's gradient
 
 For kernels of 5 or 7 in width and strides of 1 or 2, on the CPU (`normpass.ops.depthwise_conv2d` has the reason).
-Decided when the graph runs: on a GPU, under autocast or without kernels the layer runs as it is.
+Decided when the graph runs: on a GPU or without kernels the layer runs as it is.
 
 Refuses: layers with hooks or parametrisations. Changes nothing but rounding.
 """
