@@ -18,8 +18,8 @@ from normpass.ops.depthwise_conv2d import STRIDES, WIDTHS, DepthwiseConv2d, dept
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.library import is_exporting
 
-_NARROWED = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (torch.float64, *_NARROWED)
+_NARROWED = {torch.float32, torch.bfloat16, torch.float16}
+_DTYPES = {torch.float64, *_NARROWED}
 
 
 def depthwise_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -42,22 +42,25 @@ def depthwise_function(
 ) -> Tensor:
     """`F.conv2d` of the same arguments."""
     step, border = _pair(stride), _pair(padding)
-    x, w, b = (_as_autocast(t) for t in (input, weight, bias))
-    if border is None or step is None or _pair(dilation) != (1, 1) or not _fits(x, w, b, step, groups):
+    if border is None or step is None or _pair(dilation) != (1, 1) or not _fits(input, weight, step, groups):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if torch.compiler.is_compiling():
+    dtypes = {_dtype_of(t) for t in (input, weight, bias) if t is not None}
+    is_traced = torch.compiler.is_compiling()
+    is_eager = not is_traced and eager_device(input, weight, bias) == "cpu" and kernels_for("cpu") is not None
+    if len(dtypes) > 1 or not dtypes <= _DTYPES or not (is_traced or is_eager):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    dtype = dtypes.pop()
+    x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if is_traced:
         return depthwise_conv2d(x, w, b, step, border)
-    if eager_device(x, w, b) != "cpu" or kernels_for("cpu") is None:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y: Tensor = DepthwiseConv2d.apply(x, w, b, step, border, "cpu")
     return y
 
 
-def _as_autocast(t: Any) -> Any:
-    """`t` as autocast would give it to a convolution on the CPU."""
-    if t is None or not torch.is_autocast_enabled("cpu") or t.device.type != "cpu" or t.dtype not in _NARROWED:
-        return t
-    return t.to(torch.get_autocast_dtype("cpu"))
+def _dtype_of(t: Tensor) -> torch.dtype:
+    """That in which a convolution on the CPU takes `t`: under autocast another than its own."""
+    is_narrowed = t.dtype in _NARROWED and torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if is_narrowed else t.dtype
 
 
 def has_kernel(kernel_size: Any, stride: Any, groups: int, channels: int) -> bool:
@@ -66,12 +69,10 @@ def has_kernel(kernel_size: Any, stride: Any, groups: int, channels: int) -> boo
     return groups == channels > 1 and kernel_size[1] in WIDTHS and step is not None and step[1] in STRIDES
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], groups: int) -> bool:
+def _fits(x: Tensor, weight: Tensor, stride: tuple[int, int], groups: int) -> bool:
     if not (torch.is_grad_enabled() and weight.requires_grad) or under_other_derivatives() or is_exporting():
         return False
-    if x.device.type != "cpu" or x.dim() != 4 or x.dtype not in _DTYPES or weight.dtype != x.dtype:
-        return False
-    if bias is not None and bias.dtype != x.dtype:
+    if x.device.type != "cpu" or x.dim() != 4:
         return False
     if weight.dim() != 4 or not weight.is_contiguous() or weight.shape[1] != 1 or weight.shape[0] != x.shape[1]:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -121,6 +122,17 @@ def replace_node(graph: fx.Graph, node: fx.Node, new: fx.Node) -> fx.Node:
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
+
+
+@functools.cache
+def called_on(caller: Callable, function: Callable) -> Callable:
+    """`caller` with its first argument fixed: fx can print calls of a function, not functions as arguments."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return caller(function, *args, **kwargs)
+
+    call.__name__ = f"{caller.__name__}_{getattr(function, '__name__', 'function')}"
+    return call
 
 
 def bound(function: Callable, node: fx.Node) -> dict[str, Any] | None:

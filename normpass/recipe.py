@@ -35,8 +35,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.traceback import annotate, get_current_meta
 from torch.utils import _pytree as pytree
 
+from normpass.autocast import autocast_state, same_autocast
 from normpass.errors import ModifiedInPlaceError
-from normpass.graph import hooks_of
+from normpass.graph import called_on, hooks_of
 from normpass.ops.eager import under_other_derivatives
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -211,15 +212,9 @@ def derived(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-@functools.cache
 def derived_function(function: Callable) -> Callable:
-    """`derived` with its first argument fixed: fx can print calls of a function, not functions as arguments."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return derived(function, *args, **kwargs)
-
-    call.__name__ = f"derived_{getattr(function, '__name__', 'function')}"
-    return call
+    """`derived` with its first argument fixed."""
+    return called_on(derived, function)
 
 
 def _layers_in(function: Callable, args: tuple) -> list[nn.Module]:
@@ -351,37 +346,8 @@ def _map_noted(value: Any) -> Any:
     return value
 
 
-def autocast_state(args: tuple) -> tuple[str, torch.dtype] | str | None:
-    """`(device type, dtype)` where autocast is on, the device type where it is off."""
-    tensor = _first_tensor(args)
-    kind = None if tensor is None else tensor.device.type
-    if kind is None or not torch.amp.is_autocast_available(kind):
-        return None
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else kind
-
-
-def _first_tensor(values: Any) -> Tensor | None:
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-        found = _first_tensor(inner) if inner else None
-        if found is not None:
-            return found
-    return None
-
-
 def _without_grad():
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-
-
-def same_autocast(state: tuple[str, torch.dtype] | str | None, cached: bool | None = None):
-    """Autocast as `autocast_state` found it; `cached`: are casts of weights remembered, None for as it is here."""
-    if isinstance(state, tuple):
-        return torch.autocast(state[0], dtype=state[1], cache_enabled=cached)
-    if state is not None and torch.is_autocast_enabled(state):
-        return torch.autocast(state, enabled=False)
-    return nullcontext()
 
 
 _unfinished: dict[int, list[weakref.ref[Recipe]]] = {}

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normpass.graph import hooks_of
-from normpass.recipe import autocast_state, is_recording, rebuilt_when_compiled, same_autocast, tag
+from normpass.autocast import autocast_state, same_autocast
+from normpass.graph import called_on, hooks_of
+from normpass.recipe import is_recording, rebuilt_when_compiled, tag
 
 
 def replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False, **kwargs: Any) -> Tensor:
@@ -40,15 +41,9 @@ def _with_arguments(function: Callable, args: tuple, kwargs: dict, x: Tensor) ->
     return result
 
 
-@functools.cache
 def replayed_function(function: Callable) -> Callable:
     """`replayed` with its first argument fixed."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return replayed(function, *args, **kwargs)
-
-    call.__name__ = f"replayed_{getattr(function, '__name__', 'function')}"
-    return call
+    return called_on(replayed, function)
 
 
 class _Replay(torch.autograd.Function):

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normpass.autocast import autocast_state, same_autocast
 from normpass.nn.norm import BATCH_NORMS
 from normpass.ops.eager import under_other_derivatives
 from normpass.ops.layout import empty_for_blocks
 from normpass.ops.library import is_exporting
 from normpass.per_sample import CONVOLUTIONS, INSTANCE_NORMS, TRANSPOSED, reason_not_now
-from normpass.recipe import autocast_state, same_autocast
 
 Tensors = Sequence[Tensor | None]
 

@@ -17,7 +17,7 @@ FOLDERS = {
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
     ("_version", "errors", "graph", "untouched", "kernels"),
-    ("guard", "measure", "ops", "extras", "files", "fold", "grouping", "cuts", "environment"),
+    ("autocast", "guard", "measure", "ops", "extras", "files", "fold", "grouping", "cuts", "environment"),
     ("tracing", "recipe", "weights", "export", "timing"),
     ("nn", "replay"),
     ("functional", "report", "agreement", "plots", "concatenation", "convolution"),
