@@ -212,7 +212,7 @@ def derived(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def derived_function(function: Callable) -> Callable:
+def derived_function(function: Any) -> Callable:
     """`derived` with its first argument fixed."""
     return called_on(derived, function)
 

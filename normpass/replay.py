@@ -41,7 +41,7 @@ def _with_arguments(function: Callable, args: tuple, kwargs: dict, x: Tensor) ->
     return result
 
 
-def replayed_function(function: Callable) -> Callable:
+def replayed_function(function: Any) -> Callable:
     """`replayed` with its first argument fixed."""
     return called_on(replayed, function)
 
