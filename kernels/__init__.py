@@ -46,6 +46,35 @@ class Running(NamedTuple):
     momentum: float
 
 
+class Winograd(Protocol):
+    """3×3 convolutions of stride 1 in float32 and float64, of fewer multiplications: `ops.winograd_conv2d`."""
+
+    def pays(self, x: Tensor, channels: int, size: Sequence[int], of_weight: bool) -> bool:
+        """Whether it is faster than the vendor's.
+
+        x: (N, C, H, W), read in its own memory format. channels, size: of the result. of_weight: for the gradient of
+        the weight; else for the convolution, transposed or not.
+        """
+
+    def convolve(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        transposed: bool,
+        memory_format: torch.memory_format,
+        weight_format: torch.memory_format,
+    ) -> None:
+        """x and y are dense in `memory_format`, the weight in `weight_format`; all of one dtype."""
+
+    def weight_gradient(
+        self, dweight: Tensor, grad: Tensor, x: Tensor, padding: Sequence[int], memory_format: torch.memory_format
+    ) -> None:
+        """All are dense in `memory_format` and of one dtype."""
+
+
 class Kernels(Protocol):
     """The kernels of one device.
 
@@ -165,6 +194,10 @@ class Kernels(Protocol):
         dweight: (C, 1, kernel height, kernel width) in the statistics dtype, contiguous. grad and x: dense in
         `memory_format`. stride, padding: rows and columns. Widths and strides as in `ops.depthwise_conv2d`.
         """
+
+    @property
+    def winograd(self) -> Winograd | None:
+        """None where the vendor's convolutions are to run."""
 
 
 class Status(NamedTuple):

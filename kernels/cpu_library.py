@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import ACTIVATIONS, Layout, Running
+from normpass.kernels.cpu_winograd import CpuWinograd
 
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 """By what torch says of the processor: the libraries that run on it, the best first. Others have `baseline`."""
@@ -38,6 +39,8 @@ _SIGNATURES = {
     "inplace_abn_backward": (*[_POINTER] * 8, _DOUBLE, _INT, *_ACTIVATION, *_END),
     "running_stats": (*[_POINTER] * 4, _DOUBLE, _LONG, _LONG, _INT),
     "depthwise_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 12, *[_INT] * 3),
+    "winograd_conv2d": (*[_POINTER] * 4, *[_LONG] * 9, *[_INT] * 5),
+    "winograd_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 9, *[_INT] * 4),
 }
 
 
@@ -58,6 +61,10 @@ class CpuKernels:
         self._inplace_abn_backward = _function(library, "inplace_abn_backward")
         self._running_stats = _function(library, "running_stats")
         self._depthwise_weight_gradient = _function(library, "depthwise_weight_gradient")
+        convolve = _function(library, "winograd_conv2d")
+        weight_gradient = _function(library, "winograd_weight_gradient")
+        has_products = "baseline" not in path.name
+        self.winograd = CpuWinograd(convolve, weight_gradient, _DTYPES, has_products)
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in _DTYPES

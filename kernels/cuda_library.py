@@ -53,6 +53,7 @@ class CudaKernels:
 
     most_pieces = PIECES[-1]
     depthwise_weight_gradient = None  # cuDNN's will do
+    winograd = None  # cuDNN has its own
 
     def __init__(self, device: Device):
         self._device = device

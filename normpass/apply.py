@@ -29,7 +29,7 @@ class Program:
     rebuilt: frozenset[str]
     """names of the nodes whose results are rebuilt in backward"""
     convolutions: frozenset[str]
-    """names of the convolutions whose weight's gradient is computed here"""
+    """names of the convolutions that have kernels of ours on the CPU"""
     is_planned: bool = False
     """whether what is kept and what is rebuilt was decided, by a plan or for a budget"""
     regions: Any = None
@@ -68,7 +68,7 @@ class Rewritten:
     rebuilt: frozenset[str]
     """all recipes"""
     convolutions: frozenset[str]
-    """those whose weight's gradient is computed here"""
+    """those that have kernels of ours on the CPU"""
 
 
 def rewrite_graph(

@@ -1,11 +1,12 @@
-"""What a rewritten graph calls where a convolution stood whose weight gradient has a kernel of its own.
+"""What a rewritten graph calls where a convolution stood for which there are kernels of our own.
 
 As in `normpass.functional` the layer is read when the graph runs. Where it cannot be done so (a hook was registered,
-other dtypes, no gradient for the weight), the layer itself runs.
+other dtypes, shapes at which the vendor's are as fast), the layer itself runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,25 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normpass.graph import hooks_of
-from normpass.kernels import kernels_for
+from normpass.kernels import Kernels, kernels_for
 from normpass.ops.depthwise_conv2d import STRIDES, WIDTHS, DepthwiseConv2d, depthwise_conv2d
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.library import is_exporting
+from normpass.ops.winograd_conv2d import DTYPES, KERNEL_SIZE, LARGEST_PADDING, WinogradConv2d, pays, winograd_conv2d
 
 _NARROWED = {torch.float32, torch.bfloat16, torch.float16}
-_DTYPES = {torch.float64, *_NARROWED}
+_FLOATING = {torch.float64, *_NARROWED}
+_ONCE = (1, 1)
+
+Pair = tuple[int, int]
 
 
-def depthwise_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def convolution_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """`layer(x)`. x: (N, C, H, W)."""
     if type(layer) is not nn.Conv2d or any(hooks_of(layer)) or layer.padding_mode != "zeros":
         y: Tensor = layer(x)
         return y
     weight, bias = layer.weight, layer.bias
-    return depthwise_function(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return convolution_function(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def depthwise_function(
+def convolution_function(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -42,44 +47,81 @@ def depthwise_function(
 ) -> Tensor:
     """`F.conv2d` of the same arguments."""
     step, border = _pair(stride), _pair(padding)
-    if border is None or step is None or _pair(dilation) != (1, 1) or not _fits(input, weight, step, groups):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    dtypes = {_dtype_of(t) for t in (input, weight, bias) if t is not None}
-    is_traced = torch.compiler.is_compiling()
-    is_eager = not is_traced and eager_device(input, weight, bias) == "cpu" and kernels_for("cpu") is not None
-    if len(dtypes) > 1 or not dtypes <= _DTYPES or not (is_traced or is_eager):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    dtype = dtypes.pop()
-    x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if is_traced:
-        return depthwise_conv2d(x, w, b, step, border)
-    y: Tensor = DepthwiseConv2d.apply(x, w, b, step, border, "cpu")
-    return y
+    if border is not None and step is not None and _pair(dilation) == _ONCE and _fits(input, weight):
+        kernel = weight.shape[2:]
+        y = None
+        if is_depthwise(kernel, step, groups, input.shape[1]):
+            y = _depthwise(input, weight, bias, step, border)
+        elif is_winograd(kernel, step, groups, border):
+            y = _winograd(input, weight, bias, border)
+        if y is not None:
+            return y
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _dtype_of(t: Tensor) -> torch.dtype:
-    """That in which a convolution on the CPU takes `t`: under autocast another than its own."""
-    is_narrowed = t.dtype in _NARROWED and torch.is_autocast_enabled("cpu")
-    return torch.get_autocast_dtype("cpu") if is_narrowed else t.dtype
-
-
-def has_kernel(kernel_size: Any, stride: Any, groups: int, channels: int) -> bool:
-    """Whether a convolution of this kind is one that `depthwise_layer` is for."""
+def is_depthwise(kernel_size: Sequence[int], stride: Any, groups: int, channels: int) -> bool:
+    """Whether the gradient of the weight has a kernel, for convolutions of this kind."""
     step = _pair(stride)
     return groups == channels > 1 and kernel_size[1] in WIDTHS and step is not None and step[1] in STRIDES
 
 
-def _fits(x: Tensor, weight: Tensor, stride: tuple[int, int], groups: int) -> bool:
-    if not (torch.is_grad_enabled() and weight.requires_grad) or under_other_derivatives() or is_exporting():
-        return False
-    if x.device.type != "cpu" or x.dim() != 4:
-        return False
-    if weight.dim() != 4 or not weight.is_contiguous() or weight.shape[1] != 1 or weight.shape[0] != x.shape[1]:
-        return False
-    return x.numel() > 0 and has_kernel(weight.shape[2:], stride, groups, x.shape[1])
+def is_winograd(kernel_size: Sequence[int], stride: Any, groups: int, padding: Any) -> bool:
+    """Whether convolutions of this kind have kernels; these run where they are the faster ones."""
+    border = _pair(padding)
+    is_three = tuple(kernel_size) == KERNEL_SIZE and _pair(stride) == _ONCE and groups == 1
+    return is_three and border is not None and all(0 <= p <= LARGEST_PADDING for p in border)
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor | None:
+    trains = torch.is_grad_enabled() and weight.requires_grad
+    if not trains or weight.shape[1] != 1 or weight.shape[0] != x.shape[1] or not weight.is_contiguous():
+        return None
+    dtype, is_traced = _dtype(x, weight, bias), torch.compiler.is_compiling()
+    if dtype not in _FLOATING or not (is_traced or _kernels(x, weight, bias) is not None):
+        return None
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if is_traced:
+        return depthwise_conv2d(x, weight, bias, stride, padding)
+    y: Tensor = DepthwiseConv2d.apply(x, weight, bias, stride, padding, "cpu")
+    return y
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair) -> Tensor | None:
+    if weight.shape[1] != x.shape[1] or _dtype(x, weight, bias) != x.dtype:
+        return None
+    if torch.compiler.is_compiling():  # what runs is decided by the op: here the shapes may be unknown
+        return winograd_conv2d(x, weight, bias, padding) if x.dtype in DTYPES else None
+    kernels = _kernels(x, weight, bias)
+    if kernels is None or not pays(kernels.winograd, x, weight.shape[0], padding):
+        return None
+    y: Tensor = WinogradConv2d.apply(x, weight, bias, padding, "cpu")
+    return y
+
+
+def _kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Kernels | None:
+    """Those that can be called with these tensors without the dispatcher."""
+    return kernels_for("cpu") if eager_device(x, weight, bias) == "cpu" else None
+
+
+def _dtype(*tensors: Tensor | None) -> torch.dtype | None:
+    """That in which a convolution on the CPU takes its arguments, under autocast another than theirs; None if several.
+
+    Autocast leaves float64 as it is.
+    """
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if torch.is_autocast_enabled("cpu"):
+        narrow = torch.get_autocast_dtype("cpu")
+        dtypes = {narrow if d in _NARROWED else d for d in dtypes}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    if under_other_derivatives() or is_exporting() or x.device.type != "cpu":
+        return False
+    return x.dim() == 4 and weight.dim() == 4 and x.numel() > 0
+
+
+def _pair(value: Any) -> Pair | None:
     """Rows and columns of what is given as one number or two; None for anything else, as `padding="same"`."""
     if isinstance(value, int):
         return value, value

@@ -48,7 +48,7 @@ class Report:
     derived: dict[str, int] = field(default_factory=dict)
     """kind of cheap function -> how many of its results are rebuilt instead of kept"""
     convolutions: int = 0
-    """how many have a kernel of normpass for the gradient of their weight, on the CPU"""
+    """how many have kernels of normpass on the CPU, where these are the faster ones"""
     memory: Memory | None = None
     plan: Any = None
     """the `StepPlan`, where a memory budget was named"""
@@ -83,7 +83,7 @@ class Report:
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.derived.items()))
             lines.append(f"also rebuilt instead of kept: {counts}")
         if self.convolutions:
-            lines.append(f"depthwise convolutions with a faster weight gradient on the CPU: {self.convolutions}")
+            lines.append(f"convolutions with kernels of normpass on the CPU: {self.convolutions}")
         for path, why in self.untraceable.items():
             lines.append(f"{path or 'the model itself'}: its own forward is left as it is: {why}")
         if self.memory is not None:

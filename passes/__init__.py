@@ -5,7 +5,7 @@ Adding one: a file here, its test, a line in `ORDER` (or in `CHANGES`, if it cha
 
 from __future__ import annotations
 
-from normpass.passes.depthwise_gradient import DepthwiseGradient
+from normpass.passes.convolution_kernels import ConvolutionKernels
 from normpass.passes.derive_recipes import DeriveRecipes
 from normpass.passes.fuse_norm_act import FuseNormAct
 from normpass.passes.group_norm import GroupNorm
@@ -29,7 +29,7 @@ ORDER: tuple[Rewrite, ...] = (
 )
 SPECIALISE = SpecialiseSwitchable()  # before the sites: it makes other nodes of some norms
 AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
-CONVOLUTIONS = DepthwiseGradient()
+CONVOLUTIONS = ConvolutionKernels()
 REGIONS = RecomputeRegion()  # last, and only what a plan asks for
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
@@ -45,7 +45,7 @@ __all__ = [
     "ORDER",
     "REGIONS",
     "SPECIALISE",
-    "DepthwiseGradient",
+    "ConvolutionKernels",
     "DeriveRecipes",
     "FuseNormAct",
     "GroupNorm",

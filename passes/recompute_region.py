@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from normpass.capture import reason_to_keep_whole
-from normpass.convolution import depthwise_function, depthwise_layer
+from normpass.convolution import convolution_function, convolution_layer
 from normpass.graph import Storage, key_of, module_of, owns_result, replace_node
 from normpass.recipe import derived, derived_function
 from normpass.replay import replayed, replayed_function
@@ -34,7 +34,7 @@ _MODULES = (
 )
 _FUNCTIONS = frozenset(
     {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.conv_transpose2d, F.linear}
-    | {F.avg_pool2d, F.adaptive_avg_pool2d, depthwise_layer, depthwise_function}
+    | {F.avg_pool2d, F.adaptive_avg_pool2d, convolution_layer, convolution_function}
 )
 _POOLS = frozenset({F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool2d})
 

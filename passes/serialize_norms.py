@@ -32,7 +32,8 @@ from torch import Tensor, fx, nn
 
 from normpass.capture import reason_to_keep_whole
 from normpass.functional import split_norm_act
-from normpass.graph import called, module_of
+from normpass.convolution import convolution_layer
+from normpass.graph import module_of
 from normpass.kernels import kernels_for
 from normpass.ops.moments import moments_with_update
 from normpass.per_sample import CONVOLUTIONS
@@ -64,9 +65,9 @@ class SerializeNorms:
                 continue
             reason = _reason_against(node, conv, root)
             if reason is None:
-                found.append(str(conv.target))
+                found.append(_path(conv))
             else:
-                refusals.append(Refusal(self.name, called(conv), reason))
+                refusals.append(Refusal(self.name, _path(conv), reason))
         return tuple(found), tuple(refusals)
 
     def apply(self, graph: fx.Graph, root: nn.Module) -> tuple[str, ...]:
@@ -74,9 +75,10 @@ class SerializeNorms:
         matches = set(self.match(graph, root)[0]) & set(self.paths)
         done = []
         for node in list(graph.nodes):
-            if node.op == "call_module" and str(node.target) in matches:
+            path = _path(node)
+            if path in matches:
                 _replace(graph, node, self.block_bytes)
-                done.append(str(node.target))
+                done.append(path)
         return tuple(done)
 
 
@@ -84,7 +86,21 @@ def _convolution_behind(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The convolution that reads what the rewritten norm `node` returns, if there is one."""
     if node.target is not split_norm_act:
         return None
-    return next((user for user in node.users if isinstance(module_of(user, root), CONVOLUTIONS)), None)
+    return next((user for user in node.users if isinstance(_layer_of(user, root), CONVOLUTIONS)), None)
+
+
+def _layer_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module that `node` runs, itself or through one of our kernels."""
+    if node.target is convolution_layer:
+        return root.get_submodule(_path(node))
+    return module_of(node, root)
+
+
+def _path(node: fx.Node) -> str:
+    """Of the module that `node` runs; "" where it runs none."""
+    if node.target is convolution_layer:
+        return str(node.args[0].target)
+    return str(node.target) if node.op == "call_module" else ""
 
 
 def _reason_against(norm: fx.Node, conv: fx.Node, root: nn.Module) -> str | None:
@@ -92,7 +108,7 @@ def _reason_against(norm: fx.Node, conv: fx.Node, root: nn.Module) -> str | None
         return "a residual is added behind the norm"
     if len(norm.users) != 1:
         return "the norm's result has other readers"
-    layer: Any = module_of(conv, root)
+    layer: Any = _layer_of(conv, root)
     whole = reason_to_keep_whole(layer)
     if whole is not None:
         return whole
@@ -106,7 +122,7 @@ def _reason_against(norm: fx.Node, conv: fx.Node, root: nn.Module) -> str | None
 
 def _replace(graph: fx.Graph, conv: fx.Node, block_bytes: int) -> None:
     """Put the blocked form where the norm, the convolution and the next norm's moments stood."""
-    norm = conv.args[0]
+    norm = conv.args[-1]
     assert isinstance(norm, fx.Node)
     (behind,) = conv.users
     if norm.target is norm_act_with_moments:  # the convolution before it is run block by block as well
@@ -115,7 +131,7 @@ def _replace(graph: fx.Graph, conv: fx.Node, block_bytes: int) -> None:
         layer, x, _, activation, activation_args, _ = norm.args
         moments = None
     with graph.inserting_before(conv):
-        module = graph.get_attr(str(conv.target))
+        module = graph.get_attr(_path(conv))
         args = layer, module, x, moments, activation, activation_args, block_bytes
         call = graph.call_function(serial_norm_act_conv, args)
         c = graph.call_function(operator.getitem, (call, 0))

@@ -7,6 +7,7 @@
 // every storage type share one loop, which has no borders. Reads both arrays once; sums a sample in the wide type and
 // samples in double.
 #include "layout.h"
+#include "vector.h"
 
 namespace normpass {
 namespace {
@@ -18,37 +19,9 @@ struct Depthwise {
 };
 
 #if defined(__AVX512F__)
-constexpr int vector_bytes = 64, at_once = 4;  // registers: a row of the kernel, `at_once` of grad, what they meet
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32, at_once = 2;
+constexpr int at_once = 4;  // registers: a row of the kernel, `at_once` of grad, what they meet
 #else
-constexpr int vector_bytes = 16, at_once = 2;
-#endif
-
-template <class A> struct Vector {
-  typedef A Values __attribute__((vector_size(vector_bytes)));
-  static constexpr int64_t lanes = vector_bytes / sizeof(A);
-  Values values = {};
-
-  NORMPASS_ALWAYS_INLINE void add_product(const Vector& a, const Vector& b);
-};
-
-#if defined(__AVX512F__)
-template <> void Vector<float>::add_product(const Vector& a, const Vector& b) {
-  values = _mm512_fmadd_ps(a.values, b.values, values);
-}
-template <> void Vector<double>::add_product(const Vector& a, const Vector& b) {
-  values = _mm512_fmadd_pd(a.values, b.values, values);
-}
-#elif defined(__AVX2__)
-template <> void Vector<float>::add_product(const Vector& a, const Vector& b) {
-  values = _mm256_fmadd_ps(a.values, b.values, values);
-}
-template <> void Vector<double>::add_product(const Vector& a, const Vector& b) {
-  values = _mm256_fmadd_pd(a.values, b.values, values);
-}
-#else
-template <class A> void Vector<A>::add_product(const Vector& a, const Vector& b) { values += a.values * b.values; }
+constexpr int at_once = 2;
 #endif
 
 template <class S> NORMPASS_ALWAYS_INLINE void copy_wide(const S* from, Wide<S>* to, int64_t n) {

@@ -17,6 +17,7 @@ from .norm_act_backward import norm_act_backward
 from .running_stats import updated_running_stats
 from .shift_scale import shift_scale
 from .sparsest_max import sparsest_max
+from .winograd_conv2d import winograd_conv2d, winograd_weight_gradient
 
 __all__ = [
     "Activation",
@@ -39,4 +40,6 @@ __all__ = [
     "shift_scale",
     "sparsest_max",
     "updated_running_stats",
+    "winograd_conv2d",
+    "winograd_weight_gradient",
 ]

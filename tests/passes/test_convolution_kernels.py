@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normpass
-from normpass.convolution import depthwise_function, depthwise_layer
+from normpass.convolution import convolution_function, convolution_layer
 from normpass.measure import kept_bytes
 from normpass.module import part_of
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d
@@ -65,7 +65,7 @@ def runs(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("kind, function", [(Inverted, depthwise_layer), (Functional, depthwise_function)])
+@pytest.mark.parametrize("kind, function", [(Inverted, convolution_layer), (Functional, convolution_function)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_step_is_the_same(kind, function, memory_format, runs):
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_a_step_is_the_same(kind, function, memory_format, runs):
 )
 def test_others_are_left_alone(options):
     optimised = normpass.optimize(Inverted(**options).double())
-    assert "depthwise" in targets(optimised) and depthwise_layer not in targets(optimised)
+    assert "depthwise" in targets(optimised) and convolution_layer not in targets(optimised)
     assert_same_step(copy.deepcopy(optimised), optimised, torch.randn(2, 3, 9, 9, dtype=torch.float64))
 
 
@@ -178,7 +178,7 @@ def test_a_convolution_that_runs_again():
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     plan = normpass.StepPlan.from_json({"version": 1, "decisions": {"rebuilt": ["depthwise"]}})
     optimised = normpass.optimize(copy.deepcopy(plain), plan=plan)
-    assert "derived_depthwise_layer" in [getattr(t, "__name__", "") for t in targets(optimised)]
+    assert "derived_convolution_layer" in [getattr(t, "__name__", "") for t in targets(optimised)]
     assert_same_step(plain, optimised, x)
     assert kept_bytes(optimised, x) < kept_bytes(normpass.optimize(copy.deepcopy(plain)), x)
 
@@ -209,4 +209,4 @@ def test_under_torch_compile(inner):
 def test_the_report_counts_them():
     report = normpass.explain(Inverted())
     assert report.convolutions == report.to_json()["convolutions"] == 1
-    assert "a faster weight gradient on the CPU: 1" in str(report)
+    assert "convolutions with kernels of normpass on the CPU: 1" in str(report)
