@@ -14,8 +14,8 @@ FEWEST_TILES_PER_THREAD = 8
 MOST_OF_VENDORS = 0.75
 """the estimate below must be at most this fraction of the vendor's"""
 
-# In multiplications of the products, as measured on AVX-512 (Zen 4) with 2 threads: what it takes to bring a value into
-# another form and back, in channels_last and in planes; and a value of the weight, within the second-level cache or not.
+# In multiplications of the products, as measured on AVX-512 (Zen 4) with 2 threads: what it takes to bring a value of a
+# tile into another form, in channels_last and in planes; and one of the weight, within the second-level cache or not.
 _PIXEL_LAST, _PIXEL_PLANES = 12, 20
 _WEIGHT_CACHED, _WEIGHT = 10, 40
 _CACHED_BYTES = 1 << 20

@@ -14,10 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
+from normpass.bench_convolutions import CASES, bench_convolution
 from normpass.bench_kernels import bench_kernels
 from normpass.bench_layers import Case, bench_layer, shape_text
 from normpass.bench_networks import Setting, bench_network, check_contenders
-from normpass.bench_tables import kernel_table, layer_table, network_table
+from normpass.bench_tables import convolution_table, kernel_table, layer_table, network_table
 from normpass.files import write_json
 from normpass.overhead import call_overhead
 
@@ -109,6 +110,22 @@ def run_kernels(
     console.print(kernel_table(ops, record.title))
     _run_overhead(rounds, record, console)
     return complete
+
+
+def run_convolutions(layout: str, rounds: int, record: Record, console: Console) -> None:
+    """Bench the convolutions that have kernels of ours on the CPU, in one table.
+
+    Raises:
+        OSError: the record cannot be written.
+    """
+    record.write()
+    rows = []
+    for case in CASES:
+        with Console(stderr=True).status(f"bench convolutions {shape_text(case[1])}"):
+            found = bench_convolution(*case, layout, rounds)
+        record.add("convolutions", found)
+        rows += found
+    console.print(convolution_table(rows, record.title))
 
 
 def _run_overhead(rounds: int, record: Record, console: Console) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from normpass import ops
 from normpass.bench_layers import COPY, Case, copy_step, make_inputs, name_of, of_copy
-from normpass.kernels import disabled
 from normpass.timing import Clock, alternate
 
 
@@ -32,8 +31,6 @@ Kernel = Callable[[tuple[Tensor, ...], Statistics], object]
 _EPS = 1e-5
 _LEAKY = ("leaky_relu", (0.01,))
 _ALL = (True, True, True, True)
-_FIVE = ((5, 5), (1, 1), (2, 2))
-"""kernel, stride and padding of a convolution that leaves the shape as it is"""
 
 
 @dataclass(frozen=True)
@@ -85,15 +82,6 @@ def _inplace_abn_backward(inputs: tuple[Tensor, ...], s: Statistics) -> object:
     return ops.inplace_abn_backward(grad, z, s.weight, s.bias, s.var, _EPS, True, *_LEAKY, _ALL[:3])
 
 
-def _depthwise(inputs: tuple[Tensor, ...], s: Statistics) -> object:
-    return ops.depthwise_weight_gradient(inputs[1], inputs[0], *_FIVE)
-
-
-def _depthwise_of_aten(inputs: tuple[Tensor, ...], s: Statistics) -> object:
-    with disabled():
-        return ops.depthwise_weight_gradient(inputs[1], inputs[0], *_FIVE)
-
-
 KERNELS: dict[str, tuple[int, Kernel]] = {
     "moments": (1, _moments),  # read x
     "norm_act": (2, _norm_act),  # read x, write z; the rebuild of z in backward is this too
@@ -101,10 +89,6 @@ KERNELS: dict[str, tuple[int, Kernel]] = {
     "norm_add_act": (3, _norm_add_act),  # and read the residual
     "norm_add_act_backward": (8, _norm_add_act_backward),  # and read the residual twice, write its gradient
     "inplace_abn_backward": (5, _inplace_abn_backward),  # read z, dz; read z, dz, write dx
-}
-CONVOLUTIONS: dict[str, tuple[int, Kernel]] = {  # of images alone
-    "depthwise_5x5_weight": (2, _depthwise),  # read x, dy
-    "ATen's": (2, _depthwise_of_aten),
 }
 
 
@@ -117,16 +101,15 @@ def bench_kernels(case: Case, rounds: int = 10) -> list[KernelRow]:
     """
     torch.manual_seed(0)
     inputs = make_inputs(case, count=3)
-    kernels = KERNELS | CONVOLUTIONS if len(case.shape) == 4 else KERNELS
     with torch.no_grad():
         statistics = _statistics(inputs[0][0])
-        steps = {name: partial(_step, kernel, inputs, statistics) for name, (_, kernel) in kernels.items()}
+        steps = {name: partial(_step, kernel, inputs, statistics) for name, (_, kernel) in KERNELS.items()}
         copy = partial(copy_step, [given[0] for given in inputs], torch.empty_like(inputs[0][0]))
         times = alternate({**steps, COPY: copy}, case.device, rounds)
     size = inputs[0][0].nbytes
     rows = []
     for name, (*_, time) in times.items():
-        arrays = 2 if name == COPY else kernels[name][0]
+        arrays = 2 if name == COPY else KERNELS[name][0]
         speed = arrays * size / time.median * 1e-9
         fraction = of_copy(time, times[COPY][-1], arrays)
         described = (name, case.shape, name_of(case.dtype), case.layout, arrays)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from normpass.bench_convolutions import ConvolutionRow
 from normpass.bench_kernels import KernelRow
 from normpass.bench_layers import COPY, LayerRow, shape_text
 from normpass.bench_networks import Row
@@ -84,6 +85,17 @@ def kernel_table(cases: Sequence[Sequence[KernelRow]], title: str) -> Table:
     table = Table("shape", *heads, title=f"ops alone, of copy's speed, {first.dtype}, {first.layout}: {title}")
     for rows in cases:
         table.add_row(shape_text(rows[0].shape), *(f"{seconds_text(r.seconds)} {r.of_copy:.2f}" for r in rows))
+    return table
+
+
+def convolution_table(rows: Sequence[ConvolutionRow], title: str) -> Table:
+    """A line for each pass of each convolution: its time, the vendor's and their ratio."""
+    heads = ("convolution", "of", "computes", "vendor's", "ours", "ours / vendor's")
+    table = Table(*heads, title=f"convolutions, float32, {rows[0].layout}: {title}")
+    for row in rows:
+        shapes = f"{shape_text(row.shape)} to {row.channels}"
+        times = seconds_text(row.vendor_seconds), seconds_text(row.seconds)
+        table.add_row(row.convolution, shapes, row.computes, *times, _ratio(row.ratio))
     return table
 
 

@@ -1,5 +1,5 @@
 """The command line: `normpass demo`, `explain MODEL`, `convert MODEL OUT`, `bench [MODEL…]`,
-`bench kernels`, `bench frontier MODEL`, `kernels`.
+`bench kernels`, `bench convolutions`, `bench frontier MODEL`, `kernels`.
 
 Reads the arguments, prints what the library returns. Bad input ends with status 2 and one line on stderr
 that says what to do; status 1 means that the work itself failed (the demo's losses differ, ours did not run).
@@ -35,6 +35,7 @@ _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BENCH_DTYPES = ("float32", "bfloat16", "float16")
 _BAD_INPUT = 2
 _FAILED = 1
+_BENCHES = ("kernels", "convolutions", "frontier")
 _WIDE = 160  # columns of a table that goes into a file
 
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (by default `sys.argv`'s) and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = shlex.join(["normpass", *arguments])
-    if arguments[:2] in (["bench", "kernels"], ["bench", "frontier"]):  # argparse takes a name here, or models
+    if arguments[:1] == ["bench"] and arguments[1:2] and arguments[1] in _BENCHES:  # else argparse takes it for a model
         arguments[:2] = [" ".join(arguments[:2])]
     options = _parser().parse_args(arguments)
     options.given = given
@@ -71,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     cli_convert.add_arguments(commands.add_parser("convert", help=words), _shapes, _output)
     _add_bench(commands.add_parser("bench", help="time, kept and peak bytes of whole networks, side by side"))
     _add_bench_kernels(commands.add_parser("bench kernels", help="batch norm and activation, and each op alone"))
+    words = "convolutions that have kernels on the CPU, beside the vendor's"
+    _add_bench_convolutions(commands.add_parser("bench convolutions", help=words))
     _add_bench_frontier(commands.add_parser("bench frontier", help="time against memory over a sweep of budgets"))
     kernels_ = commands.add_parser("kernels", help="say which kernels are there, and why others are not")
     kernels_.add_argument("--json", type=_output, metavar="FILE", help="write it here as well")
@@ -145,6 +148,13 @@ def _add_bench_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile: seconds a shape")
     _add_common(parser, rounds=10)
     parser.set_defaults(run=_bench_kernels)
+
+
+def _add_bench_convolutions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="channels_last", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=_count, default=10, help="samples of each (default: %(default)s)")
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the figures here as well")
+    parser.set_defaults(run=_bench_convolutions)
 
 
 def _add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -263,6 +273,15 @@ def _bench_kernels(options: argparse.Namespace) -> int:
     except OSError as error:
         return _cannot_write(options.json, error, "--json")
     return 0 if complete else _FAILED
+
+
+def _bench_convolutions(options: argparse.Namespace) -> int:
+    record = bench.Record(options.json, environment("cpu", options.given))
+    try:
+        bench.run_convolutions(options.layout, options.rounds, record, _console())
+    except OSError as error:
+        return _cannot_write(options.json, error, "--json")
+    return 0
 
 
 def _kernels(options: argparse.Namespace) -> int:

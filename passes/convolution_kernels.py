@@ -20,6 +20,7 @@ from torch import fx, nn
 from normpass.capture import reason_to_keep_whole
 from normpass.convolution import convolution_function, convolution_layer, is_depthwise, is_winograd
 from normpass.graph import bound, module_of, replace_node
+from normpass.kernels.cpu_winograd import FEWEST_CHANNELS
 
 _FUNCTIONS = (F.conv2d, torch.conv2d)
 
@@ -54,7 +55,8 @@ def _has_kernels(module: nn.Module) -> bool:
     kernel, stride, groups = module.kernel_size, module.stride, module.groups
     if module.in_channels == module.out_channels and is_depthwise(kernel, stride, groups, module.in_channels):
         return True
-    return is_winograd(kernel, stride, groups, module.padding) and module.in_channels > 3
+    is_wide = min(module.in_channels, module.out_channels) >= FEWEST_CHANNELS
+    return is_wide and is_winograd(kernel, stride, groups, module.padding)
 
 
 def _calls_convolution(node: fx.Node) -> bool:

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from normpass.capture import reason_to_keep_whole
-from normpass.functional import split_norm_act
 from normpass.convolution import convolution_layer
+from normpass.functional import split_norm_act
 from normpass.graph import module_of
 from normpass.kernels import kernels_for
 from normpass.ops.moments import moments_with_update

@@ -15,6 +15,7 @@ from torch._functorch import config
 
 from normpass import (
     bench,
+    bench_convolutions,
     bench_kernels,
     bench_layers,
     bench_networks,
@@ -151,9 +152,21 @@ def test_what_cannot_run_is_a_row_with_its_reason(monkeypatch):
 
 def test_ops_alone():
     rows = {row.kernel: row for row in bench_kernels.bench_kernels(Case("bn_relu", SMALL), 2)}
-    assert list(rows) == [*bench_kernels.KERNELS, *bench_kernels.CONVOLUTIONS, "copy"]
+    assert list(rows) == [*bench_kernels.KERNELS, "copy"]
     assert rows["copy"].of_copy == 1.0
     assert all(row.seconds > 0 and row.of_copy > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_convolutions_beside_the_vendors(layout):
+    found = [
+        *bench_convolutions.bench_convolution(bench_convolutions.THREE, (2, 16, 8, 8), 24, layout, 2),
+        *bench_convolutions.bench_convolution(bench_convolutions.FIVE, (2, 16, 8, 8), 16, layout, 2),
+    ]
+    assert [row.computes for row in found] == ["y", "dx", "dweight", "dweight"]
+    assert all(row.seconds > 0 and row.vendor_seconds > 0 and row.ratio.median > 0 for row in found)
+    shown = text(bench_tables.convolution_table(found, "here"))
+    assert "2x16x8x8 to 24" in shown and "depthwise 5x5" in shown
 
 
 def test_the_fraction_of_the_copy_counts_arrays():

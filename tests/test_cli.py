@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import normpass
-from normpass import cli, contenders, demo
+from normpass import bench, cli, contenders, demo
 
 NETWORK = """
 from torch import nn
@@ -264,6 +264,14 @@ def test_bench_kernels(workspace, capsys):
     assert len(found["layers"]) == 2 * 2 * len(("ours", "eager", "eager_out_of_place", "eager_contiguous", "copy"))
     assert {row["kernel"] for row in found["kernels"]} > {"moments", "norm_act", "copy"}
     assert set(found["call_overhead_microseconds"])
+
+
+def test_bench_convolutions(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "CASES", (("3x3", (2, 16, 8, 8), 16), ("depthwise 5x5", (2, 16, 8, 8), 16)))
+    status, out, _ = run(capsys, "bench convolutions --layout contiguous --rounds 1 --json c.json")
+    assert status == 0 and "convolutions, float32, contiguous: CPU" in out
+    found = json.loads((workspace / "c.json").read_text())
+    assert [row["computes"] for row in found["convolutions"]] == ["y", "dx", "dweight", "dweight"]
 
 
 def test_what_did_not_run_is_said_and_only_ours_fails_the_command(workspace, capsys, monkeypatch):

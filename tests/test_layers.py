@@ -39,7 +39,7 @@ ORDER = (
     ("normpass",),
     ("digits", "models"),
     ("bench_layers", "bench_serialised", "contenders", "overhead"),
-    ("bench_kernels", "bench_networks"),
+    ("bench_convolutions", "bench_kernels", "bench_networks"),
     ("bench_tables",),
     ("bench", "demo", "cli_convert"),
     ("cli",),

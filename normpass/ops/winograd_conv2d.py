@@ -1,4 +1,4 @@
-"""`normpass::winograd_conv2d`: a convolution of 3×3 with stride 1, and `winograd_weight_gradient`, of 16 products a tile.
+"""`normpass::winograd_conv2d`: a convolution of 3×3 with stride 1, and its weight's gradient, of 16 products a tile.
 
     y[n, o, i, j] = Σ x[n, c, i + p − padding, j + q − padding] · weight[o, c, p, q] + bias[o]
 
@@ -38,9 +38,7 @@ LARGEST_PADDING = 2
 _ONE, _NONE = [1, 1], [0, 0]
 
 
-def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, transposed: bool = False
-) -> Tensor:
+def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, transposed: bool = False) -> Tensor:
     """The convolution of `x` with kernels of 3×3, stride 1.
 
     Args:
@@ -86,10 +84,16 @@ def result_size(size: Sequence[int], padding: Pair, transposed: bool = False) ->
 
 def pays(winograd: Winograd | None, x: Tensor, channels: int, padding: Pair) -> bool:
     """Whether any of the three passes over `x` (N, C, H, W) to `channels` is faster than the vendor's."""
-    if winograd is None or x.dtype not in DTYPES or torch.backends.mkldnn.conv.fp32_precision not in ("none", "ieee"):
+    if winograd is None or x.dtype not in DTYPES or _precision() not in ("none", "ieee"):
         return False  # where the user has allowed fewer bits, the vendor's kernels for those are faster
     tall, wide = result_size(x.shape[2:], padding)
     return winograd.pays(x, channels, (tall, wide), True)  # the weight's gradient gains the most
+
+
+def _precision() -> str:
+    """What the user allows convolutions of float32 to be computed in."""
+    allowed: str = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return allowed
 
 
 # --- the convolution ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Depthwise convolutions whose weight's gradient is computed here: which, when, and the same numbers."""
+"""Convolutions with kernels of ours: which, when, and the same numbers."""
 
 import copy
 
@@ -9,9 +9,11 @@ from torch import nn
 
 import normpass
 from normpass.convolution import convolution_function, convolution_layer
+from normpass.kernels.cpu_winograd import CpuWinograd
 from normpass.measure import kept_bytes
 from normpass.module import part_of
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d
+from normpass.ops.winograd_conv2d import WinogradConv2d
 
 
 class Inverted(nn.Module):
@@ -210,3 +212,184 @@ def test_the_report_counts_them():
     report = normpass.explain(Inverted())
     assert report.convolutions == report.to_json()["convolutions"] == 1
     assert "convolutions with kernels of normpass on the CPU: 1" in str(report)
+
+
+# --- 3×3 ------------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """reduce, 3×3, expand: the block of the residual networks."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.reduce = nn.Conv2d(3, 16, 1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.middle = nn.Conv2d(16, 20, **{"kernel_size": 3, "padding": 1, **options})
+        self.last = nn.BatchNorm2d(20)
+        self.expand = nn.Conv2d(20, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.reduce(x)))
+        return self.expand(F.relu(self.last(self.middle(x))))
+
+
+class FunctionalBottleneck(Bottleneck):
+    def forward(self, x):
+        x = F.relu(self.norm(self.reduce(x)))
+        x = F.conv2d(x, self.middle.weight, self.middle.bias, padding=(1, 1))
+        return self.expand(F.relu(self.last(x)))
+
+
+@pytest.fixture
+def winograd_runs(monkeypatch):
+    """How often a convolution ran as Winograd's, which here it does whether it pays or not."""
+    counted = []
+    apply = WinogradConv2d.apply
+    monkeypatch.setattr(CpuWinograd, "pays", lambda *args: True)
+    monkeypatch.setattr(WinogradConv2d, "apply", lambda *args: counted.append(1) or apply(*args))
+    return counted
+
+
+def has_kernels():
+    return normpass.kernels.kernels_for("cpu") is not None
+
+
+def images(samples=4, size=(9, 7), **options):
+    return torch.randn(samples, 3, *size, dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize(
+    "kind, function", [(Bottleneck, convolution_layer), (FunctionalBottleneck, convolution_function)]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_step_of_three_by_three(kind, function, memory_format, winograd_runs):
+    torch.manual_seed(0)
+    plain = kind().double().to(memory_format=memory_format)
+    optimised = normpass.optimize(copy.deepcopy(plain))
+    assert function in targets(optimised)
+    assert_same_step(plain, optimised, images().contiguous(memory_format=memory_format))
+    assert optimised.middle.weight.grad.stride() == plain.middle.weight.grad.stride()
+    assert len(winograd_runs) == has_kernels()
+    with torch.no_grad():
+        x = images()
+        assert (plain.eval()(x) - optimised.eval()(x)).abs().max() < 1e-12
+    assert len(winograd_runs) == 2 * has_kernels()
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"dilation": 2}, {"groups": 4}, {"padding": 3}, {"kernel_size": 5}], ids=str
+)
+def test_other_convolutions_are_left_alone(options, winograd_runs):
+    plain = Bottleneck(**options).double()
+    optimised = normpass.optimize(copy.deepcopy(plain))
+    assert_same_step(plain, optimised, images())
+    assert not winograd_runs
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding_mode": "reflect"}], ids=str)
+def test_what_only_a_layer_of_three_by_three_can_do(options, winograd_runs):
+    plain = Bottleneck(**options).double()
+    assert_same_step(plain, normpass.optimize(copy.deepcopy(plain)), images())
+    assert not winograd_runs
+
+
+def test_it_runs_only_where_it_pays():
+    torch.manual_seed(0)
+    counted = []
+    plain = Bottleneck()
+    optimised = normpass.optimize(copy.deepcopy(plain))
+    apply = WinogradConv2d.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WinogradConv2d, "apply", lambda *args: counted.append(1) or apply(*args))
+        assert_same_step(plain, optimised, images().float(), 1e-5)
+    assert not counted
+
+
+@pytest.mark.parametrize(
+    "samples, inside, outside, size, channels_last, expected",
+    [
+        (16, 64, 64, 56, True, (True, True)),
+        (16, 128, 32, 28, True, (True, True)),
+        (16, 128, 32, 7, True, (False, False)),  # transforms take longer than the products save
+        (2, 512, 512, 7, True, (False, True)),  # and transforming the weight
+        (2, 64, 64, 56, False, (True, True)),
+        (64, 8, 8, 56, True, (False, False)),  # less than a vector of channels
+        (1, 16, 16, 28, True, (False, False)),  # too small for a call from Python
+    ],
+)
+def test_where_it_pays(samples, inside, outside, size, channels_last, expected):
+    kernels = normpass.kernels.kernels_for("cpu")
+    if kernels is None or not kernels.winograd._has_products:
+        pytest.skip("there are no kernels that could pay")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(samples, inside, size, size).contiguous(memory_format=memory_format)
+    assert tuple(kernels.winograd.pays(x, outside, (size, size), of_weight) for of_weight in (False, True)) == expected
+
+
+def freeze_middle(model):
+    model.middle.weight.requires_grad_(False)
+
+
+def hook_middle(model):
+    model.middle.register_forward_hook(lambda layer, args, y: 2 * y)
+
+
+def replace_middle(model):
+    model.middle = nn.Sequential(nn.Conv2d(16, 20, 3, padding=1, dtype=torch.float64), nn.ReLU())
+
+
+@pytest.mark.parametrize("change", [hook_middle, freeze_middle, replace_middle, evaluate])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_changes_of_the_three_by_three_are_seen(change, when, winograd_runs):
+    torch.manual_seed(0)
+    plain = Bottleneck().double()
+    optimised = copy.deepcopy(plain)
+    if when == "before":
+        torch.manual_seed(1)
+        change(optimised)
+    optimised = normpass.optimize(optimised)
+    torch.manual_seed(1)
+    change(plain)
+    if when == "after":
+        torch.manual_seed(1)
+        change(optimised)
+    assert_same_step(plain, optimised, images())
+
+
+def test_a_three_by_three_that_runs_again(winograd_runs):
+    plain = Bottleneck().double()
+    plan = normpass.StepPlan.from_json({"version": 1, "decisions": {"rebuilt": ["middle"]}})
+    optimised = normpass.optimize(copy.deepcopy(plain), plan=plan)
+    assert_same_step(plain, optimised, images())
+    assert kept_bytes(optimised, images()) < kept_bytes(normpass.optimize(copy.deepcopy(plain)), images())
+
+
+def test_autocast_takes_the_vendors(winograd_runs):
+    plain = Bottleneck()
+    optimised = normpass.optimize(copy.deepcopy(plain))
+    x = images().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = plain(x), optimised(x)
+    assert a.dtype == b.dtype and (a - b).abs().max() < 5e-2 * a.abs().max() and not winograd_runs
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning", "ignore:`torch.jit.script:DeprecationWarning")
+def test_other_derivatives_take_the_vendors(winograd_runs):
+    model = normpass.optimize(Bottleneck().double()).eval()
+    x = images()
+    _, along = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    assert along.shape == model(x).shape
+    inside = torch.func.vmap(lambda one: model(one[None])[0])(x)
+    assert (inside - model(x)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_three_by_three_under_torch_compile(inner, winograd_runs):
+    plain = Bottleneck().double()
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(plain), backend="normpass", options={"inner": inner}, fullgraph=True)
+    assert_same_step(plain, compiled, images())
+    torch.compiler.reset()
+    optimised = torch.compile(normpass.optimize(copy.deepcopy(plain)), backend=inner, fullgraph=True)
+    assert_same_step(plain, optimised, images())
+    assert_same_step(plain, optimised, images(7))  # another batch
