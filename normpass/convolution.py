@@ -29,7 +29,8 @@ Pair = tuple[int, int]
 
 def convolution_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """`layer(x)`. x: (N, C, H, W)."""
-    if type(layer) is not nn.Conv2d or any(hooks_of(layer)) or layer.padding_mode != "zeros":
+    is_exported = torch.compiler.is_compiling() and not layer.training  # perhaps: strictly, through Dynamo
+    if type(layer) is not nn.Conv2d or any(hooks_of(layer)) or layer.padding_mode != "zeros" or is_exported:
         y: Tensor = layer(x)
         return y
     weight, bias = layer.weight, layer.bias

@@ -18,11 +18,11 @@ PAIRS = list(itertools.product(NORMS, repeat=2))
 class Net(nn.Module):
     """A residual block and a linear head, with a norm of the given kind."""
 
-    def __init__(self, norm):
+    def __init__(self, norm, width=4):
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, padding=1), norm(4)
-        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), norm(4)
-        self.fc = nn.Linear(4, 5)
+        self.conv1, self.norm1 = nn.Conv2d(3, width, 3, padding=1), norm(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)
+        self.fc = nn.Linear(width, 5)
 
     def forward(self, x):
         x = torch.relu(self.norm1(self.conv1(x)))
@@ -97,8 +97,9 @@ def test_an_undecided_model_exports_too():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_kalman_models_export():
-    model = trained(normpass.optimize(Net(nn.BatchNorm2d), changes=("kalman",)))
+@pytest.mark.parametrize("width", [4, 16])  # of 16 channels, convolutions have kernels of ours
+def test_kalman_models_export(width):
+    model = trained(normpass.optimize(Net(nn.BatchNorm2d, width), changes=("kalman",)))
     types = assert_exports(model, image())
     assert "BatchNormalization" in types or "Conv" in types
     assert_exports(trained(Net(KalmanNorm2d)), image())
