@@ -1,6 +1,9 @@
 // As many values as a register holds, and what the kernels that work on channels side by side do with them.
 #pragma once
 
+#include <cstdlib>
+#include <new>
+
 #include "tile.h"
 
 namespace normpass {
@@ -81,7 +84,7 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 // Scratch memory, at the beginning of a line of the caches. Not initialised.
 template <class A> class Scratch {
  public:
-  explicit Scratch(int64_t n) : values_(static_cast<A*>(std::aligned_alloc(64, round_up(n * sizeof(A), 64)))) {
+  explicit Scratch(int64_t n) : values_(static_cast<A*>(std::aligned_alloc(64, round_up(n * sizeof(A) + 1, 64)))) {
     if (values_ == nullptr) throw std::bad_alloc();
   }
   Scratch(const Scratch&) = delete;

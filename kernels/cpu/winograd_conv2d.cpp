@@ -147,6 +147,7 @@ template <class T> struct Region {
   bool has(int64_t y, int64_t x) const {
     return y >= first_row && y < end_row && x >= first_column && x < end_column;
   }
+  Region<const T> to_read() const { return {pixel, row, column, first_row, end_row, first_column, end_column}; }
 };
 
 template <class T>
@@ -199,17 +200,16 @@ template <class A> class Staging {
  public:
   // `edge` rows and columns for a tile.
   Staging(const Convolution& convolution, const Images& images, int64_t channels, int64_t edge)
-      : edge_(edge), pitch_(round_up(channels, Vector<A>::lanes)),
+      : pitch_(round_up(channels, Vector<A>::lanes)),
         values_(images.channels_last ? 0 : edge * (convolution.tile_columns() * tile + edge - tile) * pitch_) {}
 
-  template <class T> Region<T> staged(const Region<T>& place, int64_t columns) const {
+  template <class T> Region<A> staged(const Region<T>& place, int64_t columns) const {
     return {values_.data(), columns * pitch_, pitch_, place.first_row, place.end_row, place.first_column,
             place.end_column};
   }
-  int64_t edge() const { return edge_; }
 
  private:
-  int64_t edge_, pitch_;
+  int64_t pitch_;
   Scratch<A> values_;
 };
 
@@ -248,11 +248,9 @@ void transform_tiles(const Convolution& conv, const Images& images, const A* val
     Region<const A> region = region_of(images, values, sample, channel, top, left, EDGE, columns);
     int64_t whole = channels / V::lanes * V::lanes;  // channels that may be read a vector at a time
     if (!images.channels_last) {
-      Region<const A> there = staging.template staged<const A>(region, columns);
-      Region<A> here{const_cast<A*>(there.pixel), there.row, there.column, there.first_row, there.end_row,
-                     there.first_column, there.end_column};
+      Region<A> here = staging.staged(region, columns);
       turn<false>(images, values, sample, channel, channels, top, left, here);
-      region = there;
+      region = here.to_read();
       whole = channels;
     }
     for (int64_t t = first; t < stop; ++t) {
@@ -295,7 +293,7 @@ void write_tiles(const Convolution& conv, A* values, const A* bias, int64_t begi
     Region<A> region = region_of(images, values, sample, 0, y, x, tile, columns);
     int64_t whole = channels / V::lanes * V::lanes;
     if (!images.channels_last) {
-      region = staging.template staged<A>(region, columns);
+      region = staging.staged(region, columns);
       whole = channels;
     }
     for (int64_t t = first; t < stop; ++t) {
