@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -101,12 +102,7 @@ def _step(
     clock: Clock,
 ) -> None:
     x, grad = pairs[turn % len(pairs)]
-    if of_vendor:
-        with disabled():
-            clock.lap()
-            run(x, grad)
-            clock.lap()
-        return
-    clock.lap()
-    run(x, grad)
-    clock.lap()
+    with disabled() if of_vendor else nullcontext():
+        clock.lap()
+        run(x, grad)
+        clock.lap()

@@ -8,27 +8,20 @@
 // and dL/dd is the first line with the kernel turned by half a circle and its channels exchanged. Sums over channels or
 // tiles are matrix products, one for each of the 16 positions. Some tiles at a time, as many as the caches hold, are
 // transformed, multiplied and transformed back, channels innermost; of an array that lies in planes, the pixels of a
-// row of tiles are turned into that order first. The matrices hold 0, ±1 and ±1/2 only, and the sums
-// are shorter: this rounds about as the sum does.
+// row of tiles are turned into that order first. The matrices hold 0, ±1 and ±1/2 only, and the sums are shorter: this
+// rounds about as the sum does.
 #include <memory>
 
 #include "layout.h"
-#include "vector.h"
+#include "matrix_product.h"
+#include "winograd.h"
 
 namespace normpass {
 namespace {
 
-constexpr int tile = 2, window = 4, positions = window * window, kernel_size = 9;
+constexpr int positions = window * window, kernel_size = 9;
 constexpr int64_t scratch_bytes = int64_t(1) << 19;  // that a thread's tiles fill; twice as much is as good
 constexpr int64_t fewest_tiles = 48, most_tiles = 240;  // at a time; with fewer, reading the weights takes longer
-
-#if defined(__AVX512F__)
-constexpr int rows_at_once = 12;  // with two vectors wide sums: 24 of 32 registers
-#elif defined(__AVX2__)
-constexpr int rows_at_once = 6;
-#else
-constexpr int rows_at_once = 4;
-#endif
 
 struct Images {
   int64_t samples, channels, height, width;
@@ -47,94 +40,6 @@ struct Convolution {
 struct Strides {
   int64_t to, from, position;
 };
-
-// --- transforms of one row or column; `s` and `t` from element to element ---------------------------------------
-
-template <class V> NORMPASS_ALWAYS_INLINE void transform_input(const V* d, int s, V* to, int t) {  // Bᵀ
-  to[0] = d[0] - d[2 * s];
-  to[t] = d[s] + d[2 * s];
-  to[2 * t] = d[2 * s] - d[s];
-  to[3 * t] = d[s] - d[3 * s];
-}
-
-template <class V> NORMPASS_ALWAYS_INLINE void transform_kernel(const V* g, int s, V* to, int t) {  // G
-  V ends = (g[0] + g[2 * s]) * 0.5f, middle = g[s] * 0.5f;
-  to[0] = g[0];
-  to[t] = ends + middle;
-  to[2 * t] = ends - middle;
-  to[3 * t] = g[2 * s];
-}
-
-template <class V> NORMPASS_ALWAYS_INLINE void transform_output(const V* m, int s, V* to, int t) {  // Aᵀ
-  to[0] = m[0] + m[s] + m[2 * s];
-  to[t] = m[s] - m[2 * s] - m[3 * s];
-}
-
-template <class V> NORMPASS_ALWAYS_INLINE void transform_gradient(const V* y, int s, V* to, int t) {  // A
-  to[0] = y[0];
-  to[t] = y[0] + y[s];
-  to[2 * t] = y[0] - y[s];
-  to[3 * t] = -y[s];
-}
-
-template <class V> NORMPASS_ALWAYS_INLINE void transform_product(const V* u, int s, V* to, int t) {  // Gᵀ
-  V sum = (u[s] + u[2 * s]) * 0.5f;
-  to[0] = u[0] + sum;
-  to[t] = (u[s] - u[2 * s]) * 0.5f;
-  to[2 * t] = sum + u[3 * s];
-}
-
-// `f` over the columns of ROWS × COLUMNS, then over the rows; `RESULT` values come of each.
-#define NORMPASS_BOTH_WAYS(NAME, F, ROWS, COLUMNS, RESULT)                                              \
-  template <class V> NORMPASS_ALWAYS_INLINE void NAME(const V* from, V* to) {                           \
-    V between[RESULT * COLUMNS];                                                                        \
-    _Pragma("GCC unroll 4") for (int j = 0; j < COLUMNS; ++j) F(from + j, COLUMNS, between + j, COLUMNS); \
-    _Pragma("GCC unroll 4") for (int i = 0; i < RESULT; ++i) F(between + i * COLUMNS, 1, to + i * RESULT, 1); \
-  }
-NORMPASS_BOTH_WAYS(input_of, transform_input, window, window, window)
-NORMPASS_BOTH_WAYS(kernel_of, transform_kernel, 3, 3, window)
-NORMPASS_BOTH_WAYS(output_of, transform_output, window, window, tile)
-NORMPASS_BOTH_WAYS(gradient_of, transform_gradient, tile, tile, window)
-NORMPASS_BOTH_WAYS(product_of, transform_product, window, window, 3)
-#undef NORMPASS_BOTH_WAYS
-
-// --- matrix products ---------------------------------------------------------------------------------------------
-
-// `count` rows of two vectors, ROWS of them at a time: c (+)= Σ_k a[k · a_step + r · a_row] · b[k]
-template <int ROWS, bool ADD, class A>
-NORMPASS_ALWAYS_INLINE void multiply_rows(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t k, A* c,
-                                          int64_t c_row) {
-  using V = Vector<A>;
-  V left[ROWS] = {}, right[ROWS] = {};
-  for (int64_t i = 0; i < k; ++i, a += a_step, b += 2 * V::lanes) {
-    V b0 = V::load(b), b1 = V::load(b + V::lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      V value = V::all(a[r * a_row]);
-      left[r].add_product(value, b0);
-      right[r].add_product(value, b1);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r, c += c_row) {
-    if (ADD) {  // at the end: a sum of sums rounds less than one long one
-      left[r] += V::load(c);
-      right[r] += V::load(c + V::lanes);
-    }
-    left[r].store(c);
-    right[r].store(c + V::lanes);
-  }
-}
-
-template <bool ADD, class A>
-NORMPASS_SHARED void multiply(int64_t count, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t k, A* c,
-                              int64_t c_row) {
-  int64_t r = 0;
-  for (; r + rows_at_once <= count; r += rows_at_once)
-    multiply_rows<rows_at_once, ADD>(a + r * a_row, a_row, a_step, b, k, c + r * c_row, c_row);
-  for (; r + 4 <= count; r += 4) multiply_rows<4, ADD>(a + r * a_row, a_row, a_step, b, k, c + r * c_row, c_row);
-  for (; r < count; ++r) multiply_rows<1, ADD>(a + r * a_row, a_row, a_step, b, k, c + r * c_row, c_row);
-}
 
 // --- pixels, channels innermost ----------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ The two ops are each other's derivatives, so any number of derivatives can be ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,16 +85,15 @@ def result_size(size: Sequence[int], padding: Pair, transposed: bool = False) ->
 
 def pays(winograd: Winograd | None, x: Tensor, channels: int, padding: Pair) -> bool:
     """Whether any of the three passes over `x` (N, C, H, W) to `channels` is faster than the vendor's."""
-    if winograd is None or x.dtype not in DTYPES or _precision() not in ("none", "ieee"):
-        return False  # where the user has allowed fewer bits, the vendor's kernels for those are faster
+    if winograd is None or x.dtype not in DTYPES or not _is_precise():
+        return False
     tall, wide = result_size(x.shape[2:], padding)
     return winograd.pays(x, channels, (tall, wide), True)  # the weight's gradient gains the most
 
 
-def _precision() -> str:
-    """What the user allows convolutions of float32 to be computed in."""
-    allowed: str = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return allowed
+def _is_precise() -> bool:
+    """Whether float32 is computed as such; where the user allows fewer bits, the vendor's kernels for those run."""
+    return torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
 # --- the convolution ------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _able(kernels: Kernels | None, *tensors: Tensor | None) -> Winograd | None:
     """What computes with these tensors, which must be ordinary ones with values."""
     given = [t for t in tensors if t is not None]
     plain = all(type(t) in PLAIN_TYPES and not t.is_neg() and t.dtype in DTYPES and t.numel() for t in given)
-    return kernels.winograd if plain and kernels is not None else None
+    return kernels.winograd if plain and kernels is not None and _is_precise() else None
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, transposed: bool = False) -> Tensor:
@@ -168,16 +168,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, grad, _winograd_conv2d, _winograd_weight_gradient), None, None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, convolve: Callable[..., Tensor], weight_gradient: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias, those that are needed."""
     x, weight = ctx.saved_tensors
     needs, dx, dweight, dbias = ctx.needs_input_grad, None, None, None
     if needs[0]:
-        dx = _winograd_conv2d(grad, weight, None, ctx.padding, not ctx.transposed)
+        dx = convolve(grad, weight, None, ctx.padding, not ctx.transposed)
     if needs[1]:
         pair = (x, grad) if ctx.transposed else (grad, x)
-        dweight = _winograd_weight_gradient(*pair, ctx.padding)
+        dweight = weight_gradient(*pair, ctx.padding)
     if needs[2]:
         dbias = grad.sum((0, 2, 3))
-    return dx, dweight, dbias, None, None
+    return dx, dweight, dbias
 
 
 # --- the weight's gradient ------------------------------------------------------------------------
@@ -273,12 +280,9 @@ class WinogradConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or eager_device(grad) != ctx.device:
-            return _backward(ctx, grad)
-        x, weight = ctx.saved_tensors
-        needs, dx, dweight, kernels = ctx.needs_input_grad, None, None, kernels_for(ctx.device)
-        if needs[0]:
-            dx = _kernel(kernels, grad, weight, None, ctx.padding, True)
-        if needs[1]:
-            dweight = _gradient_kernel(kernels, grad, x, ctx.padding)
-        return dx, dweight, grad.sum((0, 2, 3)) if needs[2] else None, None, None
+        convolve, weight_gradient = _winograd_conv2d, _winograd_weight_gradient
+        if not torch.is_grad_enabled() and eager_device(grad) == ctx.device:
+            kernels = kernels_for(ctx.device)
+            convolve = functools.partial(_kernel, kernels)
+            weight_gradient = functools.partial(_gradient_kernel, kernels)
+        return *_gradients(ctx, grad, convolve, weight_gradient), None, None

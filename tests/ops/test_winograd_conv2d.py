@@ -236,7 +236,7 @@ def test_the_kernels_are_what_runs(monkeypatch, kernels):
     assert len(called) == 3
 
 
-def test_where_the_user_allows_fewer_bits_the_vendor_runs(kernels):
+def test_where_the_user_allows_fewer_bits_the_vendor_runs(monkeypatch, kernels):
     if kernels is None:
         pytest.skip("the reference runs anyway")
     x = torch.ones(2, 32, 64, 64)
@@ -245,5 +245,9 @@ def test_where_the_user_allows_fewer_bits_the_vendor_runs(kernels):
     try:
         torch.backends.mkldnn.conv.fp32_precision = "bf16"
         assert not pays(kernels.winograd, x, 32, (1, 1))
+        called = []
+        monkeypatch.setattr(kernels.winograd, "_convolve", lambda *args: called.append(args) or 0)
+        winograd_conv2d(x, torch.ones(32, 32, 3, 3), None, (1, 1))
+        assert not called
     finally:
         torch.backends.mkldnn.conv.fp32_precision = before

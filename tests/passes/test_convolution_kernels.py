@@ -58,6 +58,22 @@ def assert_same_step(plain, other, x, tolerance=1e-12):
         assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
 
 
+def assert_change_is_seen(kind, change, when, x):
+    torch.manual_seed(0)
+    plain = kind().double()
+    optimised = copy.deepcopy(plain)
+    if when == "before":
+        torch.manual_seed(1)
+        change(optimised)
+    optimised = normpass.optimize(optimised)
+    torch.manual_seed(1)
+    change(plain)
+    if when == "after":
+        torch.manual_seed(1)
+        change(optimised)
+    assert_same_step(plain, optimised, x)
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """How often the weight's gradient was computed by the function that is tested here."""
@@ -124,19 +140,7 @@ def evaluate(model):
 @pytest.mark.parametrize("change", [hook, freeze, replace, evaluate])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_changes_of_the_layer_are_seen(change, when):
-    torch.manual_seed(0)
-    plain = Inverted().double()
-    optimised = copy.deepcopy(plain)
-    if when == "before":
-        torch.manual_seed(1)
-        change(optimised)
-    optimised = normpass.optimize(optimised)
-    torch.manual_seed(1)
-    change(plain)
-    if when == "after":
-        torch.manual_seed(1)
-        change(optimised)
-    assert_same_step(plain, optimised, torch.randn(2, 3, 9, 9, dtype=torch.float64))
+    assert_change_is_seen(Inverted, change, when, torch.randn(2, 3, 9, 9, dtype=torch.float64))
 
 
 def gradient_errors(model, exact, x):
@@ -341,19 +345,7 @@ def replace_middle(model):
 @pytest.mark.parametrize("change", [hook_middle, freeze_middle, replace_middle, evaluate])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_changes_of_the_three_by_three_are_seen(change, when, winograd_runs):
-    torch.manual_seed(0)
-    plain = Bottleneck().double()
-    optimised = copy.deepcopy(plain)
-    if when == "before":
-        torch.manual_seed(1)
-        change(optimised)
-    optimised = normpass.optimize(optimised)
-    torch.manual_seed(1)
-    change(plain)
-    if when == "after":
-        torch.manual_seed(1)
-        change(optimised)
-    assert_same_step(plain, optimised, images())
+    assert_change_is_seen(Bottleneck, change, when, images())
 
 
 def test_a_three_by_three_that_runs_again(winograd_runs):
