@@ -5,7 +5,7 @@ namespace normpass {
 namespace {
 
 template <class A> struct PerChannel {
-  std::vector<A> mean, slope, constant;
+  Values<A> mean, slope, constant;
 
   PerChannel(int64_t width, int64_t channels, const A* mean_of, const double* total)
       : mean(width), slope(width), constant(width) {
@@ -17,34 +17,38 @@ template <class A> struct PerChannel {
   }
 };
 
-template <int RUNS, class A, class Values>
-NORMPASS_SHARED void add_tile(Runs<const A> before, Runs<A> dx, Runs<const A> x, int64_t n, Values means,
-                              Values slopes, Values constants) {
+template <class A, class Channel> struct ChannelsAt {
+  Channel mean, slope, constant;
+};
+
+template <class A, class Channel>
+NORMPASS_SHARED void add_tile(const Runs<A>& before, const Target<A>& dx, const Runs<A>& x, int64_t n,
+                              const ChannelsAt<A, Channel>& at) {
+  write_lines<1>(n, dx, [&](int64_t begin, auto values, const Line<A>& to) {
+    before.template prefetch<1>(begin), x.template prefetch<1>(begin);
+    const int64_t count = values;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    A mean = means[i], slope = slopes[i], constant = constants[i];
-#pragma GCC unroll 4
-    for (int run = 0; run < RUNS; ++run)
-      dx(run, i) = before(run, i) + multiply_add(slope, x(run, i) - mean, constant);
-  }
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t c = begin + i;
+      to(0, i) = before(0, c) + multiply_add(at.slope[c], x(0, c) - at.mean[c], at.constant[c]);
+    }
+  });
 }
 
 template <class S, class Walk>
 void add(const Walk& walk, S* dx, const S* x, const PerChannel<Wide<S>>& values, int threads) {
   using A = Wide<S>;
-  const int64_t stride = walk.width();
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) A wide_x[tile_size], wide_dx[tile_size], buffer[runs_at_once * tile_size];
+    alignas(64) A wide_x[tile_size], wide_dx[tile_size], buffer[tile_size];
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
-      Runs<const A> from = read_tile(x, stride, wide_x, tile), before = read_tile<S>(dx, stride, wide_dx, tile);
-      Runs<A> target = target_of(dx, stride, buffer, tile, false);
-      auto mean = walk.at(values.mean, tile.position), slope = walk.at(values.slope, tile.position);
-      auto constant = walk.at(values.constant, tile.position);
-      with_runs<S>(tile, [&](auto runs) {
-        add_tile<runs.value>(before, target, from, tile.n, mean, slope, constant);
-      });
-      finish_tile(dx, stride, target, tile, false);
+      using Channel = decltype(walk.at(values.mean, tile.position));
+      Runs<A> from = read_tile(x, 0, wide_x, tile), before = read_tile<S>(dx, 0, wide_dx, tile);
+      Target<A> target = target_of(dx, 0, buffer, tile, false);
+      ChannelsAt<A, Channel> at{walk.at(values.mean, tile.position), walk.at(values.slope, tile.position),
+                                walk.at(values.constant, tile.position)};
+      add_tile(before, target, from, tile.n, at);
+      finish_tile(dx, target, tile);
     });
   }
 }

@@ -7,7 +7,7 @@
 namespace normpass {
 
 template <class A> struct Affine {
-  std::vector<A> mean, scale, shift;
+  Values<A> mean, scale, shift;
 
   Affine(int64_t width, int64_t channels, const A* weight, const A* bias, const A* mean_of, const A* var, double eps)
       : mean(width), scale(width), shift(width) {

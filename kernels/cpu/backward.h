@@ -1,11 +1,11 @@
 // The two passes of backward that the fused op and in-place ABN share. With `centred` c, a multiple of x̂:
 //
 //   reduce   sum_dy = Σdy      sum_dy_c = Σ dy·c
-//   apply    dx = A·dy + B·c + C, per channel
+//   apply    dx = scale·dy + B·c + C, per channel
 //
 // A source calls back for each tile of each pass with the gradients of its values: `channel(i)`, what those of value i
-// of every run have in common, and `at(channel, run, i)`, dy and c. So each pass is one loop over a tile. The sums are
-// taken in the wide type over some tiles, then in double.
+// of every run have in common, its scale too, and `at(channel, run, i)`, dy and c; where `writes_dy`, the first pass writes dy to its
+// `dy`. So each pass is one loop over a tile. The sums are taken in the wide type over some tiles, then in double.
 #pragma once
 
 #include "affine.h"
@@ -22,6 +22,41 @@ template <class A> struct Derivative {
   A dy, centred;
 };
 
+// Adds the sums of the values of a line to `dy` and `centred`, of as many values, for all lines of a tile: the next line's
+// behind those where STEP is 1, to the same where it is 0.
+template <int RUNS, int STEP, class A, class Gradients>
+NORMPASS_ALWAYS_INLINE void add_sums(const Gradients& gradients, int64_t n, A* dy_sums, A* centred_sums) {
+  auto add_line = [&](int64_t begin, auto values, auto write) {
+    A* const sums = dy_sums + STEP * begin;
+    A* const products = centred_sums + STEP * begin;
+    gradients.template prefetch<RUNS>(begin);
+    const int64_t count = values;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      auto channel = gradients.channel(begin + i);
+      A sum = 0, product = 0;
+#pragma GCC unroll 4
+      for (int run = 0; run < RUNS; ++run) {
+        Derivative<A> at = gradients.at(channel, run, begin + i);
+        write(run, i, at.dy);
+        sum += at.dy;
+        product = multiply_add(at.dy, at.centred, product);
+      }
+      sums[i] += sum;
+      products[i] += product;
+    }
+  };
+  if constexpr (Gradients::writes_dy) {
+    write_lines<RUNS>(n, gradients.dy, [&](int64_t begin, auto values, const Line<A>& to) {
+      add_line(begin, values, [&](int run, int64_t i, A dy) { to(run, i) = dy; });
+    });
+  } else {
+    each_line<A>(n, [&](int64_t begin, auto values) {
+      add_line(begin, values, [](int, int64_t, A) {});
+    });
+  }
+}
+
 // One thread's sums over tiles of rows: a value of its own for every position of the pattern.
 template <class A> class RowAccumulator {
  public:
@@ -30,26 +65,12 @@ template <class A> class RowAccumulator {
         total_(rows.layout().channels) {}
 
   template <int RUNS, class Gradients>
-  NORMPASS_SHARED void add(Gradients gradients, int64_t n, int64_t position) {
+  NORMPASS_SHARED void add(const Gradients& gradients, int64_t n, int64_t position) {
     if (position == 0) {
       if (patterns_ >= patterns_per_flush) flush();
       patterns_ += RUNS;
     }
-    A* s1 = dy_.data() + position;
-    A* s2 = dy_centred_.data() + position;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      auto channel = gradients.channel(i);
-      A dy = 0, products = 0;
-#pragma GCC unroll 4
-      for (int run = 0; run < RUNS; ++run) {
-        Derivative<A> at = gradients.at(channel, run, i);
-        dy += at.dy;
-        products = multiply_add(at.dy, at.centred, products);
-      }
-      s1[i] += dy;
-      s2[i] += products;
-    }
+    add_sums<RUNS, 1>(gradients, n, dy_.data() + position, dy_centred_.data() + position);
   }
   const Sums& total() {
     flush();
@@ -72,7 +93,7 @@ template <class A> class RowAccumulator {
   }
 
   int64_t channels_;
-  std::vector<A> dy_, dy_centred_;
+  Values<A> dy_, dy_centred_;
   Sums total_;
   int patterns_ = 0;
 };
@@ -82,23 +103,13 @@ template <class A> class PlaneAccumulator {
   explicit PlaneAccumulator(const Planes& planes) : total_(planes.width()) {}
 
   template <int RUNS, class Gradients>
-  NORMPASS_SHARED void add(Gradients gradients, int64_t n, int64_t channel) {
-    // Two loops: with the gradients in it, a reduction would not vectorise.
-    alignas(64) A dy[tile_size], products[tile_size];
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      Derivative<A> at = gradients.at(gradients.channel(i), 0, i);
-      dy[i] = at.dy;
-      products[i] = at.dy * at.centred;
+  NORMPASS_SHARED void add(const Gradients& gradients, int64_t n, int64_t channel) {
+    alignas(64) A dy[line<A>] = {}, products[line<A>] = {};
+    add_sums<RUNS, 0>(gradients, n, dy, products);
+    for (int64_t i = 0; i < line<A>; ++i) {
+      total_.dy[channel] += dy[i];
+      total_.dy_centred[channel] += products[i];
     }
-    A s1 = 0, s2 = 0;
-#pragma omp simd reduction(+ : s1, s2)
-    for (int64_t i = 0; i < n; ++i) {
-      s1 += dy[i];
-      s2 += products[i];
-    }
-    total_.dy[channel] += s1;
-    total_.dy_centred[channel] += s2;
   }
   const Sums& total() { return total_; }
 
@@ -109,14 +120,13 @@ template <class A> class PlaneAccumulator {
 template <class A> RowAccumulator<A> accumulator_for(const Rows& rows) { return RowAccumulator<A>(rows); }
 template <class A> PlaneAccumulator<A> accumulator_for(const Planes& planes) { return PlaneAccumulator<A>(planes); }
 
-// dx = slope·dy + by_centred·c + constant.
+// dx = scale·dy + by_centred·c + constant, where the scale is the source's.
 template <class A> struct Coefficients {
-  std::vector<A> slope, by_centred, constant;
-  explicit Coefficients(int64_t width) : slope(width), by_centred(width), constant(width) {}
+  Values<A> by_centred, constant;
+  explicit Coefficients(int64_t width) : by_centred(width), constant(width) {}
 
   void spread(int64_t channels) {
-    for (int64_t i = channels; i < static_cast<int64_t>(slope.size()); ++i) {
-      slope[i] = slope[i - channels];
+    for (int64_t i = channels; i < static_cast<int64_t>(constant.size()); ++i) {
       by_centred[i] = by_centred[i - channels];
       constant[i] = constant[i - channels];
     }
@@ -135,8 +145,8 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
     TileBuffers<A> buffers;
     auto sums = accumulator_for<A>(walk);
     int thread = omp_get_thread_num();
-    walk.template tiles<S>(thread, omp_get_num_threads(), [&](const Tile& tile) {
-      source.first_pass(walk, buffers, tile, [&](auto gradients, auto runs) {
+    walk.template groups<S>(thread, omp_get_num_threads(), [&](const Tile& tile, auto runs) {
+      source.first_pass(walk, buffers, tile, [&](const auto& gradients) {
         sums.template add<runs.value>(gradients, tile.n, tile.position);
       });
     });
@@ -152,37 +162,41 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
   return total;
 }
 
-template <int RUNS, class Gradients, class A, class PerChannel>
-NORMPASS_SHARED void combine(Gradients gradients, Runs<A> dx, int64_t n, PerChannel slopes, PerChannel by_centred,
-             PerChannel constants) {
+template <class A, class PerChannel> struct CoefficientsAt {
+  PerChannel by_centred, constant;
+};
+
+template <class Gradients, class A, class PerChannel>
+NORMPASS_SHARED void combine(const Gradients& gradients, const Target<A>& dx, int64_t n,
+                             const CoefficientsAt<A, PerChannel>& at) {
+  write_lines<1>(n, dx, [&](int64_t begin, auto values, const Line<A>& to) {
+    gradients.template prefetch<1>(begin);
+    const int64_t count = values;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    auto channel = gradients.channel(i);
-    A slope = slopes[i], factor = by_centred[i], constant = constants[i];
-#pragma GCC unroll 4
-    for (int run = 0; run < RUNS; ++run) {
-      Derivative<A> at = gradients.at(channel, run, i);
-      dx(run, i) = multiply_add(slope, at.dy, multiply_add(factor, at.centred, constant));
+    for (int64_t i = 0; i < count; ++i) {
+      auto channel = gradients.channel(begin + i);
+      Derivative<A> value = gradients.at(channel, 0, begin + i);
+      A rest = multiply_add(at.by_centred[begin + i], value.centred, at.constant[begin + i]);
+      to(0, i) = multiply_add(channel.scale, value.dy, rest);
     }
-  }
+  });
 }
 
 template <class S, class Walk, class Source>
 void apply(const Walk& walk, const Source& source, const Coefficients<Wide<S>>& c, S* dx, int threads) {
   using A = Wide<S>;
   const bool streamed = is_streamed<S>(walk.layout());
-  const int64_t stride = walk.width();
 #pragma omp parallel num_threads(threads)
   {
     TileBuffers<A> buffers;
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
-      Runs<A> target = target_of(dx, stride, buffers.result, tile, streamed);
-      auto slope = walk.at(c.slope, tile.position), by_centred = walk.at(c.by_centred, tile.position);
-      auto constant = walk.at(c.constant, tile.position);
-      source.second_pass(walk, buffers, tile, [&](auto gradients, auto runs) {
-        combine<runs.value>(gradients, target, tile.n, slope, by_centred, constant);
+      using PerChannel = decltype(walk.at(c.constant, tile.position));
+      Target<A> target = target_of(dx, 0, buffers.result, tile, streamed);
+      CoefficientsAt<A, PerChannel> at{walk.at(c.by_centred, tile.position), walk.at(c.constant, tile.position)};
+      source.second_pass(walk, buffers, tile, [&](const auto& gradients) {
+        combine(gradients, target, tile.n, at);
       });
-      finish_tile(dx, stride, target, tile, streamed);
+      finish_tile(dx, target, tile);
     });
     if (streamed) end_of_stream();
   }

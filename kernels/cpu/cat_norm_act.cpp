@@ -6,8 +6,7 @@
 namespace normpass {
 namespace {
 
-// Few, so that z is written line after line; what the processor does not prefetch of so many short streams, the kernel
-// asks for.
+// Few, so that z is written line after line.
 constexpr int64_t rows_per_block = runs_at_once;
 
 template <class S> struct Call {
@@ -23,7 +22,7 @@ template <class S> struct Call {
 template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>& affine, int threads) {
   using A = Wide<S>;
   const Layout& layout = walk.layout();
-  const bool narrow_storage = !std::is_same<S, A>::value;
+  const Runs<A> none{nullptr, 0};
 #pragma omp parallel num_threads(threads)
   {
     alignas(64) A wide[runs_at_once * tile_size], buffer[runs_at_once * tile_size];
@@ -34,12 +33,11 @@ template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<
       with_activation<A>(call.activation, [&](auto activation) {
         groups_of_rows(strip, [&](int64_t row, auto runs) {
           const S* from = call.x(strip.piece) + strip.own + row * channels;
-          Tile tile{strip.whole + row * layout.channels, strip.n, strip.channel, runs.value};
-          Runs<A> target = target_of(call.z, layout.channels, buffer, tile, call.streamed);
-          if (!narrow_storage && strip.n == channels) prefetch_next(from, runs.value * channels);
-          forward_tile<runs.value>(read_runs(from, channels, wide, runs.value, strip.n), Runs<const A>{nullptr, 0},
-                                   target, strip.n, at, activation);
-          finish_tile(call.z, layout.channels, target, tile, call.streamed);
+          Tile tile{strip.whole + row * layout.channels, strip.n, strip.channel};
+          Target<A> target = target_of(call.z, layout.channels, buffer, tile, call.streamed);
+          Runs<A> values = read_runs(from, channels, wide, runs.value, strip.n);
+          forward_tile<runs.value>(values, none, target, strip.n, at, activation);
+          finish_tile(call.z, target, tile, runs.value, layout.channels);
         });
       });
     });
@@ -49,29 +47,22 @@ template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<
 
 template <class S> void run(const Planes& walk, const Call<S>& call, const Affine<Wide<S>>& affine, int threads) {
   using A = Wide<S>;
+  const Runs<A> none{nullptr, 0};
 #pragma omp parallel num_threads(threads)
   {
     alignas(64) A wide[tile_size], buffer[tile_size];
     plane_parts<S>(walk, call.pieces, omp_get_thread_num(), omp_get_num_threads(), [&](const PlanePart& part) {
       const S* from = call.x(part.piece) + part.own;
-      Runs<A> target = target_of(call.z, 0, buffer, part.tile, call.streamed);
-      prefetch_next(from, part.tile.n);
+      Runs<A> values = read_runs(from, 0, wide, 1, part.tile.n);
+      Target<A> target = target_of(call.z, 0, buffer, part.tile, call.streamed);
+      auto at = affine_at(walk, affine, part.tile.position);
       with_activation<A>(call.activation, [&](auto activation) {
-        forward_tile<1>(read_runs(from, 0, wide, 1, part.tile.n), Runs<const A>{nullptr, 0}, target, part.tile.n,
-                        affine_at(walk, affine, part.tile.position), activation);
+        forward_tile<1>(values, none, target, part.tile.n, at, activation);
       });
-      finish_tile(call.z, 0, target, part.tile, call.streamed);
+      finish_tile(call.z, target, part.tile);
     });
     if (call.streamed) end_of_stream();
   }
-}
-
-// Rows are written piece by piece: past the caches only where every one of them fills whole lines.
-template <class S> bool fills_lines(const Layout& layout, const std::vector<Piece>& pieces, const void* z) {
-  if (layout.inner > 1) return true;
-  bool aligned = reinterpret_cast<uintptr_t>(z) % 64 == 0;
-  for (const Piece& piece : pieces) aligned = aligned && piece.channels * sizeof(S) % 64 == 0;
-  return aligned;
 }
 
 }  // namespace
@@ -88,8 +79,8 @@ NORMPASS_EXPORT int normpass_cat_norm_act(void* z, const void* const* xs, const 
     with_layout({outer, channels, inner}, [&](const auto& walk) {
       Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
                        static_cast<const A*>(mean), static_cast<const A*>(var), eps);
-      Call<S> call{static_cast<S*>(z), xs, pieces_of(piece_channels, pieces), {activation, arg0, arg1}, false};
-      call.streamed = is_streamed<S>(walk.layout()) && fills_lines<S>(walk.layout(), call.pieces, z);
+      Call<S> call{static_cast<S*>(z), xs, pieces_of(piece_channels, pieces), {activation, arg0, arg1},
+                   is_streamed<S>(walk.layout())};
       run<S>(walk, call, affine, threads);
     });
   });

@@ -33,44 +33,39 @@ struct Sums {
   explicit Sums(int64_t channels) : dy(channels, 0.0), dy_centred(channels, 0.0) {}
 };
 
-// dx = a·dy, or that added to `before`; the sums of every position.
-template <int RUNS, bool ADDS, class A, class PerChannel, class Activation>
-NORMPASS_SHARED void differentiate(Runs<const A> grad, Runs<const A> x, Runs<const A> before, Runs<A> dx, A* dy_sums,
-                                   A* centred_sums, int64_t n, AffineAt<PerChannel> at, Activation activation) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    AffineValues<A> affine(at, i);
-    A sum = 0, products = 0;
-#pragma GCC unroll 4
-    for (int run = 0; run < RUNS; ++run) {
-      A centred = x(run, i) - affine.mean;
-      A dy = activation.gradient(grad(run, i), affine.value(centred));
-      sum += dy;
-      products = multiply_add(dy, centred, products);
-      dx(run, i) = ADDS ? multiply_add(affine.scale, dy, before(run, i)) : affine.scale * dy;
-    }
-    dy_sums[i] += sum;
-    centred_sums[i] += products;
-  }
-}
+template <class A, class PerChannel, class Activation> struct PieceTile {
+  Runs<A> grad, x, before;
+  Target<A> dx;
+  AffineAt<PerChannel> affine;
+  Activation activation;
+};
 
-// The same where all values are of one channel.
-template <bool ADDS, class A, class Activation>
-NORMPASS_SHARED void differentiate_plane(const A* grad, const A* x, const A* before, A* dx, double& dy_sum,
-                                         double& centred_sum, int64_t n, AffineAt<OneForAll<A>> at,
-                                         Activation activation) {
-  AffineValues<A> affine(at, 0);
-  A sum = 0, products = 0;
-#pragma omp simd reduction(+ : sum, products)
-  for (int64_t i = 0; i < n; ++i) {
-    A centred = x[i] - affine.mean;
-    A dy = activation.gradient(grad[i], affine.value(centred));
-    sum += dy;
-    products += dy * centred;
-    dx[i] = ADDS ? multiply_add(affine.scale, dy, before[i]) : affine.scale * dy;
-  }
-  dy_sum += sum;
-  centred_sum += products;
+// dx = a·dy, or that added to `before`. The sums of the values of a line are added to those of as many values: the next
+// line's behind them where STEP is 1, to the same where it is 0.
+template <int RUNS, int STEP, bool ADDS, class A, class PerChannel, class Activation>
+NORMPASS_SHARED void differentiate(const PieceTile<A, PerChannel, Activation>& tile, int64_t n, A* dy_sums,
+                                   A* centred_sums) {
+  write_lines<RUNS>(n, tile.dx, [&](int64_t begin, auto values, const Line<A>& to) {
+    A* const sums = dy_sums + STEP * begin;
+    A* const products = centred_sums + STEP * begin;
+    const int64_t count = values;
+    tile.grad.template prefetch<RUNS>(begin), tile.x.template prefetch<RUNS>(begin);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      AffineValues<A> affine(tile.affine, begin + i);
+      A sum = 0, product = 0;
+#pragma GCC unroll 4
+      for (int run = 0; run < RUNS; ++run) {
+        A centred = tile.x(run, begin + i) - affine.mean;
+        A dy = tile.activation.gradient(tile.grad(run, begin + i), affine.value(centred));
+        sum += dy;
+        product = multiply_add(dy, centred, product);
+        to(run, i) = ADDS ? multiply_add(affine.scale, dy, tile.before(run, begin + i)) : affine.scale * dy;
+      }
+      sums[i] += sum;
+      products[i] += product;
+    }
+  });
 }
 
 template <class A> struct Buffers {
@@ -98,15 +93,15 @@ void strip_backward(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>
       groups_of_rows(strip, [&](int64_t row, auto runs) {
         constexpr int RUNS = runs.value;
         int64_t offset = strip.own + row * own;
-        auto grad = read_runs(call.grad + strip.whole + row * whole, whole, buffers.grad, RUNS, strip.n);
-        auto x = read_runs(call.x(strip.piece) + offset, own, buffers.x, RUNS, strip.n);
-        Runs<const A> before{nullptr, 0};
+        Runs<A> grad = read_runs(call.grad + strip.whole + row * whole, whole, buffers.grad, RUNS, strip.n);
+        Runs<A> x = read_runs(call.x(strip.piece) + offset, own, buffers.x, RUNS, strip.n);
+        Runs<A> before{nullptr, 0};
         if (added.value) before = read_runs<S>(result + offset, own, buffers.dx, RUNS, strip.n);
-        Runs<A> dx{buffers.dx, tile_size};
+        Target<A> dx{buffers.dx, tile_size};
         if constexpr (is_wide)
           if (result != nullptr) dx = {result + offset, own};
-        differentiate<RUNS, added.value>(grad, x, before, dx, buffers.dy_sums, buffers.centred_sums, strip.n, at,
-                                         activation);
+        PieceTile<A, OnePerValue<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
+        differentiate<RUNS, 1, added.value>(tile, strip.n, buffers.dy_sums, buffers.centred_sums);
         if constexpr (!is_wide)
           for (int run = 0; result != nullptr && run < RUNS; ++run)
             narrow(buffers.dx + run * tile_size, result + offset + run * own, strip.n);
@@ -137,18 +132,24 @@ void walk_share(const Planes& walk, const Call<S>& call, const Affine<Wide<S>>& 
     const int64_t n = part.tile.n, channel = part.tile.position;
     S* const result = call.dx(part.piece) == nullptr ? nullptr : call.dx(part.piece) + part.own;
     const bool adds = result != nullptr && call.adds[part.piece];
-    const A* grad = read_runs(call.grad + part.tile.offset, 0, buffers.grad, 1, n).values;
-    const A* x = read_runs(call.x(part.piece) + part.own, 0, buffers.x, 1, n).values;
-    const A* before = adds ? read_runs<S>(result, 0, buffers.dx, 1, n).values : nullptr;
-    A* dx = buffers.dx;
+    Runs<A> grad = read_runs(call.grad + part.tile.offset, 0, buffers.grad, 1, n), before{nullptr, 0};
+    Runs<A> x = read_runs(call.x(part.piece) + part.own, 0, buffers.x, 1, n);
+    if (adds) before = read_runs<S>(result, 0, buffers.dx, 1, n);
+    Target<A> dx{buffers.dx, 0};
     if constexpr (is_wide)
-      if (result != nullptr) dx = result;
+      if (result != nullptr) dx = {result, 0};
+    auto at = affine_at(walk, affine, channel);
+    alignas(64) A dy_sums[line<A>] = {}, centred_sums[line<A>] = {};
     with_activation<A>(call.activation, [&](auto activation) {
       with_addition(adds, [&](auto added) {
-        differentiate_plane<added.value>(grad, x, before, dx, sums.dy[channel], sums.dy_centred[channel], n,
-                                         affine_at(walk, affine, channel), activation);
+        PieceTile<A, OneForAll<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
+        differentiate<1, 0, added.value>(tile, n, dy_sums, centred_sums);
       });
     });
+    for (int64_t i = 0; i < line<A>; ++i) {
+      sums.dy[channel] += dy_sums[i];
+      sums.dy_centred[channel] += centred_sums[i];
+    }
     if constexpr (!is_wide)
       if (result != nullptr) narrow(buffers.dx, result, n);
   });

@@ -7,23 +7,32 @@
 namespace normpass {
 
 template <int RUNS, class A, class PerChannel, class Activation>
-NORMPASS_SHARED void forward_tile(Runs<const A> x, Runs<const A> residual, Runs<A> z, int64_t n, AffineAt<PerChannel> at,
-                  Activation activation) {
+NORMPASS_SHARED void forward_tile(const Runs<A>& x, const Runs<A>& residual, const Target<A>& z, int64_t n,
+                                  const AffineAt<PerChannel>& at, const Activation& activation) {
   if (residual.values == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      AffineValues<A> affine(at, i);
+    write_lines<RUNS>(n, z, [&](int64_t begin, auto values, Line<A> to) {
+      x.template prefetch<RUNS>(begin);
+      const int64_t count = values;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) {
+        AffineValues<A> affine(at, begin + i);
 #pragma GCC unroll 4
-      for (int run = 0; run < RUNS; ++run) z(run, i) = activation.value(affine.value(x(run, i) - affine.mean));
-    }
+        for (int run = 0; run < RUNS; ++run)
+          to(run, i) = activation.value(affine.value(x(run, begin + i) - affine.mean));
+      }
+    });
   } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      AffineValues<A> affine(at, i);
+    write_lines<RUNS>(n, z, [&](int64_t begin, auto values, Line<A> to) {
+      x.template prefetch<RUNS>(begin), residual.template prefetch<RUNS>(begin);
+      const int64_t count = values;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) {
+        AffineValues<A> affine(at, begin + i);
 #pragma GCC unroll 4
-      for (int run = 0; run < RUNS; ++run)
-        z(run, i) = activation.value(affine.value(x(run, i) - affine.mean) + residual(run, i));
-    }
+        for (int run = 0; run < RUNS; ++run)
+          to(run, i) = activation.value(affine.value(x(run, begin + i) - affine.mean) + residual(run, begin + i));
+      }
+    });
   }
 }
 

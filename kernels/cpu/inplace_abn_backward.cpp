@@ -11,17 +11,21 @@
 namespace normpass {
 namespace {
 
-template <class A> struct BiasAndReciprocal {
-  A bias, reciprocal;
+template <class A> struct OutputChannel {
+  A bias, reciprocal, scale;
 };
 
 template <class A, class PerChannel, class Activation> struct FromOutputTile {
-  Runs<const A> grad, z;
-  PerChannel bias, reciprocal;
+  static constexpr bool writes_dy = false;
+  Runs<A> grad, z;
+  PerChannel bias, reciprocal, scale;
   Activation activation;
 
-  NORMPASS_ALWAYS_INLINE BiasAndReciprocal<A> channel(int64_t i) const { return {bias[i], reciprocal[i]}; }
-  NORMPASS_ALWAYS_INLINE Derivative<A> at(const BiasAndReciprocal<A>& channel, int run, int64_t i) const {
+  template <int RUNS> NORMPASS_ALWAYS_INLINE void prefetch(int64_t i) const {
+    grad.template prefetch<RUNS>(i), z.template prefetch<RUNS>(i);
+  }
+  NORMPASS_ALWAYS_INLINE OutputChannel<A> channel(int64_t i) const { return {bias[i], reciprocal[i], scale[i]}; }
+  NORMPASS_ALWAYS_INLINE Derivative<A> at(const OutputChannel<A>& channel, int run, int64_t i) const {
     A y = activation.inverse(z(run, i));
     return {activation.gradient(grad(run, i), y), (y - channel.bias) * channel.reciprocal};
   }
@@ -31,18 +35,17 @@ template <class S> struct FromOutput {
   using A = Wide<S>;
   const S* grad;
   const S* z;
-  std::vector<A> bias, reciprocal;
+  Values<A> bias, reciprocal, scale;
   ActivationCall activation;
 
   template <class Walk, class F>
   void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
     const int64_t stride = walk.width();
-    Runs<const A> from = read_tile(z, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
+    Runs<A> from = read_tile(z, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
     auto shift = walk.at(bias, tile.position), divisor = walk.at(reciprocal, tile.position);
-    with_activation<A>(activation, [&](auto act) {
-      with_runs<S>(tile, [&](auto runs) {
-        f(FromOutputTile<A, decltype(shift), decltype(act)>{outer, from, shift, divisor, act}, runs);
-      });
+    auto slope = walk.at(scale, tile.position);
+    with_activation<A>(activation, [&](const auto& act) {
+      f(FromOutputTile<A, decltype(shift), std::decay_t<decltype(act)>>{outer, from, shift, divisor, slope, act});
     });
   }
   void end_of_first_pass() const {}
@@ -60,21 +63,24 @@ template <class A> A away_from_zero(A weight) {
 
 template <class S, class Walk>
 FromOutput<S> source_of(const Walk& walk, const void* grad, const void* z, const Wide<S>* weight, const Wide<S>* bias,
-                        ActivationCall activation) {
+                        const Wide<S>* var, double eps, ActivationCall activation) {
   using A = Wide<S>;
   int64_t channels = walk.layout().channels, width = walk.width();
-  FromOutput<S> source{static_cast<const S*>(grad), static_cast<const S*>(z), std::vector<A>(width),
-                       std::vector<A>(width), activation};
+  FromOutput<S> source{static_cast<const S*>(grad), static_cast<const S*>(z), Values<A>(width), Values<A>(width),
+                       Values<A>(width), activation};
   for (int64_t i = 0; i < width; ++i) {
-    source.bias[i] = bias == nullptr ? A(0) : bias[i % channels];
-    source.reciprocal[i] = A(1) / away_from_zero(weight == nullptr ? A(1) : weight[i % channels]);
+    int64_t c = i % channels;
+    A slope = weight == nullptr ? A(1) : weight[c];
+    source.bias[i] = bias == nullptr ? A(0) : bias[c];
+    source.reciprocal[i] = A(1) / away_from_zero(slope);
+    source.scale[i] = static_cast<A>(slope / std::sqrt(static_cast<double>(var[c]) + eps));
   }
   return source;
 }
 
 template <class S, class Walk>
 void backward(const Walk& walk, const FromOutput<S>& source, S* dx, void* dweight, void* dbias,
-              const Wide<S>* weight, const Wide<S>* var, double eps, bool batch_statistics, int threads) {
+              bool batch_statistics, int threads) {
   using A = Wide<S>;
   const Layout& layout = walk.layout();
   Sums sums(layout.channels);
@@ -83,8 +89,7 @@ void backward(const Walk& walk, const FromOutput<S>& source, S* dx, void* dweigh
     Coefficients<A> result(walk.width());
     double count = static_cast<double>(layout.count());
     for (int64_t c = 0; c < layout.channels; ++c) {
-      double slope = (weight == nullptr ? 1.0 : weight[c]) / std::sqrt(static_cast<double>(var[c]) + eps);
-      result.slope[c] = static_cast<A>(slope);
+      double slope = source.scale[c];
       result.by_centred[c] = batch_statistics ? static_cast<A>(-slope * sums.dy_centred[c] / count) : A(0);
       result.constant[c] = batch_statistics ? static_cast<A>(-slope * sums.dy[c] / count) : A(0);
     }
@@ -108,9 +113,8 @@ NORMPASS_EXPORT int normpass_inplace_abn_backward(void* dx, void* dweight, void*
     using A = Wide<S>;
     with_layout({outer, channels, inner}, [&](const auto& walk) {
       auto source = source_of<S>(walk, grad, z, static_cast<const A*>(weight), static_cast<const A*>(bias),
-                                 {activation, arg0, arg1});
-      backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, static_cast<const A*>(weight),
-                  static_cast<const A*>(var), eps, batch_statistics != 0, threads);
+                                 static_cast<const A*>(var), eps, {activation, arg0, arg1});
+      backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, batch_statistics != 0, threads);
     });
   });
 }

@@ -40,26 +40,36 @@ class Rows {
   const Layout& layout() const { return layout_; }
   int64_t width() const { return pattern_; }
 
-  template <class T> OnePerValue<T> at(const std::vector<T>& values, int64_t position) const {
+  template <class T> OnePerValue<T> at(const Values<T>& values, int64_t position) const {
     return {values.data() + position};
   }
   template <class S, class F> void tiles(int thread, int threads, F f) const {
-    // Rows so wide that their per-channel values leave no room in the first-level cache: several at a time. Others
-    // one after another, which the processor prefetches better.
-    const int64_t group = has_several_runs<S>() && pattern_ > tile_size ? runs_at_once : 1;
-    int64_t size = layout_.size(), patterns = (size + pattern_ - 1) / pattern_, whole = size / pattern_;
-    int64_t end = patterns * (thread + 1) / threads, grouped = std::min(end, whole);
-    int64_t index = patterns * thread / threads;
-    for (; group > 1 && index + group <= grouped; index += group)
-      for (int64_t i = 0; i < pattern_; i += tile_size)
-        f(Tile{index * pattern_ + i, std::min(tile_size, pattern_ - i), i, runs_at_once});
-    for (; index < end; ++index) {
-      int64_t start = index * pattern_, length = std::min(pattern_, size - start);
-      for (int64_t i = 0; i < length; i += tile_size) f(Tile{start + i, std::min(tile_size, length - i), i});
-    }
+    auto [index, end] = share(thread, threads);
+    for (; index < end; ++index) tiles_of(index, f);
+  }
+  template <class S, class F> void groups(int thread, int threads, F f) const {
+    auto [index, end] = share(thread, threads);
+    if constexpr (std::is_same<S, float>::value)
+      for (; index + runs_at_once <= std::min(end, layout_.size() / pattern_); index += runs_at_once)
+        for (int64_t i = 0; i < pattern_; i += tile_size)
+          f(Tile{index * pattern_ + i, std::min(tile_size, pattern_ - i), i},
+            RunCount<runs_at_once>());
+    for (; index < end; ++index) tiles_of(index, [&](const Tile& tile) { f(tile, RunCount<1>()); });
   }
 
  private:
+  struct Share {
+    int64_t begin, end;
+  };
+  Share share(int thread, int threads) const {
+    int64_t patterns = (layout_.size() + pattern_ - 1) / pattern_;
+    return {patterns * thread / threads, patterns * (thread + 1) / threads};
+  }
+  template <class F> void tiles_of(int64_t pattern, F f) const {
+    int64_t start = pattern * pattern_, length = std::min(pattern_, layout_.size() - start);
+    for (int64_t i = 0; i < length; i += tile_size) f(Tile{start + i, std::min(tile_size, length - i), i});
+  }
+
   Layout layout_;
   int64_t pattern_;
 };
@@ -70,7 +80,7 @@ class Planes {
   const Layout& layout() const { return layout_; }
   int64_t width() const { return layout_.channels; }
 
-  template <class T> OneForAll<T> at(const std::vector<T>& values, int64_t position) const {
+  template <class T> OneForAll<T> at(const Values<T>& values, int64_t position) const {
     return {values[position]};
   }
   template <class S, class F> void tiles(int thread, int threads, F f) const {
@@ -81,6 +91,9 @@ class Planes {
       int64_t start = plane * layout_.inner + first, channel = plane % layout_.channels;
       for (int64_t i = 0; i < length; i += tile_size) f(Tile{start + i, std::min(tile_size, length - i), channel});
     }
+  }
+  template <class S, class F> void groups(int thread, int threads, F f) const {
+    tiles<S>(thread, threads, [&](const Tile& tile) { f(tile, RunCount<1>()); });
   }
 
  private:

@@ -19,7 +19,7 @@ constexpr int64_t patterns_to_begin_with = 16, patterns_per_block = 128, pattern
 // The sums of a block, and the moments of the blocks before it, for every position of a pattern.
 template <class A> struct RowMoments {
   double count = 0;
-  std::vector<A> shift, sum, squares;
+  Values<A> shift, sum, squares;
   std::vector<double> mean, m2;
 
   explicit RowMoments(int64_t width) : shift(width), sum(width), squares(width), mean(width), m2(width) {}

@@ -10,21 +10,18 @@ void norm_act(const Walk& walk, S* z, const S* x, const S* residual, const Affin
               ActivationCall call, int threads) {
   using A = Wide<S>;
   const bool streamed = is_streamed<S>(walk.layout());
-  const int64_t stride = walk.width();
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) A wide_x[tile_size], wide_residual[tile_size], buffer[runs_at_once * tile_size];
+    alignas(64) A wide_x[tile_size], wide_residual[tile_size], buffer[tile_size];
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
-      Runs<const A> from = read_tile(x, stride, wide_x, tile), added{nullptr, 0};
-      if (residual != nullptr) added = read_tile(residual, stride, wide_residual, tile);
-      for (int run = 0; run < tile.runs; ++run) prefetch_next(x + tile.offset + run * stride, tile.n);
-      Runs<A> target = target_of(z, stride, buffer, tile, streamed);
+      Runs<A> from = read_tile(x, 0, wide_x, tile), added{nullptr, 0};
+      if (residual != nullptr) added = read_tile(residual, 0, wide_residual, tile);
+      Target<A> target = target_of(z, 0, buffer, tile, streamed);
+      auto at = affine_at(walk, affine, tile.position);
       with_activation<A>(call, [&](auto activation) {
-        with_runs<S>(tile, [&](auto runs) {
-          forward_tile<runs.value>(from, added, target, tile.n, affine_at(walk, affine, tile.position), activation);
-        });
+        forward_tile<1>(from, added, target, tile.n, at, activation);
       });
-      finish_tile(z, stride, target, tile, streamed);
+      finish_tile(z, target, tile);
     });
     if (streamed) end_of_stream();
   }

@@ -11,10 +11,14 @@ namespace normpass {
 namespace {
 
 template <class A, class PerChannel, class Activation> struct FromInputTile {
-  Runs<const A> grad, x;
+  static constexpr bool writes_dy = false;
+  Runs<A> grad, x;
   AffineAt<PerChannel> affine;
   Activation activation;
 
+  template <int RUNS> NORMPASS_ALWAYS_INLINE void prefetch(int64_t i) const {
+    grad.template prefetch<RUNS>(i), x.template prefetch<RUNS>(i);
+  }
   NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {affine, i}; }
   NORMPASS_ALWAYS_INLINE Derivative<A> at(const AffineValues<A>& channel, int run, int64_t i) const {
     A centred = x(run, i) - channel.mean;
@@ -22,19 +26,20 @@ template <class A, class PerChannel, class Activation> struct FromInputTile {
   }
 };
 
-// Writes dy too.
 template <class A, class PerChannel, class Activation> struct FromJoinTile {
-  Runs<const A> grad, x, residual;
-  Runs<A> dy;
+  static constexpr bool writes_dy = true;
+  Runs<A> grad, x, residual;
+  Target<A> dy;
   AffineAt<PerChannel> affine;
   Activation activation;
 
+  template <int RUNS> NORMPASS_ALWAYS_INLINE void prefetch(int64_t i) const {
+    grad.template prefetch<RUNS>(i), x.template prefetch<RUNS>(i), residual.template prefetch<RUNS>(i);
+  }
   NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {affine, i}; }
   NORMPASS_ALWAYS_INLINE Derivative<A> at(const AffineValues<A>& channel, int run, int64_t i) const {
     A centred = x(run, i) - channel.mean;
-    A gradient = activation.gradient(grad(run, i), channel.value(centred) + residual(run, i));
-    dy(run, i) = gradient;
-    return {gradient, centred};
+    return {activation.gradient(grad(run, i), channel.value(centred) + residual(run, i)), centred};
   }
 };
 
@@ -53,26 +58,22 @@ template <class S> struct FromInput {
     auto at = affine_at(walk, affine, tile.position);
     using PerChannel = decltype(at.mean);
     const int64_t stride = walk.width();
-    Runs<const A> from = read_tile(x, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
+    Runs<A> from = read_tile(x, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
     if (residual == nullptr && dresidual == nullptr) {
-      with_activation<A>(activation, [&](auto act) {
-        with_runs<S>(tile, [&](auto runs) {
-          f(FromInputTile<A, PerChannel, decltype(act)>{outer, from, at, act}, runs);
-        });
+      with_activation<A>(activation, [&](const auto& act) {
+        f(FromInputTile<A, PerChannel, std::decay_t<decltype(act)>>{outer, from, at, act});
       });
       return;
     }
     alignas(64) static constexpr A zeros[tile_size] = {};
-    Runs<const A> added{zeros, 0};  // for every run
+    Runs<A> added{zeros, 0};  // for every run
     if (residual != nullptr) added = read_tile(residual, stride, buffers.residual, tile);
-    Runs<A> dy = {buffers.result, tile_size};
+    Target<A> dy{buffers.result, tile_size};
     if (dresidual != nullptr) dy = target_of(dresidual, stride, buffers.result, tile, streamed);
-    with_activation<A>(activation, [&](auto act) {
-      with_runs<S>(tile, [&](auto runs) {
-        f(FromJoinTile<A, PerChannel, decltype(act)>{outer, from, added, dy, at, act}, runs);
-      });
+    with_activation<A>(activation, [&](const auto& act) {
+      f(FromJoinTile<A, PerChannel, std::decay_t<decltype(act)>>{outer, from, added, dy, at, act});
     });
-    if (dresidual != nullptr) finish_tile(dresidual, stride, dy, tile, streamed);
+    if (dresidual != nullptr) finish_tile(dresidual, dy, tile);
   }
   void end_of_first_pass() const {
     if (dresidual != nullptr && streamed) end_of_stream();
@@ -82,12 +83,9 @@ template <class S> struct FromInput {
   void second_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
     if (dresidual == nullptr) return first_pass(walk, buffers, tile, f);
     auto at = affine_at(walk, affine, tile.position);
-    const int64_t stride = walk.width();
-    Runs<const A> from = read_tile(x, stride, buffers.kept, tile);
-    Runs<const A> dy = read_tile(dresidual, stride, buffers.grad, tile);
-    with_runs<S>(tile, [&](auto runs) {
-      f(FromInputTile<A, decltype(at.mean), Identity<A>>{dy, from, at, Identity<A>(0, 0)}, runs);
-    });
+    Runs<A> from = read_tile(x, 0, buffers.kept, tile), dy = read_tile<S>(dresidual, 0, buffers.grad, tile);
+    Identity<A> identity(0, 0);
+    f(FromInputTile<A, decltype(at.mean), Identity<A>>{dy, from, at, identity});
   }
 };
 
@@ -98,7 +96,6 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
   double count = static_cast<double>(layout.count());
   for (int64_t c = 0; c < layout.channels; ++c) {
     double slope = affine.scale[c], precision = 1 / (static_cast<double>(var[c]) + eps);
-    result.slope[c] = affine.scale[c];
     result.by_centred[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * precision * sums->dy_centred[c] / count);
     result.constant[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * sums->dy[c] / count);
   }
@@ -106,13 +103,13 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
   return result;
 }
 
-template <int RUNS, class Gradients> NORMPASS_SHARED void differentiate(Gradients gradients, int64_t n) {
+template <class A, class Gradients> NORMPASS_SHARED void differentiate(const Gradients& gradients, int64_t n) {
+  write_lines<1>(n, gradients.dy, [&](int64_t begin, auto values, const Line<A>& to) {
+    gradients.template prefetch<1>(begin);
+    const int64_t count = values;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    auto channel = gradients.channel(i);
-#pragma GCC unroll 4
-    for (int run = 0; run < RUNS; ++run) gradients.at(channel, run, i);
-  }
+    for (int64_t i = 0; i < count; ++i) to(0, i) = gradients.at(gradients.channel(begin + i), 0, begin + i).dy;
+  });
 }
 
 // dresidual alone: dy, written in the pass of the reduction where there is one.
@@ -122,8 +119,8 @@ template <class S, class Walk> void differentiate_only(const Walk& walk, const F
   {
     TileBuffers<A> buffers;
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
-      source.first_pass(walk, buffers, tile, [&](auto gradients, auto runs) {
-        differentiate<runs.value>(gradients, tile.n);
+      source.first_pass(walk, buffers, tile, [&](const auto& gradients) {
+        if constexpr (std::decay_t<decltype(gradients)>::writes_dy) differentiate<A>(gradients, tile.n);
       });
     });
     source.end_of_first_pass();

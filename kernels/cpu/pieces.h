@@ -73,7 +73,7 @@ void plane_parts(const Planes& planes, const std::vector<Piece>& pieces, int thr
 
 // `count` runs of n values from `from`, widened into `buffer` where they are stored narrow.
 template <class S>
-Runs<const Wide<S>> read_runs(const S* from, int64_t stride, Wide<S>* buffer, int count, int64_t n) {
+Runs<Wide<S>> read_runs(const S* from, int64_t stride, Wide<S>* buffer, int count, int64_t n) {
   if constexpr (std::is_same<S, Wide<S>>::value) {
     return {from, stride};
   } else {

@@ -1,12 +1,17 @@
-// A tile: some runs of consecutive values, all of the same channels, that are worked on together. The per-channel
-// values are loaded once for all runs; 16-bit storage is widened into a buffer first. The loops over a tile stay simple
-// enough for the compiler to vectorise.
+// A tile: a run of consecutive values, or some of the same channels that are worked on together. 16-bit storage is
+// widened into a buffer first. The loops over a tile go line by line (`each_line`), each line a short loop that the
+// compiler makes a few vector instructions of.
+//
+// What a loop over a tile is given goes by reference. Copied, its fields are written one by one and read two by two,
+// which the processor does not forward: it waits until all stores before, those of the last tile, have reached the
+// cache. That took longer than the tile itself.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
@@ -20,7 +25,7 @@
 namespace normpass {
 
 constexpr int64_t tile_size = 512;  // values in a run: with its operands and results, within a cache of 32 KiB
-constexpr int runs_at_once = 4;     // in a tile of several runs
+constexpr int runs_at_once = 4;     // in a tile of several runs, which only float storage has
 
 // Results of this many bytes are written past the caches.
 constexpr int64_t streamed_from = int64_t(1) << 24;
@@ -33,6 +38,18 @@ template <class S> using Wide = std::conditional_t<std::is_same<S, double>::valu
 
 // Values in a line of the caches.
 template <class A> constexpr int64_t line = 64 / sizeof(A);
+
+// An array that begins at a line: a vector that lies in two of them takes twice as long to load.
+template <class A> struct AtLines {
+  using value_type = A;
+  AtLines() = default;
+  template <class B> AtLines(const AtLines<B>&) {}
+  A* allocate(size_t n) { return static_cast<A*>(::operator new(n * sizeof(A), std::align_val_t(64))); }
+  void deallocate(A* values, size_t) { ::operator delete(values, std::align_val_t(64)); }
+  template <class B> bool operator==(const AtLines<B>&) const { return true; }
+  template <class B> bool operator!=(const AtLines<B>&) const { return false; }
+};
+template <class A> using Values = std::vector<A, AtLines<A>>;
 
 // --- storage -------------------------------------------------------------------------------------------------
 
@@ -90,63 +107,60 @@ struct Tile {
   int64_t offset;    // of the first value of the first run
   int64_t n;         // values in a run
   int64_t position;  // where the per-channel values of a run begin
-  int runs = 1;      // 1, or runs_at_once for float storage
 };
 
-// The runs of a tile, for reading or writing.
+template <int RUNS> using RunCount = std::integral_constant<int, RUNS>;
+
+// The runs of a tile, for reading.
 template <class A> struct Runs {
+  const A* values;
+  int64_t stride;
+  NORMPASS_ALWAYS_INLINE A operator()(int run, int64_t i) const { return values[run * stride + i]; }
+  // Asks the second-level cache for what will be read in the place of the line at i: of the next runs where a tile has
+  // several, else of the next tile.
+  template <int RUNS> NORMPASS_ALWAYS_INLINE void prefetch(int64_t i) const {
+    if constexpr (RUNS == 1) {
+      __builtin_prefetch(values + i + tile_size, 0, 2);
+    } else {
+#pragma GCC unroll 4
+      for (int run = 0; run < RUNS; ++run) __builtin_prefetch(values + (RUNS + run) * stride + i, 0, 2);
+    }
+  }
+};
+
+// The runs of a tile, for writing. `streamed`: past the caches; every run begins at a line of them.
+template <class A> struct Target {
   A* values;
   int64_t stride;
-  NORMPASS_ALWAYS_INLINE A& operator()(int run, int64_t i) const { return values[run * stride + i]; }
+  bool streamed = false;
 };
 
-// In place where the storage type is the wide one, else widened into `buffer`. `stride`: from run to run.
-template <class S>
-Runs<const Wide<S>> read_tile(const S* from, int64_t stride, Wide<S>* buffer, const Tile& tile) {
-  if constexpr (std::is_same<S, Wide<S>>::value) {
-    return {from + tile.offset, stride};
-  } else {
-    widen(from + tile.offset, buffer, tile.n);
-    return {buffer, 0};
-  }
-}
-
-// Asks the second-level cache for the n values that follow these n. Worth it where little is computed (a third of the
-// time of moments, a tenth of norm_act's); backward, which reads two arrays, is slower with it.
+// The same for the n values that follow these n.
 template <class S> NORMPASS_ALWAYS_INLINE void prefetch_next(const S* values, int64_t n) {
   const char* next = reinterpret_cast<const char*>(values + n);
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
-// Tiles of several runs are for float storage: doubles do without the code, and 16 bits would need larger buffers.
-template <class S> constexpr bool has_several_runs() { return std::is_same<S, float>::value; }
-
-// Calls f with the number of runs as a constant.
-template <class S, class F> void with_runs(const Tile& tile, F f) {
-  if constexpr (has_several_runs<S>()) {
-    if (tile.runs == runs_at_once) return f(std::integral_constant<int, runs_at_once>());
+// In place where the storage type is the wide one, else widened into `buffer`: one run. `stride`: from run to run.
+template <class S> Runs<Wide<S>> read_tile(const S* from, int64_t stride, Wide<S>* buffer, const Tile& tile) {
+  if constexpr (std::is_same<S, Wide<S>>::value) {
+    return {from + tile.offset, stride};
+  } else {
+    prefetch_next(from + tile.offset, tile.n);
+    widen(from + tile.offset, buffer, tile.n);
+    return {buffer, 0};
   }
-  f(std::integral_constant<int, 1>());
 }
 
 // Past the caches, so that what is overwritten is not read into them first.
-inline void stream_bytes(void* to, const void* from, size_t bytes) {
-#if defined(__AVX2__)
-  char* target = static_cast<char*>(to);
-  const char* source = static_cast<const char*>(from);
-  size_t i = std::min(bytes, (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64);
-  std::memcpy(target, source, i);
+NORMPASS_ALWAYS_INLINE void stream_line(void* to, const void* from) {
 #if defined(__AVX512F__)
-  for (; i + 64 <= bytes; i += 64)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_load_si256(static_cast<const __m256i*>(from)));
+  _mm256_stream_si256(static_cast<__m256i*>(to) + 1, _mm256_load_si256(static_cast<const __m256i*>(from) + 1));
 #else
-  for (; i + 32 <= bytes; i += 32)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
-#endif
-  std::memcpy(target + i, source + i, bytes - i);
-#else
-  std::memcpy(to, from, bytes);
+  std::memcpy(to, from, 64);
 #endif
 }
 
@@ -156,32 +170,56 @@ inline void end_of_stream() {
 #endif
 }
 
-// Where the last loop over a tile writes (`buffer` has room for runs_at_once runs), and what takes the values from
-// there if that is not their place yet.
+// Where the last loop over a tile writes (`buffer` has room for its runs), and what takes the values from there if that
+// is not their place yet.
 template <class S>
-Runs<Wide<S>> target_of(S* to, int64_t stride, Wide<S>* buffer, const Tile& tile, bool streamed) {
-  if constexpr (std::is_same<S, Wide<S>>::value)
-    if (!streamed) return {to + tile.offset, stride};
+Target<Wide<S>> target_of(S* to, int64_t stride, Wide<S>* buffer, const Tile& tile, bool streamed) {
+  if constexpr (std::is_same<S, Wide<S>>::value) {
+    bool at_lines = (reinterpret_cast<uintptr_t>(to + tile.offset) | stride * sizeof(S)) % 64 == 0;
+    return {to + tile.offset, stride, streamed && at_lines};
+  }
   return {buffer, tile_size};
 }
 
-template <class S> void finish_run(S* to, const Wide<S>* values, int64_t n, bool streamed) {
-  if constexpr (std::is_same<S, Wide<S>>::value) {
-    stream_bytes(to, values, n * sizeof(S));
-  } else if (streamed) {
-    alignas(64) S narrowed[tile_size];
-    narrow(values, narrowed, n);
-    stream_bytes(to, narrowed, n * sizeof(S));
-  } else {
-    narrow(values, to, n);
-  }
+template <class S>
+void finish_tile(S* to, const Target<Wide<S>>& target, const Tile& tile, int runs = 1, int64_t stride = 0) {
+  if constexpr (!std::is_same<S, Wide<S>>::value)
+    for (int run = 0; run < runs; ++run)
+      narrow(target.values + run * target.stride, to + tile.offset + run * stride, tile.n);
 }
 
-template <class S>
-void finish_tile(S* to, int64_t stride, const Runs<Wide<S>>& target, const Tile& tile, bool streamed) {
-  if (std::is_same<S, Wide<S>>::value && !streamed) return;
-  for (int run = 0; run < tile.runs; ++run)
-    finish_run(to + tile.offset + run * stride, target.values + run * target.stride, tile.n, streamed);
+// --- loops over a tile ---------------------------------------------------------------------------------------
+
+// Where the values of one line of every run go.
+template <class A> struct Line {
+  A* values;
+  int64_t stride;
+  NORMPASS_ALWAYS_INLINE A& operator()(int run, int64_t i) const { return values[run * stride + i]; }
+};
+
+// Calls f(begin, count) for the lines of a run, where count is a constant, so that a loop up to it becomes a few
+// instructions with prefetches among them; and for what is left.
+template <class A, class F> NORMPASS_ALWAYS_INLINE void each_line(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + line<A> <= n; i += line<A>) f(i, std::integral_constant<int64_t, line<A>>());
+  if (i < n) f(i, n - i);
+}
+
+// Calls f(begin, count, to) in the same way, where f writes to(run, i) for i < count.
+template <int RUNS, class A, class F> NORMPASS_ALWAYS_INLINE void write_lines(int64_t n, const Target<A>& target, F f) {
+  each_line<A>(n, [&](int64_t begin, auto count) {
+    if constexpr (!std::is_same<decltype(count), int64_t>::value) {
+      if (target.streamed) {
+        alignas(64) A values[RUNS * line<A>];
+        f(begin, count, Line<A>{values, line<A>});
+#pragma GCC unroll 4
+        for (int run = 0; run < RUNS; ++run)
+          stream_line(target.values + run * target.stride + begin, values + run * line<A>);
+        return;
+      }
+    }
+    f(begin, count, Line<A>{target.values + begin, target.stride});
+  });
 }
 
 struct ActivationCall {
