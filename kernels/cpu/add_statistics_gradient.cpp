@@ -28,6 +28,7 @@ NORMPASS_SHARED void add_tile(const Runs<A>& before, const Target<A>& dx, const 
     before.template prefetch<1>(begin), x.template prefetch<1>(begin);
     const int64_t count = values;
 #pragma GCC ivdep
+#pragma GCC unroll 1
     for (int64_t i = 0; i < count; ++i) {
       int64_t c = begin + i;
       to(0, i) = before(0, c) + multiply_add(at.slope[c], x(0, c) - at.mean[c], at.constant[c]);

@@ -4,8 +4,9 @@
 //   apply    dx = scale·dy + B·c + C, per channel
 //
 // A source calls back for each tile of each pass with the gradients of its values: `channel(i)`, what those of value i
-// of every run have in common, its scale too, and `at(channel, run, i)`, dy and c; where `writes_dy`, the first pass writes dy to its
-// `dy`. So each pass is one loop over a tile. The sums are taken in the wide type over some tiles, then in double.
+// of every run have in common, its scale too, and `at(channel, run, i)`, dy and c; where `writes`, the first pass
+// writes `written(channel, dy, run, i)` to `target`. So each pass is one loop over a tile. The sums are taken in the
+// wide type over some tiles, then in double.
 #pragma once
 
 #include "affine.h"
@@ -22,37 +23,51 @@ template <class A> struct Derivative {
   A dy, centred;
 };
 
-// Adds the sums of the values of a line to `dy` and `centred`, of as many values, for all lines of a tile: the next line's
-// behind those where STEP is 1, to the same where it is 0.
+// The sums over all lines of a tile. Where STEP is 1, every position has sums of its own; where it is 0, all lines are
+// added to the sums of one, and what fills no line to `rest`. (That to be added to some of the sums of a line, which
+// are one register, would wait for all stores before.)
 template <int RUNS, int STEP, class A, class Gradients>
-NORMPASS_ALWAYS_INLINE void add_sums(const Gradients& gradients, int64_t n, A* dy_sums, A* centred_sums) {
+NORMPASS_ALWAYS_INLINE void add_sums(const Gradients& gradients, int64_t n, A* dy_sums, A* centred_sums,
+                                     Derivative<A>& rest) {
+  auto add = [&](int64_t i, A& dy, A& centred, auto write) {
+    auto channel = gradients.channel(i);
+    A sum = 0, product = 0;
+#pragma GCC unroll 4
+    for (int run = 0; run < RUNS; ++run) {
+      Derivative<A> at = gradients.at(channel, run, i);
+      write(run, channel, at.dy);
+      sum += at.dy;
+      product = multiply_add(at.dy, at.centred, product);
+    }
+    dy += sum;
+    centred += product;
+  };
   auto add_line = [&](int64_t begin, auto values, auto write) {
-    A* const sums = dy_sums + STEP * begin;
-    A* const products = centred_sums + STEP * begin;
     gradients.template prefetch<RUNS>(begin);
     const int64_t count = values;
+    if constexpr (STEP == 0 && is_rest<decltype(values)>) {
+      for (int64_t i = 0; i < count; ++i)
+        add(begin + i, rest.dy, rest.centred,
+            [&](int run, const auto& channel, A dy) { write(run, i, channel, dy); });
+    } else {
+      A* const sums = dy_sums + STEP * begin;
+      A* const products = centred_sums + STEP * begin;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
-      auto channel = gradients.channel(begin + i);
-      A sum = 0, product = 0;
-#pragma GCC unroll 4
-      for (int run = 0; run < RUNS; ++run) {
-        Derivative<A> at = gradients.at(channel, run, begin + i);
-        write(run, i, at.dy);
-        sum += at.dy;
-        product = multiply_add(at.dy, at.centred, product);
-      }
-      sums[i] += sum;
-      products[i] += product;
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < count; ++i)
+        add(begin + i, sums[i], products[i],
+            [&](int run, const auto& channel, A dy) { write(run, i, channel, dy); });
     }
   };
-  if constexpr (Gradients::writes_dy) {
-    write_lines<RUNS>(n, gradients.dy, [&](int64_t begin, auto values, const Line<A>& to) {
-      add_line(begin, values, [&](int run, int64_t i, A dy) { to(run, i) = dy; });
+  if constexpr (Gradients::writes) {
+    write_lines<RUNS>(n, gradients.target, [&](int64_t begin, auto values, const Line<A>& to) {
+      add_line(begin, values, [&](int run, int64_t i, const auto& channel, A dy) {
+        to(run, i) = gradients.written(channel, dy, run, begin + i);
+      });
     });
   } else {
     each_line<A>(n, [&](int64_t begin, auto values) {
-      add_line(begin, values, [](int, int64_t, A) {});
+      add_line(begin, values, [](int, int64_t, const auto&, A) {});
     });
   }
 }
@@ -70,7 +85,8 @@ template <class A> class RowAccumulator {
       if (patterns_ >= patterns_per_flush) flush();
       patterns_ += RUNS;
     }
-    add_sums<RUNS, 1>(gradients, n, dy_.data() + position, dy_centred_.data() + position);
+    Derivative<A> none;
+    add_sums<RUNS, 1>(gradients, n, dy_.data() + position, dy_centred_.data() + position, none);
   }
   const Sums& total() {
     flush();
@@ -98,18 +114,22 @@ template <class A> class RowAccumulator {
   int patterns_ = 0;
 };
 
+// Of a tile of one plane.
+template <class A, class Gradients> NORMPASS_SHARED Derivative<A> sums_of_plane(const Gradients& gradients, int64_t n) {
+  alignas(64) A dy[line<A>] = {}, centred[line<A>] = {};
+  Derivative<A> rest{0, 0};
+  add_sums<1, 0>(gradients, n, dy, centred, rest);
+  return {sum_of_line(dy) + rest.dy, sum_of_line(centred) + rest.centred};
+}
+
 template <class A> class PlaneAccumulator {
  public:
   explicit PlaneAccumulator(const Planes& planes) : total_(planes.width()) {}
 
-  template <int RUNS, class Gradients>
-  NORMPASS_SHARED void add(const Gradients& gradients, int64_t n, int64_t channel) {
-    alignas(64) A dy[line<A>] = {}, products[line<A>] = {};
-    add_sums<RUNS, 0>(gradients, n, dy, products);
-    for (int64_t i = 0; i < line<A>; ++i) {
-      total_.dy[channel] += dy[i];
-      total_.dy_centred[channel] += products[i];
-    }
+  template <int RUNS, class Gradients> void add(const Gradients& gradients, int64_t n, int64_t channel) {
+    Derivative<A> sum = sums_of_plane<A>(gradients, n);
+    total_.dy[channel] += sum.dy;
+    total_.dy_centred[channel] += sum.centred;
   }
   const Sums& total() { return total_; }
 
@@ -173,6 +193,7 @@ NORMPASS_SHARED void combine(const Gradients& gradients, const Target<A>& dx, in
     gradients.template prefetch<1>(begin);
     const int64_t count = values;
 #pragma GCC ivdep
+#pragma GCC unroll 1
     for (int64_t i = 0; i < count; ++i) {
       auto channel = gradients.channel(begin + i);
       Derivative<A> value = gradients.at(channel, 0, begin + i);

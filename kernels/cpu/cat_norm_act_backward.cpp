@@ -5,7 +5,7 @@
 //
 // in one pass: what goes through the statistics, total[0]·c + total[1], is left to add_statistics_gradient, once for
 // all norms that read a piece.
-#include "forward.h"
+#include "backward.h"
 #include "pieces.h"
 
 namespace normpass {
@@ -28,44 +28,31 @@ template <class S> struct Call {
   S* dx(int64_t piece) const { return static_cast<S*>(dxs[piece]); }
 };
 
-struct Sums {
-  std::vector<double> dy, dy_centred;
-  explicit Sums(int64_t channels) : dy(channels, 0.0), dy_centred(channels, 0.0) {}
-};
-
-template <class A, class PerChannel, class Activation> struct PieceTile {
+// Writes dx = a·dy, or that added to what is there.
+template <bool ADDS, class A, class PerChannel, class Activation> struct PieceTile {
+  static constexpr bool writes = true;
   Runs<A> grad, x, before;
-  Target<A> dx;
+  Target<A> target;
   AffineAt<PerChannel> affine;
   Activation activation;
+
+  template <int RUNS> NORMPASS_ALWAYS_INLINE void prefetch(int64_t i) const {
+    grad.template prefetch<RUNS>(i), x.template prefetch<RUNS>(i);
+  }
+  NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {affine, i}; }
+  NORMPASS_ALWAYS_INLINE Derivative<A> at(const AffineValues<A>& channel, int run, int64_t i) const {
+    A centred = x(run, i) - channel.mean;
+    return {activation.gradient(grad(run, i), channel.value(centred)), centred};
+  }
+  NORMPASS_ALWAYS_INLINE A written(const AffineValues<A>& channel, A dy, int run, int64_t i) const {
+    return ADDS ? multiply_add(channel.scale, dy, before(run, i)) : channel.scale * dy;
+  }
 };
 
-// dx = a·dy, or that added to `before`. The sums of the values of a line are added to those of as many values: the next
-// line's behind them where STEP is 1, to the same where it is 0.
-template <int RUNS, int STEP, bool ADDS, class A, class PerChannel, class Activation>
-NORMPASS_SHARED void differentiate(const PieceTile<A, PerChannel, Activation>& tile, int64_t n, A* dy_sums,
-                                   A* centred_sums) {
-  write_lines<RUNS>(n, tile.dx, [&](int64_t begin, auto values, const Line<A>& to) {
-    A* const sums = dy_sums + STEP * begin;
-    A* const products = centred_sums + STEP * begin;
-    const int64_t count = values;
-    tile.grad.template prefetch<RUNS>(begin), tile.x.template prefetch<RUNS>(begin);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
-      AffineValues<A> affine(tile.affine, begin + i);
-      A sum = 0, product = 0;
-#pragma GCC unroll 4
-      for (int run = 0; run < RUNS; ++run) {
-        A centred = tile.x(run, begin + i) - affine.mean;
-        A dy = tile.activation.gradient(tile.grad(run, begin + i), affine.value(centred));
-        sum += dy;
-        product = multiply_add(dy, centred, product);
-        to(run, i) = ADDS ? multiply_add(affine.scale, dy, tile.before(run, begin + i)) : affine.scale * dy;
-      }
-      sums[i] += sum;
-      products[i] += product;
-    }
-  });
+template <int RUNS, class A, class Tile>
+NORMPASS_SHARED void add_rows(const Tile& tile, int64_t n, A* dy_sums, A* centred_sums) {
+  Derivative<A> none;
+  add_sums<RUNS, 1>(tile, n, dy_sums, centred_sums, none);
 }
 
 template <class A> struct Buffers {
@@ -100,8 +87,8 @@ void strip_backward(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>
         Target<A> dx{buffers.dx, tile_size};
         if constexpr (is_wide)
           if (result != nullptr) dx = {result + offset, own};
-        PieceTile<A, OnePerValue<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
-        differentiate<RUNS, 1, added.value>(tile, strip.n, buffers.dy_sums, buffers.centred_sums);
+        PieceTile<added.value, A, OnePerValue<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
+        add_rows<RUNS>(tile, strip.n, buffers.dy_sums, buffers.centred_sums);
         if constexpr (!is_wide)
           for (int run = 0; result != nullptr && run < RUNS; ++run)
             narrow(buffers.dx + run * tile_size, result + offset + run * own, strip.n);
@@ -139,17 +126,14 @@ void walk_share(const Planes& walk, const Call<S>& call, const Affine<Wide<S>>& 
     if constexpr (is_wide)
       if (result != nullptr) dx = {result, 0};
     auto at = affine_at(walk, affine, channel);
-    alignas(64) A dy_sums[line<A>] = {}, centred_sums[line<A>] = {};
     with_activation<A>(call.activation, [&](auto activation) {
       with_addition(adds, [&](auto added) {
-        PieceTile<A, OneForAll<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
-        differentiate<1, 0, added.value>(tile, n, dy_sums, centred_sums);
+        PieceTile<added.value, A, OneForAll<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
+        Derivative<A> sum = sums_of_plane<A>(tile, n);
+        sums.dy[channel] += sum.dy;
+        sums.dy_centred[channel] += sum.centred;
       });
     });
-    for (int64_t i = 0; i < line<A>; ++i) {
-      sums.dy[channel] += dy_sums[i];
-      sums.dy_centred[channel] += centred_sums[i];
-    }
     if constexpr (!is_wide)
       if (result != nullptr) narrow(buffers.dx, result, n);
   });

@@ -14,6 +14,7 @@ NORMPASS_SHARED void forward_tile(const Runs<A>& x, const Runs<A>& residual, con
       x.template prefetch<RUNS>(begin);
       const int64_t count = values;
 #pragma GCC ivdep
+#pragma GCC unroll 1
       for (int64_t i = 0; i < count; ++i) {
         AffineValues<A> affine(at, begin + i);
 #pragma GCC unroll 4
@@ -26,6 +27,7 @@ NORMPASS_SHARED void forward_tile(const Runs<A>& x, const Runs<A>& residual, con
       x.template prefetch<RUNS>(begin), residual.template prefetch<RUNS>(begin);
       const int64_t count = values;
 #pragma GCC ivdep
+#pragma GCC unroll 1
       for (int64_t i = 0; i < count; ++i) {
         AffineValues<A> affine(at, begin + i);
 #pragma GCC unroll 4

@@ -16,7 +16,7 @@ template <class A> struct OutputChannel {
 };
 
 template <class A, class PerChannel, class Activation> struct FromOutputTile {
-  static constexpr bool writes_dy = false;
+  static constexpr bool writes = false;
   Runs<A> grad, z;
   PerChannel bias, reciprocal, scale;
   Activation activation;

@@ -83,10 +83,7 @@ void add_patterns(const S* from, int64_t width, RowMoments<Wide<S>>& moments) {
   for (int64_t i = 0; i < width; i += tile_size) {
     int64_t n = std::min(tile_size, width - i);
     const A* values[PATTERNS];
-    for (int p = 0; p < PATTERNS; ++p) {
-      values[p] = read_values(from + p * width + i, widened[p], n);
-      if (is_widened) prefetch_next(from + p * width + i, n);
-    }
+    for (int p = 0; p < PATTERNS; ++p) values[p] = read_values(from + p * width + i, widened[p], n);
     moments.add(values, n, i, is_widened ? 0 : PATTERNS * width);
   }
 }

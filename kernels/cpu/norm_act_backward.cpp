@@ -11,7 +11,7 @@ namespace normpass {
 namespace {
 
 template <class A, class PerChannel, class Activation> struct FromInputTile {
-  static constexpr bool writes_dy = false;
+  static constexpr bool writes = false;
   Runs<A> grad, x;
   AffineAt<PerChannel> affine;
   Activation activation;
@@ -27,9 +27,9 @@ template <class A, class PerChannel, class Activation> struct FromInputTile {
 };
 
 template <class A, class PerChannel, class Activation> struct FromJoinTile {
-  static constexpr bool writes_dy = true;
+  static constexpr bool writes = true;
   Runs<A> grad, x, residual;
-  Target<A> dy;
+  Target<A> target;
   AffineAt<PerChannel> affine;
   Activation activation;
 
@@ -41,6 +41,7 @@ template <class A, class PerChannel, class Activation> struct FromJoinTile {
     A centred = x(run, i) - channel.mean;
     return {activation.gradient(grad(run, i), channel.value(centred) + residual(run, i)), centred};
   }
+  NORMPASS_ALWAYS_INLINE A written(const AffineValues<A>&, A dy, int, int64_t) const { return dy; }
 };
 
 template <class S> struct FromInput {
@@ -104,10 +105,11 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
 }
 
 template <class A, class Gradients> NORMPASS_SHARED void differentiate(const Gradients& gradients, int64_t n) {
-  write_lines<1>(n, gradients.dy, [&](int64_t begin, auto values, const Line<A>& to) {
+  write_lines<1>(n, gradients.target, [&](int64_t begin, auto values, const Line<A>& to) {
     gradients.template prefetch<1>(begin);
     const int64_t count = values;
 #pragma GCC ivdep
+#pragma GCC unroll 1
     for (int64_t i = 0; i < count; ++i) to(0, i) = gradients.at(gradients.channel(begin + i), 0, begin + i).dy;
   });
 }
@@ -120,7 +122,7 @@ template <class S, class Walk> void differentiate_only(const Walk& walk, const F
     TileBuffers<A> buffers;
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
       source.first_pass(walk, buffers, tile, [&](const auto& gradients) {
-        if constexpr (std::decay_t<decltype(gradients)>::writes_dy) differentiate<A>(gradients, tile.n);
+        if constexpr (std::decay_t<decltype(gradients)>::writes) differentiate<A>(gradients, tile.n);
       });
     });
     source.end_of_first_pass();

@@ -1,6 +1,7 @@
 // A tile: a run of consecutive values, or some of the same channels that are worked on together. 16-bit storage is
 // widened into a buffer first. The loops over a tile go line by line (`each_line`), each line a short loop that the
-// compiler makes a few vector instructions of.
+// compiler makes a few vector instructions of: with `ivdep`, for what is written is not read, and `unroll 1`, for
+// unrolled before it is vectorised it would stay scalar.
 //
 // What a loop over a tile is given goes by reference. Copied, its fields are written one by one and read two by two,
 // which the processor does not forward: it waits until all stores before, those of the last tile, have reached the
@@ -27,8 +28,8 @@ namespace normpass {
 constexpr int64_t tile_size = 512;  // values in a run: with its operands and results, within a cache of 32 KiB
 constexpr int runs_at_once = 4;     // in a tile of several runs, which only float storage has
 
-// Results of this many bytes are written past the caches.
-constexpr int64_t streamed_from = int64_t(1) << 24;
+// Results of this many bytes, a quarter of a usual last-level cache, are written past the caches.
+constexpr int64_t streamed_from = int64_t(1) << 23;
 
 struct BFloat16 { uint16_t bits; };
 struct Half { uint16_t bits; };
@@ -135,7 +136,7 @@ template <class A> struct Target {
   bool streamed = false;
 };
 
-// The same for the n values that follow these n.
+// Asks it for the n values that follow these n.
 template <class S> NORMPASS_ALWAYS_INLINE void prefetch_next(const S* values, int64_t n) {
   const char* next = reinterpret_cast<const char*>(values + n);
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) __builtin_prefetch(next + i, 0, 2);
@@ -198,7 +199,9 @@ template <class A> struct Line {
 };
 
 // Calls f(begin, count) for the lines of a run, where count is a constant, so that a loop up to it becomes a few
-// instructions with prefetches among them; and for what is left.
+// instructions with prefetches among them; and for what is left, where it is a number.
+template <class Count> constexpr bool is_rest = std::is_same<Count, int64_t>::value;
+
 template <class A, class F> NORMPASS_ALWAYS_INLINE void each_line(int64_t n, F f) {
   int64_t i = 0;
   for (; i + line<A> <= n; i += line<A>) f(i, std::integral_constant<int64_t, line<A>>());
@@ -208,7 +211,7 @@ template <class A, class F> NORMPASS_ALWAYS_INLINE void each_line(int64_t n, F f
 // Calls f(begin, count, to) in the same way, where f writes to(run, i) for i < count.
 template <int RUNS, class A, class F> NORMPASS_ALWAYS_INLINE void write_lines(int64_t n, const Target<A>& target, F f) {
   each_line<A>(n, [&](int64_t begin, auto count) {
-    if constexpr (!std::is_same<decltype(count), int64_t>::value) {
+    if constexpr (!is_rest<decltype(count)>) {
       if (target.streamed) {
         alignas(64) A values[RUNS * line<A>];
         f(begin, count, Line<A>{values, line<A>});
@@ -220,6 +223,13 @@ template <int RUNS, class A, class F> NORMPASS_ALWAYS_INLINE void write_lines(in
     }
     f(begin, count, Line<A>{target.values + begin, target.stride});
   });
+}
+
+template <class A> NORMPASS_ALWAYS_INLINE A sum_of_line(const A* values) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < line<A>; ++i) sum += values[i];
+  return sum;
 }
 
 struct ActivationCall {
