@@ -29,7 +29,7 @@ template <class A> struct Derivative {
 template <int RUNS, int STEP, class A, class Gradients>
 NORMPASS_ALWAYS_INLINE void add_sums(const Gradients& gradients, int64_t n, A* dy_sums, A* centred_sums,
                                      Derivative<A>& rest) {
-  auto add = [&](int64_t i, A& dy, A& centred, auto write) {
+  auto add = [&](int64_t i, A& dy, A& centred, auto write) NORMPASS_INLINED_LAMBDA {
     auto channel = gradients.channel(i);
     A sum = 0, product = 0;
 #pragma GCC unroll 4
@@ -42,13 +42,13 @@ NORMPASS_ALWAYS_INLINE void add_sums(const Gradients& gradients, int64_t n, A* d
     dy += sum;
     centred += product;
   };
-  auto add_line = [&](int64_t begin, auto values, auto write) {
+  auto add_line = [&](int64_t begin, auto values, auto write) NORMPASS_INLINED_LAMBDA {
     gradients.template prefetch<RUNS>(begin);
     const int64_t count = values;
     if constexpr (STEP == 0 && is_rest<decltype(values)>) {
       for (int64_t i = 0; i < count; ++i)
         add(begin + i, rest.dy, rest.centred,
-            [&](int run, const auto& channel, A dy) { write(run, i, channel, dy); });
+            [&](int run, const auto& channel, A dy) NORMPASS_INLINED_LAMBDA { write(run, i, channel, dy); });
     } else {
       A* const sums = dy_sums + STEP * begin;
       A* const products = centred_sums + STEP * begin;
@@ -56,12 +56,12 @@ NORMPASS_ALWAYS_INLINE void add_sums(const Gradients& gradients, int64_t n, A* d
 #pragma GCC unroll 1
       for (int64_t i = 0; i < count; ++i)
         add(begin + i, sums[i], products[i],
-            [&](int run, const auto& channel, A dy) { write(run, i, channel, dy); });
+            [&](int run, const auto& channel, A dy) NORMPASS_INLINED_LAMBDA { write(run, i, channel, dy); });
     }
   };
   if constexpr (Gradients::writes) {
     write_lines<RUNS>(n, gradients.target, [&](int64_t begin, auto values, const Line<A>& to) {
-      add_line(begin, values, [&](int run, int64_t i, const auto& channel, A dy) {
+      add_line(begin, values, [&](int run, int64_t i, const auto& channel, A dy) NORMPASS_INLINED_LAMBDA {
         to(run, i) = gradients.written(channel, dy, run, begin + i);
       });
     });
@@ -115,10 +115,11 @@ template <class A> class RowAccumulator {
 };
 
 // Of a tile of one plane.
-template <class A, class Gradients> NORMPASS_SHARED Derivative<A> sums_of_plane(const Gradients& gradients, int64_t n) {
+template <int RUNS, class A, class Gradients>
+NORMPASS_SHARED Derivative<A> sums_of_plane(const Gradients& gradients, int64_t n) {
   alignas(64) A dy[line<A>] = {}, centred[line<A>] = {};
   Derivative<A> rest{0, 0};
-  add_sums<1, 0>(gradients, n, dy, centred, rest);
+  add_sums<RUNS, 0>(gradients, n, dy, centred, rest);
   return {sum_of_line(dy) + rest.dy, sum_of_line(centred) + rest.centred};
 }
 
@@ -127,7 +128,7 @@ template <class A> class PlaneAccumulator {
   explicit PlaneAccumulator(const Planes& planes) : total_(planes.width()) {}
 
   template <int RUNS, class Gradients> void add(const Gradients& gradients, int64_t n, int64_t channel) {
-    Derivative<A> sum = sums_of_plane<A>(gradients, n);
+    Derivative<A> sum = sums_of_plane<RUNS, A>(gradients, n);
     total_.dy[channel] += sum.dy;
     total_.dy_centred[channel] += sum.centred;
   }

@@ -129,7 +129,7 @@ void walk_share(const Planes& walk, const Call<S>& call, const Affine<Wide<S>>& 
     with_activation<A>(call.activation, [&](auto activation) {
       with_addition(adds, [&](auto added) {
         PieceTile<added.value, A, OneForAll<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
-        Derivative<A> sum = sums_of_plane<A>(tile, n);
+        Derivative<A> sum = sums_of_plane<1, A>(tile, n);
         sums.dy[channel] += sum.dy;
         sums.dy_centred[channel] += sum.centred;
       });

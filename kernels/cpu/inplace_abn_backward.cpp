@@ -40,7 +40,7 @@ template <class S> struct FromOutput {
 
   template <class Walk, class F>
   void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
-    const int64_t stride = walk.width();
+    const int64_t stride = tile.stride;
     Runs<A> from = read_tile(z, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
     auto shift = walk.at(bias, tile.position), divisor = walk.at(reciprocal, tile.position);
     auto slope = walk.at(scale, tile.position);

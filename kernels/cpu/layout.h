@@ -6,8 +6,8 @@
 //   Planes  inner > 1: `inner` values of one channel after another. A tile is a part of one plane.
 //
 // `tiles<S>(thread, threads, f)` calls f(tile) for the tiles of one thread's share; S is the storage type.
-// `groups` calls f(tile, runs) for tiles of several runs where there are some (float rows), for sums that are loaded and
-// stored once for all of them; what is written comes faster run by run.
+// `groups` calls f(tile, runs) for tiles of several runs where there are some (float rows), for sums that are loaded
+// and stored once for all of them; what is written comes faster run by run.
 // `width()`: of the arrays of per-channel values that a tile's position refers to, and from run to run. In ascending
 // order: to walk back to what a pass before left in the cache was no faster, neither tile by tile nor 64 KiB by 64 KiB.
 #pragma once
@@ -54,8 +54,7 @@ class Rows {
     if constexpr (std::is_same<S, float>::value)
       for (; index + runs_at_once <= std::min(end, layout_.size() / pattern_); index += runs_at_once)
         for (int64_t i = 0; i < pattern_; i += tile_size)
-          f(Tile{index * pattern_ + i, std::min(tile_size, pattern_ - i), i},
-            RunCount<runs_at_once>());
+          f(Tile{index * pattern_ + i, std::min(tile_size, pattern_ - i), i, pattern_}, RunCount<runs_at_once>());
     for (; index < end; ++index) tiles_of(index, [&](const Tile& tile) { f(tile, RunCount<1>()); });
   }
 
@@ -86,19 +85,32 @@ class Planes {
     return {values[position]};
   }
   template <class S, class F> void tiles(int thread, int threads, F f) const {
+    parts(thread, threads, tile_size, f);
+  }
+  // The runs follow one another.
+  template <class S, class F> void groups(int thread, int threads, F f) const {
+    constexpr bool is_float = std::is_same<S, float>::value;
+    parts(thread, threads, is_float ? runs_at_once * tile_size : tile_size, [&](const Tile& tile) {
+      const int64_t run = is_float ? tile.n / (runs_at_once * line<float>) * line<float> : 0;
+      const int64_t done = run * runs_at_once;
+      if constexpr (is_float)
+        if (run > 0) f(Tile{tile.offset, run, tile.position, run}, RunCount<runs_at_once>());
+      if (done < tile.n) f(Tile{tile.offset + done, tile.n - done, tile.position}, RunCount<1>());
+    });
+  }
+
+ private:
+  // Parts of at most `most` values of one plane, as one run.
+  template <class F> void parts(int thread, int threads, int64_t most, F f) const {
     int64_t units = layout_.outer * layout_.channels * parts_;
     for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) {
       int64_t plane = unit / parts_, first = unit % parts_ * part_;
       int64_t length = std::min(part_, layout_.inner - first);
       int64_t start = plane * layout_.inner + first, channel = plane % layout_.channels;
-      for (int64_t i = 0; i < length; i += tile_size) f(Tile{start + i, std::min(tile_size, length - i), channel});
+      for (int64_t i = 0; i < length; i += most) f(Tile{start + i, std::min(most, length - i), channel});
     }
   }
-  template <class S, class F> void groups(int thread, int threads, F f) const {
-    tiles<S>(thread, threads, [&](const Tile& tile) { f(tile, RunCount<1>()); });
-  }
 
- private:
   static constexpr int64_t part_ = 32 * tile_size;  // a large plane is shared among threads
   Layout layout_;
   int64_t parts_;

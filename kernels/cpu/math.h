@@ -12,6 +12,7 @@ namespace normpass {
 
 #define NORMPASS_EXPORT extern "C" __attribute__((visibility("default")))
 #define NORMPASS_ALWAYS_INLINE inline __attribute__((always_inline))
+#define NORMPASS_INLINED_LAMBDA __attribute__((always_inline))  // goes behind its parameters
 #define NORMPASS_SHARED __attribute__((noinline))  // a loop that several storage types have in common: compiled once
 
 // One rounding where the processor has it. Written out, so that forward and backward round alike.

@@ -58,7 +58,7 @@ template <class S> struct FromInput {
   void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
     auto at = affine_at(walk, affine, tile.position);
     using PerChannel = decltype(at.mean);
-    const int64_t stride = walk.width();
+    const int64_t stride = tile.stride;
     Runs<A> from = read_tile(x, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
     if (residual == nullptr && dresidual == nullptr) {
       with_activation<A>(activation, [&](const auto& act) {

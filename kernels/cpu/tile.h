@@ -108,6 +108,7 @@ struct Tile {
   int64_t offset;    // of the first value of the first run
   int64_t n;         // values in a run
   int64_t position;  // where the per-channel values of a run begin
+  int64_t stride = 0;  // from run to run, where there are several
 };
 
 template <int RUNS> using RunCount = std::integral_constant<int, RUNS>;

@@ -57,9 +57,18 @@ template <class T> struct LeakyRelu {
   static constexpr bool is_costly = false;
   T slope, reciprocal;
   NORMPASS_INLINE explicit LeakyRelu(double slope, double) : slope(T(slope)), reciprocal(T(1 / slope)) {}
-  NORMPASS_INLINE T value(T y) const { return y > T(0) ? y : y * slope; }
-  NORMPASS_INLINE T gradient(T g, T y) const { return y > T(0) ? g : g * slope; }
-  NORMPASS_INLINE T inverse(T z) const { return z > T(0) ? z : z * reciprocal; }
+  NORMPASS_INLINE T value(T y) const {
+    T below = y * slope;
+    return y > T(0) ? y : below;
+  }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T below = g * slope;
+    return y > T(0) ? g : below;
+  }
+  NORMPASS_INLINE T inverse(T z) const {
+    T below = z * reciprocal;
+    return z > T(0) ? z : below;
+  }
 };
 
 // scale·y above 0, scale·alpha·(exp(input_scale·y) − 1) below: ELU, SELU and CELU.
