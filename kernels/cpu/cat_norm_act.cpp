@@ -33,11 +33,12 @@ template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<
       with_activation<A>(call.activation, [&](auto activation) {
         groups_of_rows(strip, [&](int64_t row, auto runs) {
           const S* from = call.x(strip.piece) + strip.own + row * channels;
-          Tile tile{strip.whole + row * layout.channels, strip.n, strip.channel};
+          const int64_t stride = runs.value == 1 ? 0 : layout.channels;
+          Tile tile{strip.whole + row * layout.channels, strip.n, strip.channel, stride};
           Target<A> target = target_of(call.z, layout.channels, buffer, tile, call.streamed);
           Runs<A> values = read_runs(from, channels, wide, runs.value, strip.n);
           forward_tile<runs.value>(values, none, target, strip.n, at, activation);
-          finish_tile(call.z, target, tile, runs.value, layout.channels);
+          finish_tile(call.z, target, tile);
         });
       });
     });

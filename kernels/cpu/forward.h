@@ -8,7 +8,8 @@ namespace normpass {
 
 template <int RUNS, class A, class PerChannel, class Activation>
 NORMPASS_SHARED void forward_tile(const Runs<A>& x, const Runs<A>& residual, const Target<A>& z, int64_t n,
-                                  const AffineAt<PerChannel>& at, const Activation& activation) {
+                                  const AffineAt<PerChannel>& at, const Activation& given) {
+  const Activation activation = given;  // its fields, read under a condition, would keep the loop scalar
   if (residual.values == nullptr) {
     write_lines<RUNS>(n, z, [&](int64_t begin, auto values, Line<A> to) {
       x.template prefetch<RUNS>(begin);

@@ -108,7 +108,8 @@ struct Tile {
   int64_t offset;    // of the first value of the first run
   int64_t n;         // values in a run
   int64_t position;  // where the per-channel values of a run begin
-  int64_t stride = 0;  // from run to run, where there are several
+  int64_t stride = 0;  // from run to run; 0: there is one
+  int runs() const { return stride == 0 ? 1 : runs_at_once; }
 };
 
 template <int RUNS> using RunCount = std::integral_constant<int, RUNS>;
@@ -130,7 +131,7 @@ template <class A> struct Runs {
   }
 };
 
-// The runs of a tile, for writing. `streamed`: past the caches; every run begins at a line of them.
+// The runs of a tile, for writing: in their place or in a buffer, from where `finish_tile` takes them.
 template <class A> struct Target {
   A* values;
   int64_t stride;
@@ -154,16 +155,23 @@ template <class S> Runs<Wide<S>> read_tile(const S* from, int64_t stride, Wide<S
   }
 }
 
-// Past the caches, so that what is overwritten is not read into them first.
-NORMPASS_ALWAYS_INLINE void stream_line(void* to, const void* from) {
+// Past the caches, so that what is overwritten is not read into them first. From a buffer, a tile at a time: streamed
+// line by line from the stack, each line waits for itself, and with a copy of the loop that streams its results the
+// compiler vectorised only one of the two.
+template <class A> void stream_run(A* to, const A* from, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; reinterpret_cast<uintptr_t>(to) % 64 == 0 && i + line<A> <= n; i += line<A>) {
 #if defined(__AVX512F__)
-  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
-#elif defined(__AVX2__)
-  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_load_si256(static_cast<const __m256i*>(from)));
-  _mm256_stream_si256(static_cast<__m256i*>(to) + 1, _mm256_load_si256(static_cast<const __m256i*>(from) + 1));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
 #else
-  std::memcpy(to, from, 64);
+    for (int64_t half = 0; half < line<A>; half += line<A> / 2)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + half),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + half)));
 #endif
+  }
+#endif
+  std::memcpy(to + i, from + i, (n - i) * sizeof(A));
 }
 
 inline void end_of_stream() {
@@ -176,18 +184,20 @@ inline void end_of_stream() {
 // is not their place yet.
 template <class S>
 Target<Wide<S>> target_of(S* to, int64_t stride, Wide<S>* buffer, const Tile& tile, bool streamed) {
-  if constexpr (std::is_same<S, Wide<S>>::value) {
-    bool at_lines = (reinterpret_cast<uintptr_t>(to + tile.offset) | stride * sizeof(S)) % 64 == 0;
-    return {to + tile.offset, stride, streamed && at_lines};
-  }
-  return {buffer, tile_size};
+  if constexpr (std::is_same<S, Wide<S>>::value)
+    if (!streamed) return {to + tile.offset, stride};
+  return {buffer, tile_size, streamed};
 }
 
 template <class S>
-void finish_tile(S* to, const Target<Wide<S>>& target, const Tile& tile, int runs = 1, int64_t stride = 0) {
-  if constexpr (!std::is_same<S, Wide<S>>::value)
-    for (int run = 0; run < runs; ++run)
-      narrow(target.values + run * target.stride, to + tile.offset + run * stride, tile.n);
+void finish_tile(S* to, const Target<Wide<S>>& target, const Tile& tile) {
+  if (std::is_same<S, Wide<S>>::value && !target.streamed) return;
+  for (int run = 0; run < tile.runs(); ++run) {
+    S* there = to + tile.offset + run * tile.stride;
+    const Wide<S>* values = target.values + run * target.stride;
+    if constexpr (std::is_same<S, Wide<S>>::value) stream_run(there, values, tile.n);
+    else narrow(values, there, tile.n);
+  }
 }
 
 // --- loops over a tile ---------------------------------------------------------------------------------------
@@ -211,19 +221,7 @@ template <class A, class F> NORMPASS_ALWAYS_INLINE void each_line(int64_t n, F f
 
 // Calls f(begin, count, to) in the same way, where f writes to(run, i) for i < count.
 template <int RUNS, class A, class F> NORMPASS_ALWAYS_INLINE void write_lines(int64_t n, const Target<A>& target, F f) {
-  each_line<A>(n, [&](int64_t begin, auto count) {
-    if constexpr (!is_rest<decltype(count)>) {
-      if (target.streamed) {
-        alignas(64) A values[RUNS * line<A>];
-        f(begin, count, Line<A>{values, line<A>});
-#pragma GCC unroll 4
-        for (int run = 0; run < RUNS; ++run)
-          stream_line(target.values + run * target.stride + begin, values + run * line<A>);
-        return;
-      }
-    }
-    f(begin, count, Line<A>{target.values + begin, target.stride});
-  });
+  each_line<A>(n, [&](int64_t begin, auto count) { f(begin, count, Line<A>{target.values + begin, target.stride}); });
 }
 
 template <class A> NORMPASS_ALWAYS_INLINE A sum_of_line(const A* values) {

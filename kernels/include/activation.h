@@ -79,11 +79,13 @@ template <class T> struct ExponentialUnit {
       : alpha(T(alpha)), scale(T(scale)), input_scale(T(input_scale)),
         smallest(sizeof(T) == 8 ? T(2.220446049250313e-16) - T(1) : T(1.1920929e-07f) - T(1)) {}
   NORMPASS_INLINE T value(T y) const {
-    T below = alpha * exponential_minus_1(y > T(0) ? T(0) : y * input_scale);
+    T scaled = y * input_scale;
+    T below = alpha * exponential_minus_1(y > T(0) ? T(0) : scaled);
     return scale * (y > T(0) ? y : below);
   }
   NORMPASS_INLINE T gradient(T g, T y) const {
-    T slope = alpha * input_scale * exponential(y > T(0) ? T(0) : y * input_scale);
+    T scaled = y * input_scale;
+    T slope = alpha * input_scale * exponential(y > T(0) ? T(0) : scaled);
     return g * scale * (y > T(0) ? T(1) : slope);
   }
   // z = −scale·alpha is reached only by rounding: the logarithm of 0 is kept away.
