@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -44,6 +44,73 @@ class Running(NamedTuple):
     mean: Tensor
     var: Tensor
     momentum: float
+
+
+class InputNorm(NamedTuple):
+    """z = act((x − mean)·rsqrt(var + eps)·weight + bias), computed while x is read: z itself is never written.
+
+    weight, bias, mean, var: contiguous, (C,), in the statistics dtype.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+    activation: str
+    activation_args: Sequence[float]
+
+
+class Depthwise(Protocol):
+    """Convolutions with a kernel of their own for every channel: `ops.depthwise_conv2d`.
+
+    x, y and grad: dense in one memory format. weight: (C, 1, kernel height, kernel width), contiguous. stride, padding:
+    rows and columns.
+    """
+
+    def convolves(
+        self,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> bool:
+        """Whether `convolve` takes an x of this kind, or with `transposed` a gradient."""
+
+    def convolve(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        transposed: bool = False,
+        norm: InputNorm | None = None,
+    ) -> None:
+        """y from x, or from z. `transposed`: x is the gradient of the result and y that of the input."""
+
+    def has_weight_gradient(
+        self,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+    ) -> bool:
+        """Whether `weight_gradient` takes an x of this kind, and faster than the vendor's."""
+
+    def weight_gradient(
+        self,
+        dweight: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        memory_format: torch.memory_format,
+        norm: InputNorm | None = None,
+    ) -> None:
+        """dweight: in the statistics dtype."""
 
 
 class Winograd(Protocol):
@@ -188,12 +255,8 @@ class Kernels(Protocol):
     def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None: ...
 
     @property
-    def depthwise_weight_gradient(self) -> Callable[..., None] | None:
-        """`(dweight, grad, x, stride, padding, memory_format)`, or None where the vendor's is to run.
-
-        dweight: (C, 1, kernel height, kernel width) in the statistics dtype, contiguous. grad and x: dense in
-        `memory_format`. stride, padding: rows and columns. Widths and strides as in `ops.depthwise_conv2d`.
-        """
+    def depthwise(self) -> Depthwise | None:
+        """None where the vendor's are to run."""
 
     @property
     def winograd(self) -> Winograd | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import ACTIVATIONS, Layout, Running
+from normpass.kernels.cpu_depthwise import CpuDepthwise
 from normpass.kernels.cpu_winograd import CpuWinograd
 
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
@@ -38,7 +39,8 @@ _SIGNATURES = {
     "add_statistics_gradient": (*[_POINTER] * 4, *_END),
     "inplace_abn_backward": (*[_POINTER] * 8, _DOUBLE, _INT, *_ACTIVATION, *_END),
     "running_stats": (*[_POINTER] * 4, _DOUBLE, _LONG, _LONG, _INT),
-    "depthwise_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 12, *[_INT] * 3),
+    "depthwise_conv2d": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
+    "depthwise_weight_gradient": (*[_POINTER] * 7, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
     "winograd_conv2d": (*[_POINTER] * 4, *[_LONG] * 9, *[_INT] * 5),
     "winograd_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 9, *[_INT] * 4),
 }
@@ -60,7 +62,8 @@ class CpuKernels:
         self._add_statistics_gradient = _function(library, "add_statistics_gradient")
         self._inplace_abn_backward = _function(library, "inplace_abn_backward")
         self._running_stats = _function(library, "running_stats")
-        self._depthwise_weight_gradient = _function(library, "depthwise_weight_gradient")
+        functions = _function(library, "depthwise_conv2d"), _function(library, "depthwise_weight_gradient")
+        self.depthwise = CpuDepthwise(*functions, _DTYPES, _CODES, _threads)
         convolve = _function(library, "winograd_conv2d")
         weight_gradient = _function(library, "winograd_weight_gradient")
         has_products = "baseline" not in path.name
@@ -247,30 +250,6 @@ class CpuKernels:
             mean.numel(),
             _DTYPES[mean.dtype],
         )
-
-    def depthwise_weight_gradient(
-        self,
-        dweight: Tensor,
-        grad: Tensor,
-        x: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        memory_format: torch.memory_format,
-    ) -> None:
-        status = self._depthwise_weight_gradient(
-            dweight.data_ptr(),
-            grad.data_ptr(),
-            x.data_ptr(),
-            *x.shape,
-            *grad.shape[2:],
-            *dweight.shape[2:],
-            *stride,
-            *padding,
-            memory_format is torch.channels_last,
-            _DTYPES[x.dtype],
-            _threads(x),
-        )
-        assert status == 0, f"no loop for a kernel of {tuple(dweight.shape[2:])} with a stride of {tuple(stride)}"
 
 
 def load() -> tuple[CpuKernels | None, str]:

@@ -52,7 +52,7 @@ class CudaKernels:
     """The `Kernels` of CUDA devices."""
 
     most_pieces = PIECES[-1]
-    depthwise_weight_gradient = None  # cuDNN's will do
+    depthwise = None  # cuDNN's will do
     winograd = None  # cuDNN has its own
 
     def __init__(self, device: Device):

@@ -22,6 +22,7 @@ class Program:
 
     run: Callable
     graph: fx.Graph
+    """what is run, before nodes were joined"""
     plan: Plan
     guard: Guard
     derived: dict[str, str]
@@ -47,13 +48,18 @@ class Passes:
     """gives some convolutions a kernel of ours"""
     regions: Any
     """runs producers again"""
+    joins: Any
+    """makes one node of a norm and what reads it"""
 
 
 def apply_plan(capture: Capture, plan: Plan, passes: Passes, decisions: Decisions = DEFAULT) -> Program:
     """Rewrite the captured graph as planned and make it callable. The capture is used up."""
     graph = capture.graph
     rewritten = rewrite_graph(graph, capture.root, plan, passes, decisions)
-    run = type(fx.GraphModule(capture.root, graph)).forward
+    joined = fx.Graph()
+    joined.output(joined.graph_copy(graph, {}))
+    passes.joins.apply(joined, capture.root)
+    run = type(fx.GraphModule(capture.root, joined)).forward
     planned = bool(decisions.keys)
     names = rewritten.derived, rewritten.rebuilt, rewritten.convolutions
     return Program(run, graph, plan, capture.guard, *names, planned)

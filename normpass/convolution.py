@@ -13,11 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normpass.functional import fusible, op_args, rebuilt_norm_act, split_norm_act
 from normpass.graph import hooks_of
 from normpass.kernels import Kernels, kernels_for
-from normpass.ops.depthwise_conv2d import STRIDES, WIDTHS, DepthwiseConv2d, depthwise_conv2d
+from normpass.kernels.cpu_depthwise import STRIDES, WIDTHS
+from normpass.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d
 from normpass.ops.eager import eager_device, under_other_derivatives
+from normpass.ops.layout import memory_format_of
 from normpass.ops.library import is_exporting
+from normpass.ops.norm_act_depthwise import norm_act_depthwise_on
 from normpass.ops.winograd_conv2d import DTYPES, KERNEL_SIZE, LARGEST_PADDING, WinogradConv2d, pays, winograd_conv2d
 
 _NARROWED = {torch.float32, torch.bfloat16, torch.float16}
@@ -60,8 +64,21 @@ def convolution_function(
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
+def norm_act_convolution(
+    norm: Any, layer: nn.Conv2d, x: Tensor, activation: str = "identity", activation_args: Sequence[float] = ()
+) -> Tensor:
+    """`layer(act(norm(x)))`; where one kernel does both, the result of the norm is never written. x: (N, C, H, W)."""
+    steps = _joined_steps(layer, x)
+    tensors = None if steps is None else fusible(norm, x, None, activation)
+    if steps is None or tensors is None:
+        return convolution_layer(layer, split_norm_act(norm, x, None, activation, activation_args))
+    args = op_args("cpu", norm, tensors, x, None, activation, activation_args)
+    y = norm_act_depthwise_on("cpu", x, args[2:6], args[6:], layer.weight, layer.bias, *steps)
+    return convolution_layer(layer, rebuilt_norm_act("cpu", args)) if y is None else y
+
+
 def is_depthwise(kernel_size: Sequence[int], stride: Any, groups: int, channels: int) -> bool:
-    """Whether the gradient of the weight has a kernel, for convolutions of this kind."""
+    """Whether there are kernels for convolutions of this kind."""
     step = _pair(stride)
     return groups == channels > 1 and kernel_size[1] in WIDTHS and step is not None and step[1] in STRIDES
 
@@ -78,13 +95,33 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, pad
     if not trains or weight.shape[1] != 1 or weight.shape[0] != x.shape[1] or not weight.is_contiguous():
         return None
     dtype, is_traced = _dtype(x, weight, bias), torch.compiler.is_compiling()
-    if dtype not in _FLOATING or not (is_traced or _kernels(x, weight, bias) is not None):
+    if dtype not in _FLOATING or not (is_traced or _has_gradient(x, dtype, weight, bias, stride)):
         return None
+    if is_traced and weight.shape[3] == 3:
+        return None  # fused with what is around it, the vendor's does as well
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if is_traced:
         return depthwise_conv2d(x, weight, bias, stride, padding)
     y: Tensor = DepthwiseConv2d.apply(x, weight, bias, stride, padding, "cpu")
     return y
+
+
+def _joined_steps(layer: nn.Conv2d, x: Tensor) -> tuple[Pair, Pair] | None:
+    """Stride and padding, if one kernel may normalise x and convolve it as far as the layer is concerned."""
+    if type(layer) is not nn.Conv2d or any(hooks_of(layer)) or layer.padding_mode != "zeros":
+        return None
+    weight, bias, stride, padding = layer.weight, layer.bias, _pair(layer.stride), _pair(layer.padding)
+    if stride is None or padding is None or _pair(layer.dilation) != _ONCE:
+        return None
+    if not _fits(x, weight) or layer.groups != x.shape[1] or _dtype(x, weight, bias) != x.dtype:
+        return None
+    kernels = _kernels(x, weight, bias)
+    depthwise = None if kernels is None else kernels.depthwise
+    if depthwise is None or not depthwise.convolves(
+        x.dtype, memory_format_of(x), weight.shape[2:], stride, padding
+    ):
+        return None
+    return stride, padding
 
 
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair) -> Tensor | None:
@@ -97,6 +134,12 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair) -> 
         return None
     y: Tensor = WinogradConv2d.apply(x, weight, bias, padding, "cpu")
     return y
+
+
+def _has_gradient(x: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor | None, stride: Pair) -> bool:
+    kernels = _kernels(x, weight, bias)
+    depthwise = None if kernels is None else kernels.depthwise
+    return depthwise is not None and depthwise.has_weight_gradient(dtype, memory_format_of(x), weight.shape[2:], stride)
 
 
 def _kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Kernels | None:

@@ -115,7 +115,7 @@ def fused_norm_act(norm, x, residual=None, activation="identity", activation_arg
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
-    return norm_act_on(device, *_op_args(device, norm, tensors, x, residual, activation, activation_args))
+    return norm_act_on(device, *op_args(device, norm, tensors, x, residual, activation, activation_args))
 
 
 def split_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
@@ -124,9 +124,14 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
-    args = _op_args(device, norm, tensors, x, residual, activation, activation_args)
+    return rebuilt_norm_act(device, op_args(device, norm, tensors, x, residual, activation, activation_args))
+
+
+def rebuilt_norm_act(device: str | None, args: tuple) -> Tensor:
+    """`norm_act` of these arguments; who saves the result saves its recipe instead."""
     if torch.compiler.is_compiling():
-        return rebuilt_when_compiled(norm_act, *args)
+        result: Tensor = rebuilt_when_compiled(norm_act, *args)
+        return result
     z = norm_act_on(device, *args)
     if is_recording():
         tag(z, rebuild_norm_act, args)
@@ -144,7 +149,7 @@ def prepare_norm_act(norm, x, residual=None, activation="identity", activation_a
     tensors = fusible(norm, x, residual, activation)
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
-    return _op_args(eager_device(x, residual), norm, tensors, x, residual, activation, activation_args, moments)
+    return op_args(eager_device(x, residual), norm, tensors, x, residual, activation, activation_args, moments)
 
 
 def finish_norm_act(prepared):
@@ -158,7 +163,7 @@ def inplace_abn(norm, x, activation="identity", activation_args=()):
     if tensors is None:
         return plain_norm_act(norm, x, None, activation, activation_args, "")
     device = eager_device(x)
-    args = _op_args(device, norm, tensors, x, None, activation, activation_args)
+    args = op_args(device, norm, tensors, x, None, activation, activation_args)
     return inplace_abn_on(device, args[0], *args[2:])
 
 
@@ -181,9 +186,10 @@ def survival_noise(x: Tensor, p: float, mode: str) -> Tensor:
     return noise if p == 1.0 else noise.div_(1.0 - p)
 
 
-def _op_args(
+def op_args(
     device, norm, tensors: NormTensors, x, residual, activation, activation_args, moments: Any = None
 ) -> tuple:
+    """The arguments of `norm_act` for this call; in training the running statistics move."""
     mean, var, of_batch = _statistics(device, norm, tensors, x, moments)
     return x, residual, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 

@@ -57,7 +57,7 @@ class Options:
     """what it is planned for: a tensor on `meta` for each argument"""
 
 
-PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.CONVOLUTIONS, passes.REGIONS)
+PASSES = Passes(passes.ORDER, passes.AFTER_SITES, passes.CONVOLUTIONS, passes.REGIONS, passes.JOINS)
 
 
 @dataclass

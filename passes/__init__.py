@@ -8,6 +8,7 @@ from __future__ import annotations
 from normpass.passes.convolution_kernels import ConvolutionKernels
 from normpass.passes.derive_recipes import DeriveRecipes
 from normpass.passes.fuse_norm_act import FuseNormAct
+from normpass.passes.fuse_norm_convolution import FuseNormConvolution
 from normpass.passes.group_norm import GroupNorm
 from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
@@ -31,6 +32,7 @@ SPECIALISE = SpecialiseSwitchable()  # before the sites: it makes other nodes of
 AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
 CONVOLUTIONS = ConvolutionKernels()
 REGIONS = RecomputeRegion()  # last, and only what a plan asks for
+JOINS = FuseNormConvolution()  # of what runs: what is planned and reported is the graph before
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
     "group_norm": GroupNorm,
@@ -42,12 +44,14 @@ __all__ = [
     "AFTER_SITES",
     "CHANGES",
     "CONVOLUTIONS",
+    "JOINS",
     "ORDER",
     "REGIONS",
     "SPECIALISE",
     "ConvolutionKernels",
     "DeriveRecipes",
     "FuseNormAct",
+    "FuseNormConvolution",
     "GroupNorm",
     "InplaceABN",
     "Kalman",

@@ -1,22 +1,12 @@
-// depthwise_weight_gradient: of a convolution that has a kernel of its own for every channel,
+// depthwise_weight_gradient: dweight[c, i, j] = Σ grad[n, c, y, x] · z[n, c, y·stride + i − padding, x·stride + j − padding],
+// where z is x or act(norm(x)), which is never written.
 //
-//   dweight[c, i, j] = Σ grad[n, c, y, x] · input[n, c, y·stride + i − padding, x·stride + j − padding]
-//
-// A few channels, as many as a vector holds, are worked on together, row after row of `grad`. The rows of the input
-// that it meets lie in a ring, widened, channels innermost and with zeros where the padding is: so both layouts and
-// every storage type share one loop, which has no borders. Reads both arrays once; sums a sample in the wide type and
+// Row after row of `grad` with the rows of z that it meets. Reads both arrays once; sums a sample in the wide type and
 // samples in double.
-#include "layout.h"
-#include "vector.h"
+#include "depthwise.h"
 
 namespace normpass {
 namespace {
-
-struct Depthwise {
-  int64_t samples, channels, height, width, out_height, out_width;
-  int64_t kernel_height, stride_height, stride_width, padding_height, padding_width;
-  bool channels_last;
-};
 
 #if defined(__AVX512F__)
 constexpr int at_once = 4;  // registers: a row of the kernel, `at_once` of grad, what they meet
@@ -24,33 +14,12 @@ constexpr int at_once = 4;  // registers: a row of the kernel, `at_once` of grad
 constexpr int at_once = 2;
 #endif
 
-template <class S> NORMPASS_ALWAYS_INLINE void copy_wide(const S* from, Wide<S>* to, int64_t n) {
-  if constexpr (std::is_same<S, Wide<S>>::value) std::memcpy(to, from, n * sizeof(S));
-  else widen(from, to, n);
-}
+struct Convolution {
+  Images x, grad;
+  int64_t kernel_height, stride_height, padding_height, padding_width;
+};
 
-// Row y of `count` channels from `channel` on, `width` values each, as [x][lane]; the lanes beyond `count` stay.
-template <class S>
-void gather_row(const S* from, const Depthwise& d, int64_t height, int64_t width, int64_t sample, int64_t channel,
-                int64_t count, int64_t y, Wide<S>* to) {
-  using A = Wide<S>;
-  constexpr int64_t n = Vector<A>::lanes;
-  if (d.channels_last) {
-    const S* row = from + ((sample * height + y) * width) * d.channels + channel;
-    for (int64_t x = 0; x < width; ++x, row += d.channels) {
-      __builtin_prefetch(row + width * d.channels, 0, 2);  // the row below; twice as fast with it
-      if (count == n) copy_wide(row, to + x * n, n);
-      else copy_wide(row, to + x * n, count);
-    }
-    return;
-  }
-  for (int64_t c = 0; c < count; ++c) {
-    const S* row = from + ((sample * d.channels + channel + c) * height + y) * width;
-    for (int64_t x = 0; x < width; ++x) copy_wide(row + x, to + x * n + c, 1);
-  }
-}
-
-// One row of the kernel's gradient from one row of `grad` and the row of the input that it meets.
+// One row of the kernel's gradient from one row of `grad` and the row of z that it meets.
 template <int WIDTH, int STRIDE, class A>
 void add_row(const Vector<A>* grad, const Vector<A>* input, int64_t n, Vector<A>* sums) {
   Vector<A> sum[WIDTH];
@@ -72,45 +41,48 @@ void add_row(const Vector<A>* grad, const Vector<A>* input, int64_t n, Vector<A>
 }
 
 template <class S, int WIDTH, int STRIDE>
-void gradient_of_share(const Depthwise& d, const S* grad, const S* input, int64_t begin, int64_t end, double* total) {
-  using A = Wide<S>;
-  using V = Vector<A>;
-  constexpr int64_t n = Vector<A>::lanes;
-  const int64_t blocks = (d.channels + n - 1) / n, kernel = d.kernel_height * WIDTH;
-  const int64_t columns = (d.out_width + at_once - 1) / at_once * at_once;
-  const int64_t pitch = std::max((columns - 1) * STRIDE + WIDTH, d.padding_width + d.width);
-  std::vector<V> ring(d.kernel_height * pitch), row(columns), sums(kernel);
+void gradient_of_share(const Convolution& conv, const S* grad, const S* x, const Entry<Wide<S>>& entry, int64_t vectors,
+                       int64_t begin, int64_t end, double* total) {
+  using V = Vector<Wide<S>>;
+  const int64_t block = vectors * V::lanes, blocks = (conv.x.channels + block - 1) / block;
+  const int64_t kernel = conv.kernel_height * WIDTH, columns = round_up(conv.grad.width, at_once);
+  const int64_t pitch = std::max((columns - 1) * STRIDE + WIDTH, conv.padding_width + conv.x.width);
+  Ring<S> inputs(conv.x, conv.kernel_height, conv.padding_width, pitch, vectors);
+  Ring<S> gradients(conv.grad, 1, 0, columns, vectors);
+  Values<V> sums(vectors * kernel);
   for (int64_t unit = begin; unit < end; ++unit) {
-    int64_t sample = unit / blocks, channel = unit % blocks * n, count = std::min(n, d.channels - channel);
-    std::fill(ring.begin(), ring.end(), V{});
-    std::fill(row.begin(), row.end(), V{});
+    const int64_t sample = unit / blocks, channel = unit % blocks * block;
+    const int64_t count = std::min(block, conv.x.channels - channel);
+    inputs.begin(x, sample, channel, count), gradients.begin(grad, sample, channel, count);
     std::fill(sums.begin(), sums.end(), V{});
-    int64_t next = 0;  // row of the input that has not been gathered yet
-    for (int64_t y = 0; y < d.out_height; ++y) {
-      const int64_t first = y * d.stride_height - d.padding_height;
-      const int64_t stop = std::min(first + d.kernel_height, d.height);
-      for (next = std::max(next, first); next < stop; ++next)
-        gather_row(input, d, d.height, d.width, sample, channel, count, next,
-                   reinterpret_cast<A*>(&ring[next % d.kernel_height * pitch + d.padding_width]));
-      gather_row(grad, d, d.out_height, d.out_width, sample, channel, count, y, reinterpret_cast<A*>(row.data()));
-      for (int64_t i = std::max<int64_t>(0, -first); i < d.kernel_height && first + i < d.height; ++i)
-        add_row<WIDTH, STRIDE, A>(row.data(), &ring[(first + i) % d.kernel_height * pitch], columns, &sums[i * WIDTH]);
+    for (int64_t y = 0; y < conv.grad.height; ++y) {
+      const int64_t row = y * conv.stride_height - conv.padding_height;
+      const int64_t first = std::max<int64_t>(0, -row), stop = std::min(conv.kernel_height, conv.x.height - row);
+      if (first >= stop) continue;
+      inputs.advance(row + first, row + stop, entry), gradients.advance(y, y + 1, Entry<Wide<S>>{});
+      for (int64_t v = 0; v * V::lanes < count; ++v)
+        for (int64_t i = first; i < stop; ++i)
+          add_row<WIDTH, STRIDE>(gradients.pixels(v), inputs.pixels(v) + inputs.offset(row + i), columns,
+                                 &sums[v * kernel + i * WIDTH]);
     }
     for (int64_t c = 0; c < count; ++c)
-      for (int64_t k = 0; k < kernel; ++k) total[(channel + c) * kernel + k] += sums[k].values[c];
+      for (int64_t k = 0; k < kernel; ++k)
+        total[(channel + c) * kernel + k] += sums[c / V::lanes * kernel + k].values[c % V::lanes];
   }
 }
 
 template <class S, int WIDTH, int STRIDE>
-void gradient(const Depthwise& d, const S* grad, const S* input, Wide<S>* dweight, int threads) {
-  const int64_t units = d.samples * ((d.channels + Vector<Wide<S>>::lanes - 1) / Vector<Wide<S>>::lanes);
-  const int64_t size = d.channels * d.kernel_height * WIDTH;
+void gradient(const Convolution& conv, const S* grad, const S* x, const Entry<Wide<S>>& entry, Wide<S>* dweight,
+              int threads) {
+  const int64_t vectors = vectors_at_once<Wide<S>>(conv.x, threads), block = vectors * Vector<Wide<S>>::lanes;
+  const int64_t units = conv.x.samples * ((conv.x.channels + block - 1) / block);
+  const int64_t size = conv.x.channels * conv.kernel_height * WIDTH;
   std::vector<std::vector<double>> shares(threads, std::vector<double>(size, 0.0));
 #pragma omp parallel num_threads(threads)
   {
     int thread = omp_get_thread_num(), all = omp_get_num_threads();
-    gradient_of_share<S, WIDTH, STRIDE>(d, grad, input, units * thread / all, units * (thread + 1) / all,
-                                        shares[thread].data());
+    gradient_of_share<S, WIDTH, STRIDE>(conv, grad, x, entry, vectors, units * thread / all,
+                                        units * (thread + 1) / all, shares[thread].data());
   }
   for (int64_t i = 0; i < size; ++i) {
     double sum = 0;
@@ -122,26 +94,34 @@ void gradient(const Depthwise& d, const S* grad, const S* input, Wide<S>* dweigh
 }  // namespace
 }  // namespace normpass
 
-// Returns 1 for a kernel width or a stride that it has no loop for.
+// `mean` null: z is x. A norm is applied to x of a wide type only. Returns 1 for a kernel width, a stride or a type that
+// it has no loop for.
 NORMPASS_EXPORT int normpass_depthwise_weight_gradient(
-    void* dweight, const void* grad, const void* input, int64_t samples, int64_t channels, int64_t height,
-    int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
+    void* dweight, const void* grad, const void* x, const void* norm_weight, const void* norm_bias, const void* mean,
+    const void* var, double eps, int activation, double arg0, double arg1, int64_t samples, int64_t channels,
+    int64_t height, int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
     int64_t stride_height, int64_t stride_width, int64_t padding_height, int64_t padding_width, int channels_last,
     int dtype, int threads) {
   using namespace normpass;
-  Depthwise d{samples, channels, height, width, out_height, out_width, kernel_height, stride_height, stride_width,
-              padding_height, padding_width, channels_last != 0};
+  const bool last = channels_last != 0;
+  Convolution conv{{samples, channels, height, width, last}, {samples, channels, out_height, out_width, last},
+                   kernel_height, stride_height, padding_height, padding_width};
   int unknown = 0;
   int status = with_dtype(dtype, [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
-    const S* g = static_cast<const S*>(grad);
-    const S* x = static_cast<const S*>(input);
-    Wide<S>* to = static_cast<Wide<S>*>(dweight);
+    using A = Wide<S>;
+    unknown = mean != nullptr && !std::is_same<S, A>::value;
+    if (unknown) return;
+    const Entry<A> entry = entry_of<A>(channels, norm_weight, norm_bias, mean, var, eps, {activation, arg0, arg1});
+    const S *g = static_cast<const S*>(grad), *from = static_cast<const S*>(x);
+    A* to = static_cast<A*>(dweight);
     switch (kernel_width * 10 + stride_width) {
-      case 51: return gradient<S, 5, 1>(d, g, x, to, threads);
-      case 52: return gradient<S, 5, 2>(d, g, x, to, threads);
-      case 71: return gradient<S, 7, 1>(d, g, x, to, threads);
-      case 72: return gradient<S, 7, 2>(d, g, x, to, threads);
+      case 31: return gradient<S, 3, 1>(conv, g, from, entry, to, threads);
+      case 32: return gradient<S, 3, 2>(conv, g, from, entry, to, threads);
+      case 51: return gradient<S, 5, 1>(conv, g, from, entry, to, threads);
+      case 52: return gradient<S, 5, 2>(conv, g, from, entry, to, threads);
+      case 71: return gradient<S, 7, 1>(conv, g, from, entry, to, threads);
+      case 72: return gradient<S, 7, 2>(conv, g, from, entry, to, threads);
     }
     unknown = 1;
   });

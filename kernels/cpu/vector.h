@@ -28,6 +28,7 @@ template <class A> struct Vector {
   static NORMPASS_ALWAYS_INLINE Vector load_some(const A* from, int64_t n);
   NORMPASS_ALWAYS_INLINE void store(A* to) const { *reinterpret_cast<Unaligned*>(to) = values; }
   NORMPASS_ALWAYS_INLINE void store_some(A* to, int64_t n) const;
+  NORMPASS_ALWAYS_INLINE void stream(A* to) const;  // past the caches; to the beginning of a line
 
   NORMPASS_ALWAYS_INLINE Vector operator+(const Vector& b) const { return {values + b.values}; }
   NORMPASS_ALWAYS_INLINE Vector operator-(const Vector& b) const { return {values - b.values}; }
@@ -78,6 +79,16 @@ template <class A> inline void Vector<A>::store_some(A* to, int64_t n) const {
   std::memcpy(to, &values, n * sizeof(A));
 }
 #endif
+
+template <class A> inline void Vector<A>::stream(A* to) const {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<const __m512i&>(values));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(values));
+#else
+  store(to);
+#endif
+}
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -2,12 +2,12 @@
 
     y[n, c, i, j] = Σ x[n, c, i·stride + p − padding, j·stride + q − padding] · weight[c, 0, p, q] + bias[c]
 
-Forward and the input's gradient are ATen's. The weight's gradient,
-
+    dx[n, c, i·stride + p − padding, j·stride + q − padding] += grad[n, c, i, j] · weight[c, 0, p, q]
     dweight[c, 0, p, q] = Σ grad[n, c, i, j] · x[n, c, i·stride + p − padding, j·stride + q − padding]
 
-is an op and a kernel of its own, for kernels of 5 or 7 in width on the CPU: there oneDNN takes 10 to 20 times as
-long as reading its arguments does, and in EfficientNet-B0 that is a fifth of all convolutions.
+Forward is ATen's. The gradients have kernels on the CPU, dx in channels_last: there oneDNN takes twice as long, and for
+dweight with 5 or 7 columns 10 to 20 times as long as reading its arguments does. The gradient of the weight is an op of
+its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels, kernels_for
+from normpass.kernels import Depthwise, Kernels, kernels_for
 
 from .eager import eager_device
 from .layout import memory_format_of, statistics_dtype
@@ -29,8 +29,6 @@ from .operands import PLAIN_TYPES, dense
 aten = torch.ops.aten
 
 Pair = Sequence[int]
-WIDTHS, STRIDES = (5, 7), (1, 2)
-"""of the kernels, and from column to column: where the kernel is written for it and ATen is slow"""
 _ONE, _NONE = [1, 1], [0, 0]
 
 
@@ -101,29 +99,28 @@ def _reference_gradient(grad: Tensor, x: Tensor, kernel_size: Pair, stride: Pair
 def _gradient_kernel(
     kernels: Kernels | None, grad: Tensor, x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair
 ) -> Tensor:
-    if kernels is None or not _can_run(kernels, grad, x, kernel_size, stride):
+    memory_format, depthwise = memory_format_of(x), depthwise_of(kernels, grad, x)
+    if depthwise is None or not depthwise.has_weight_gradient(x.dtype, memory_format, kernel_size, stride):
         return _reference_gradient(grad, x, kernel_size, stride, padding)
     _check_gradient(grad, x, kernel_size, stride, padding)
-    function = kernels.depthwise_weight_gradient
-    assert function is not None  # `_can_run` has looked
-    memory_format = memory_format_of(x)
-    dweight = _new_weight(x, kernel_size, statistics_dtype(x))
-    function(dweight, dense(grad, memory_format), dense(x, memory_format), stride, padding, memory_format)
+    dweight = new_weight(x, kernel_size, statistics_dtype(x))
+    operands = dense(grad, memory_format), dense(x, memory_format)
+    depthwise.weight_gradient(dweight, *operands, stride, padding, memory_format)
     return dweight if dweight.dtype == x.dtype else dweight.to(x.dtype)
 
 
-def _can_run(kernels: Kernels, grad: Tensor, x: Tensor, kernel_size: Pair, stride: Pair) -> bool:
-    if kernel_size[1] not in WIDTHS or stride[1] not in STRIDES or x.numel() == 0 or grad.numel() == 0:
-        return False
-    plain = all(type(t) in PLAIN_TYPES and not t.is_neg() for t in (grad, x))
-    return plain and kernels.supports(x.dtype) and kernels.depthwise_weight_gradient is not None
+def depthwise_of(kernels: Kernels | None, *tensors: Tensor) -> Depthwise | None:
+    """What computes with these tensors, which must be ordinary ones with values."""
+    plain = all(type(t) in PLAIN_TYPES and not t.is_neg() and t.numel() for t in tensors)
+    return kernels.depthwise if plain and kernels is not None else None
 
 
 def _fake_gradient(grad: Tensor, x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
-    return _new_weight(x, kernel_size, x.dtype)
+    return new_weight(x, kernel_size, x.dtype)
 
 
-def _new_weight(x: Tensor, kernel_size: Pair, dtype: torch.dtype) -> Tensor:
+def new_weight(x: Tensor, kernel_size: Pair, dtype: torch.dtype) -> Tensor:
+    """Memory for the weight's gradient."""
     shape = (x.shape[1], 1, *kernel_size)  # with one value per pixel both memory formats are one order
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
 
@@ -137,8 +134,7 @@ def _gradient_backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     """Of Σ outer·dweight, which is Σ grad·conv(x, outer)."""
     grad, x = ctx.saved_tensors
     dgrad = _convolution(x, outer, None, ctx.stride, ctx.padding)
-    dx = _convolution_backward(grad, x, outer, ctx.stride, ctx.padding, (True, False, False))[0]
-    return dgrad, dx, None, None, None
+    return dgrad, input_gradient(grad, x, outer, ctx.stride, ctx.padding), None, None, None
 
 
 _depthwise_weight_gradient = declare(
@@ -190,18 +186,40 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, grad, _depthwise_weight_gradient), None, None
+    return *_gradients(ctx, grad, input_gradient, _depthwise_weight_gradient), None, None
 
 
-def _gradients(ctx: Any, grad: Tensor, weight_gradient: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """That of x, of which only the shape and the layout matter, by ATen: it can be differentiated."""
+    dx: Tensor = _convolution_backward(grad, x, weight, stride, padding, (True, False, False))[0]
+    return dx
+
+
+def input_gradient_on(
+    kernels: Kernels | None, grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair
+) -> Tensor:
+    """The same by a kernel, where there is one."""
+    memory_format, depthwise = memory_format_of(x), depthwise_of(kernels, grad, weight)
+    kernel_size = weight.shape[2:]
+    if depthwise is None or not depthwise.convolves(x.dtype, memory_format, kernel_size, stride, padding):
+        return input_gradient(grad, x, weight, stride, padding)
+    dx = torch.empty_like(x, memory_format=memory_format)
+    depthwise.convolve(dx, dense(grad, memory_format), weight.contiguous(), None, stride, padding, transposed=True)
+    return dx
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, of_input: Callable[..., Tensor], of_weight: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias, those that are needed."""
     x, weight = ctx.saved_tensors
     needs, dx, dweight, dbias = ctx.needs_input_grad, None, None, None
-    if needs[0] or needs[2]:
-        mask = (needs[0], False, needs[2])
-        dx, _, dbias = _convolution_backward(grad, x, weight, ctx.stride, ctx.padding, mask)
+    if needs[0]:
+        dx = of_input(grad, x, weight, ctx.stride, ctx.padding)
     if needs[1]:
-        dweight = weight_gradient(grad, x, weight.shape[2:], ctx.stride, ctx.padding)
+        dweight = of_weight(grad, x, weight.shape[2:], ctx.stride, ctx.padding)
+    if needs[2]:
+        dbias = grad.sum((0, 2, 3))
     return dx, dweight, dbias
 
 
@@ -218,10 +236,11 @@ class DepthwiseConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        function = _depthwise_weight_gradient
+        functions = input_gradient, _depthwise_weight_gradient
         if not torch.is_grad_enabled() and eager_device(grad) == ctx.device:
-            function = functools.partial(_gradient_kernel, kernels_for(ctx.device))
-        return *_gradients(ctx, grad, function), None, None, None
+            kernels = kernels_for(ctx.device)
+            functions = functools.partial(input_gradient_on, kernels), functools.partial(_gradient_kernel, kernels)
+        return *_gradients(ctx, grad, *functions), None, None, None
 
 
 def _kernel(kernels: Kernels | None, *args: Any) -> Tensor:

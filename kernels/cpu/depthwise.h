@@ -1,0 +1,124 @@
+// Convolutions that have a kernel of their own for every channel. A few channels, as many as a vector holds, are worked
+// on together, row after row. The rows that are read lie in a ring, widened, channels innermost and with zeros where the
+// padding is: so both layouts and every storage type share the loops, which have no borders. A norm and an activation
+// may be applied to what goes into the ring, so that the result of these need not exist.
+#pragma once
+
+#include <memory>
+
+#include "affine.h"
+#include "vector.h"
+
+namespace normpass {
+
+struct Images {
+  int64_t samples, channels, height, width;
+  bool channels_last;
+};
+
+// Vectors of channels in a ring: lines that lie side by side, as long as every thread gets some samples' parts.
+template <class A> int64_t vectors_at_once(const Images& images, int64_t threads) {
+  const int64_t all = images.samples * ((images.channels + Vector<A>::lanes - 1) / Vector<A>::lanes);
+  return std::max<int64_t>(1, std::min<int64_t>(4, all / (4 * threads)));
+}
+
+// z = act((x − mean)·scale + shift) of the pixels of one vector of channels, in place.
+template <class A, class Activation>
+NORMPASS_SHARED void normalise_pixels(A* pixels, int64_t count, const Affine<A>& affine, int64_t channel,
+                                      const Activation& given) {
+  constexpr int64_t n = Vector<A>::lanes;
+  const Activation activation = given;
+  alignas(64) A mean[n], scale[n], shift[n];
+  std::memcpy(mean, affine.mean.data() + channel, sizeof(mean));
+  std::memcpy(scale, affine.scale.data() + channel, sizeof(scale));
+  std::memcpy(shift, affine.shift.data() + channel, sizeof(shift));
+  for (int64_t x = 0; x < count; ++x) {
+    A* values = pixels + x * n;
+#pragma GCC ivdep
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < n; ++i) values[i] = activation.value(multiply_add(values[i] - mean[i], scale[i], shift[i]));
+  }
+}
+
+// What is done to x before it is convolved: nothing, or a norm with its activation.
+template <class A> struct Entry {
+  std::unique_ptr<Affine<A>> affine;
+  ActivationCall call{};
+
+  void apply(A* pixels, int64_t count, int64_t channel) const {
+    if (affine == nullptr) return;
+    with_activation<A>(call, [&](auto activation) { normalise_pixels(pixels, count, *affine, channel, activation); });
+  }
+};
+
+template <class A>
+Entry<A> entry_of(int64_t channels, const void* weight, const void* bias, const void* mean, const void* var, double eps,
+                  ActivationCall call) {
+  if (mean == nullptr) return {nullptr, call};
+  return {std::make_unique<Affine<A>>(round_up(channels, Vector<A>::lanes), channels, static_cast<const A*>(weight),
+                                      static_cast<const A*>(bias), static_cast<const A*>(mean),
+                                      static_cast<const A*>(var), eps),
+          call};
+}
+
+// The last rows of some vectors of channels of one sample, as [vector][row of the ring][pixel][lane].
+template <class S> class Ring {
+ public:
+  using A = Wide<S>;
+  using V = Vector<A>;
+  // `before`: columns of padding in front; `pitch`: columns in all.
+  Ring(const Images& images, int64_t rows, int64_t before, int64_t pitch, int64_t most_vectors)
+      : images_(images), rows_(rows), before_(before), pitch_(pitch), values_(most_vectors * rows * pitch, V{}) {}
+
+  // Begins with another sample or other channels: `count` of them, from `channel` on.
+  void begin(const S* images, int64_t sample, int64_t channel, int64_t count) {
+    from_ = images, sample_ = sample, channel_ = channel, count_ = count, next_ = 0;
+  }
+  // Reads the rows before `end` that are not in the ring yet; those before `first` are not needed.
+  void advance(int64_t first, int64_t end, const Entry<A>& entry) {
+    for (next_ = std::max(next_, first); next_ < std::min(end, images_.height); ++next_) {
+      gather(next_);
+      for (int64_t v = 0; v * V::lanes < count_; ++v)
+        entry.apply(reinterpret_cast<A*>(place(v, next_) + before_), images_.width, channel_ + v * V::lanes);
+    }
+  }
+  // Where a vector's rows begin; and from there a row, its first column of padding.
+  const V* pixels(int64_t vector) const { return &values_[vector * rows_ * pitch_]; }
+  int64_t offset(int64_t y) const { return y % rows_ * pitch_; }
+
+ private:
+  V* place(int64_t vector, int64_t y) { return &values_[vector * rows_ * pitch_ + offset(y)]; }
+
+  void gather(int64_t y) {
+    const int64_t width = images_.width, channels = images_.channels, step = rows_ * pitch_ * V::lanes;
+    A* to = reinterpret_cast<A*>(place(0, y) + before_);
+    if (images_.channels_last) {
+      const S* pixel = from_ + (sample_ * images_.height + y) * width * channels + channel_;
+      for (int64_t x = 0; x < width; ++x, pixel += channels)
+        for (int64_t c = 0; c < count_; c += V::lanes) {
+          __builtin_prefetch(pixel + c + width * channels, 0, 2);  // the row below; twice as fast with it
+          A* target = to + c / V::lanes * step + x * V::lanes;
+          if (c + V::lanes <= count_) copy_wide(pixel + c, target, V::lanes);
+          else copy_wide(pixel + c, target, count_ - c);
+        }
+      return;
+    }
+    for (int64_t c = 0; c < count_; ++c) {
+      const S* row = from_ + ((sample_ * channels + channel_ + c) * images_.height + y) * width;
+      A* target = to + c / V::lanes * step + c % V::lanes;
+      for (int64_t x = 0; x < width; ++x) copy_wide(row + x, target + x * V::lanes, 1);
+    }
+  }
+  static NORMPASS_ALWAYS_INLINE void copy_wide(const S* from, A* to, int64_t n) {
+    if constexpr (std::is_same<S, A>::value) std::memcpy(to, from, n * sizeof(S));
+    else widen(from, to, n);
+  }
+
+  Images images_;
+  int64_t rows_, before_, pitch_;
+  Values<V> values_;
+  const S* from_ = nullptr;
+  int64_t sample_ = 0, channel_ = 0, count_ = 0, next_ = 0;
+};
+
+}  // namespace normpass

@@ -1,0 +1,116 @@
+"""Depthwise convolutions of the CPU, and which of them there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from normpass.kernels import InputNorm
+
+WIDTHS, STRIDES = (3, 5, 7), (1, 2)
+"""of the kernels, and from column to column: for these there are loops"""
+_WIDE_TYPES = (torch.float32, torch.float64)
+
+
+class CpuDepthwise:
+    """The `Depthwise` of the CPU."""
+
+    def __init__(
+        self,
+        convolve: Callable[..., int],
+        weight_gradient: Callable[..., int],
+        dtypes: Mapping[torch.dtype, int],
+        activations: Mapping[str, int],
+        threads: Callable[[Tensor], int],
+    ):
+        self._convolve, self._weight_gradient = convolve, weight_gradient
+        self._dtypes, self._activations, self._threads = dtypes, activations, threads
+
+    def convolves(
+        self,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> bool:
+        if dtype not in _WIDE_TYPES or memory_format is not torch.channels_last:
+            return False
+        is_usual = all(0 <= p < k for p, k in zip(padding, kernel_size, strict=True))
+        return is_usual and kernel_size[1] in WIDTHS and stride[1] in STRIDES
+
+    def convolve(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        transposed: bool = False,
+        norm: InputNorm | None = None,
+    ) -> None:
+        status = self._convolve(
+            y.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            *self._norm(norm),
+            *x.shape,
+            *y.shape[2:],
+            *weight.shape[2:],
+            *stride,
+            *padding,
+            transposed,
+            self._dtypes[x.dtype],
+            self._threads(y if transposed else x),
+        )
+        assert status == 0, f"no loop for a kernel of {tuple(weight.shape[2:])} with a stride of {tuple(stride)}"
+
+    def has_weight_gradient(
+        self,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+    ) -> bool:
+        if kernel_size[1] not in WIDTHS or stride[1] not in STRIDES or dtype not in self._dtypes:
+            return False
+        return kernel_size[1] > 3 or memory_format is torch.channels_last  # in planes the vendor's does for 3
+
+    def weight_gradient(
+        self,
+        dweight: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        memory_format: torch.memory_format,
+        norm: InputNorm | None = None,
+    ) -> None:
+        status = self._weight_gradient(
+            dweight.data_ptr(),
+            grad.data_ptr(),
+            x.data_ptr(),
+            *self._norm(norm),
+            *x.shape,
+            *grad.shape[2:],
+            *dweight.shape[2:],
+            *stride,
+            *padding,
+            memory_format is torch.channels_last,
+            self._dtypes[x.dtype],
+            self._threads(x),
+        )
+        assert status == 0, f"no loop for a kernel of {tuple(dweight.shape[2:])} with a stride of {tuple(stride)}"
+
+    def _norm(self, norm: InputNorm | None) -> tuple[int | float | None, ...]:
+        if norm is None:
+            return None, None, None, None, 0.0, 0, 0.0, 0.0
+        values = (norm.weight, norm.bias, norm.mean, norm.var)
+        first, second = (*norm.activation_args, 0.0, 0.0)[:2]
+        pointers = (None if t is None else t.data_ptr() for t in values)
+        return *pointers, norm.eps, self._activations[norm.activation], first, second
+

@@ -1,0 +1,198 @@
+"""act(norm(x)), convolved by channel, without the result of the norm: in one reading of x.
+
+    y = depthwise_conv2d(norm_act(x, …), weight, bias, stride, padding)
+
+The kernel normalises and activates the rows that it convolves while they are in the cache (BN fission and fusion:
+arXiv 1807.01702), in forward and for the gradient of the weight. So z = act(norm(x)) is neither written nor kept nor
+rebuilt; its gradient dz is, between the gradient of the convolution's input and that of `norm_act`. z is computed by
+the formula of `norm_act`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normpass.kernels import Depthwise, InputNorm, Kernels, kernels_for
+
+from .depthwise_conv2d import (
+    _depthwise_weight_gradient,
+    depthwise_of,
+    input_gradient,
+    input_gradient_on,
+    new_weight,
+    output_size,
+)
+from .eager import eager_device
+from .layout import memory_format_of, statistics_dtype
+from .norm_act import norm_act
+from .norm_act_backward import _norm_act_backward, norm_act_gradients
+from .operands import Options, Values, can_run, dense, per_channel_operands
+
+Pair = Sequence[int]
+
+
+def norm_act_depthwise_on(
+    device: str | None,
+    x: Tensor,
+    values: Values,
+    options: Options,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+) -> Tensor | None:
+    """The convolution of act(norm(x)), or None where there is no kernel that does both.
+
+    Args:
+        device: from `eager_device` of the tensors.
+        x: (N, C, H, W), floating.
+        values: weight, bias, mean and var of the norm, each None or (C,); options: eps, whether mean and var are the
+            moments of this `x`, the activation and its arguments. As in `norm_act`.
+        weight, bias, stride, padding: as in `depthwise_conv2d`.
+    """
+    mean, var, of_batch = values[2], values[3], options[1]
+    if device is None or (not of_batch and (mean.requires_grad or var.requires_grad)):
+        return None
+    kernels = kernels_for(device)
+    if kernels is None or _runner(kernels, x, values, options, weight, bias, stride, padding) is None:
+        return None
+    if not torch.is_grad_enabled():
+        return _forward(kernels, x, values, options, weight, bias, stride, padding)
+    y: Tensor = NormActDepthwise.apply(x, *values, weight, bias, device, options, stride, padding)
+    return y
+
+
+def _runner(
+    kernels: Kernels,
+    x: Tensor,
+    values: Values,
+    options: Options,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+) -> Depthwise | None:
+    """What computes with these tensors."""
+    if not can_run(kernels, x, (), values, *options[2:]):
+        return None
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    depthwise, kernel_size = depthwise_of(kernels, *tensors), weight.shape[2:]
+    if depthwise is None or any(t.dtype != x.dtype for t in tensors) or tuple(weight.shape[:2]) != (x.shape[1], 1):
+        return None
+    kind = x.dtype, memory_format_of(x), kernel_size, stride
+    if not depthwise.convolves(*kind, padding) or not depthwise.has_weight_gradient(*kind):
+        return None
+    return depthwise if min(output_size(x.shape[2:], kernel_size, stride, padding)) > 0 else None
+
+
+def _input_norm(x: Tensor, values: Values, options: Options) -> InputNorm:
+    eps, _, activation, activation_args = options
+    return InputNorm(*per_channel_operands(values, statistics_dtype(x)), eps, activation, activation_args)
+
+
+def _forward(
+    kernels: Kernels,
+    x: Tensor,
+    values: Values,
+    options: Options,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+) -> Tensor:
+    depthwise = kernels.depthwise
+    assert depthwise is not None  # `_runner` has looked
+    shape = (*x.shape[:2], *output_size(x.shape[2:], weight.shape[2:], stride, padding))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    operands = x, weight.contiguous(), None if bias is None else bias.contiguous()
+    depthwise.convolve(y, *operands, stride, padding, norm=_input_norm(x, values, options))
+    return y
+
+
+class NormActDepthwise(torch.autograd.Function):
+    """Both and their gradients, without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        device: str,
+        options: Options,
+        stride: Pair,
+        padding: Pair,
+    ) -> Tensor:
+        ctx.device, ctx.options, ctx.stride, ctx.padding = device, options, stride, padding
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, var, weight)
+        kernels, values = kernels_for(device), (norm_weight, norm_bias, mean, var)
+        assert kernels is not None
+        return _forward(kernels, x, values, options, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *others, weight = ctx.saved_tensors
+        values: Values = tuple(others)
+        needs = ctx.needs_input_grad
+        of_norm = needs[0], False, needs[1], needs[2]
+        kernels = None if torch.is_grad_enabled() else kernels_for(eager_device(grad, weight) or "")
+        dx = dnorm_weight = dnorm_bias = None
+        if any(of_norm):
+            dz = _input_gradient(kernels, grad, x, weight, ctx.stride, ctx.padding)
+            dx, dnorm_weight, dnorm_bias = _norm_gradients(kernels, dz, x, values, ctx.options, of_norm)
+            del dz
+        dweight = None
+        if needs[5]:
+            dweight = _weight_gradient(kernels, grad, x, values, ctx.options, weight, ctx.stride, ctx.padding)
+        dbias = grad.sum((0, 2, 3)) if needs[6] else None
+        return dx, dnorm_weight, dnorm_bias, None, None, dweight, dbias, None, None, None, None
+
+
+def _input_gradient(
+    kernels: Kernels | None, grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair
+) -> Tensor:
+    if kernels is None:
+        return input_gradient(grad, x, weight, stride, padding)
+    return input_gradient_on(kernels, grad, x, weight, stride, padding)
+
+
+def _norm_gradients(
+    kernels: Kernels | None, dz: Tensor, x: Tensor, values: Values, options: Options, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if kernels is not None:
+        dx, _, dweight, dbias = norm_act_gradients(kernels, dz, x, None, *values, *options, needs)
+        return dx, dweight, dbias
+    found = _norm_act_backward(dz, x, None, *values, *options, needs)
+    dx, _, dweight, dbias = (g if needed else None for g, needed in zip(found, needs, strict=True))
+    return dx, dweight, dbias
+
+
+def _weight_gradient(
+    kernels: Kernels | None,
+    grad: Tensor,
+    x: Tensor,
+    values: Values,
+    options: Options,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+) -> Tensor:
+    kernel_size = weight.shape[2:]
+    depthwise = None if kernels is None else _runner(kernels, x, values, options, weight, None, stride, padding)
+    if depthwise is None or depthwise_of(kernels, grad) is None:  # a gradient that is to be differentiated, say
+        z = norm_act(x, None, *values, *options)
+        dweight: Tensor = _depthwise_weight_gradient(grad, z, kernel_size, stride, padding)
+        return dweight
+    dweight, memory_format = new_weight(x, kernel_size, statistics_dtype(x)), memory_format_of(x)
+    operands = dense(grad, memory_format), x
+    norm = _input_norm(x, values, options)
+    depthwise.weight_gradient(dweight, *operands, stride, padding, memory_format, norm)
+    return dweight

@@ -1,0 +1,44 @@
+"""norm → activation → depthwise convolution  ⇒  one kernel, without what stands between them
+
+    y = conv(act(norm(x)))
+
+The norm and the activation are applied to the rows that are convolved, as these are read (BN fission and fusion:
+arXiv 1807.01702, with the convolution): z = act(norm(x)) is not written in forward and not rebuilt in backward. On the
+CPU, in channels_last; decided when the graph runs, elsewhere both run one after the other and z is rebuilt.
+
+Refuses: a z with other readers; one that a residual is added to. Changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from normpass.convolution import convolution_layer, is_depthwise, norm_act_convolution
+from normpass.functional import split_norm_act
+from normpass.graph import replace_node
+
+
+@dataclass(frozen=True)
+class FuseNormConvolution:
+    name: str = "fuse_norm_convolution"
+
+    def apply(self, graph: fx.Graph, root: nn.Module) -> set[str]:
+        """Rewrite `graph` in place; the names of the new nodes."""
+        names = set()
+        for node in list(graph.nodes):
+            norm = node.args[1] if node.target is convolution_layer else None
+            if not isinstance(norm, fx.Node) or norm.target is not split_norm_act or list(norm.users) != [node]:
+                continue
+            layer = root.get_submodule(str(node.args[0].target))
+            x, residual, *activation = norm.args[1:5]
+            if residual is not None or not is_depthwise(
+                layer.kernel_size, layer.stride, layer.groups, layer.in_channels
+            ):
+                continue
+            with graph.inserting_before(node):
+                new = graph.call_function(norm_act_convolution, (norm.args[0], node.args[0], x, *activation))
+            names.add(replace_node(graph, node, new).name)
+            graph.erase_node(norm)
+        return names
