@@ -112,6 +112,26 @@ class Depthwise(Protocol):
     ) -> None:
         """dweight: in the statistics dtype."""
 
+    def norm_act_backward(
+        self,
+        dx: Tensor | None,
+        dnorm_weight: Tensor | None,
+        dnorm_bias: Tensor | None,
+        dweight: Tensor | None,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        norm: InputNorm,
+        batch_statistics: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> None:
+        """All gradients of `convolve` with a norm, for what `convolves` allows.
+
+        dnorm_weight, dnorm_bias: (C,), of the norm's weight and bias. batch_statistics: mean and var of the norm are x's
+        own, and dx goes through them.
+        """
+
 
 class Winograd(Protocol):
     """3×3 convolutions of stride 1 in float32 and float64, of fewer multiplications: `ops.winograd_conv2d`."""

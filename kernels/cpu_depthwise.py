@@ -21,11 +21,12 @@ class CpuDepthwise:
         self,
         convolve: Callable[..., int],
         weight_gradient: Callable[..., int],
+        norm_act_backward: Callable[..., int],
         dtypes: Mapping[torch.dtype, int],
         activations: Mapping[str, int],
         threads: Callable[[Tensor], int],
     ):
-        self._convolve, self._weight_gradient = convolve, weight_gradient
+        self._convolve, self._weight_gradient, self._backward = convolve, weight_gradient, norm_act_backward
         self._dtypes, self._activations, self._threads = dtypes, activations, threads
 
     def convolves(
@@ -105,6 +106,43 @@ class CpuDepthwise:
             self._threads(x),
         )
         assert status == 0, f"no loop for a kernel of {tuple(dweight.shape[2:])} with a stride of {tuple(stride)}"
+
+    def norm_act_backward(
+        self,
+        dx: Tensor | None,
+        dnorm_weight: Tensor | None,
+        dnorm_bias: Tensor | None,
+        dweight: Tensor | None,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        norm: InputNorm,
+        batch_statistics: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> None:
+        *pointers, eps, activation, first, second = self._norm(norm)
+        results = (None if t is None else t.data_ptr() for t in (dx, dnorm_weight, dnorm_bias, dweight))
+        status = self._backward(
+            *results,
+            grad.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            *pointers,
+            eps,
+            batch_statistics,
+            activation,
+            first,
+            second,
+            *x.shape,
+            *grad.shape[2:],
+            *weight.shape[2:],
+            *stride,
+            *padding,
+            self._dtypes[x.dtype],
+            self._threads(x),
+        )
+        assert status == 0, f"no loop for a kernel of {tuple(weight.shape[2:])} with a stride of {tuple(stride)}"
 
     def _norm(self, norm: InputNorm | None) -> tuple[int | float | None, ...]:
         if norm is None:

@@ -41,6 +41,7 @@ _SIGNATURES = {
     "running_stats": (*[_POINTER] * 4, _DOUBLE, _LONG, _LONG, _INT),
     "depthwise_conv2d": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
     "depthwise_weight_gradient": (*[_POINTER] * 7, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
+    "norm_act_depthwise_backward": (*[_POINTER] * 11, _DOUBLE, _INT, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 2),
     "winograd_conv2d": (*[_POINTER] * 4, *[_LONG] * 9, *[_INT] * 5),
     "winograd_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 9, *[_INT] * 4),
 }
@@ -62,8 +63,8 @@ class CpuKernels:
         self._add_statistics_gradient = _function(library, "add_statistics_gradient")
         self._inplace_abn_backward = _function(library, "inplace_abn_backward")
         self._running_stats = _function(library, "running_stats")
-        functions = _function(library, "depthwise_conv2d"), _function(library, "depthwise_weight_gradient")
-        self.depthwise = CpuDepthwise(*functions, _DTYPES, _CODES, _threads)
+        names = "depthwise_conv2d", "depthwise_weight_gradient", "norm_act_depthwise_backward"
+        self.depthwise = CpuDepthwise(*[_function(library, name) for name in names], _DTYPES, _CODES, _threads)
         convolve = _function(library, "winograd_conv2d")
         weight_gradient = _function(library, "winograd_weight_gradient")
         has_products = "baseline" not in path.name

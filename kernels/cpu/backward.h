@@ -154,6 +154,21 @@ template <class A> struct Coefficients {
   }
 };
 
+// Those of c = x − mean, for `layout`; without `sums` those of running statistics.
+template <class A>
+Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double eps, const Sums* sums,
+                                const Layout& layout) {
+  Coefficients<A> result(static_cast<int64_t>(affine.mean.size()));
+  double count = static_cast<double>(layout.count());
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    double slope = affine.scale[c], precision = 1 / (static_cast<double>(var[c]) + eps);
+    result.by_centred[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * precision * sums->dy_centred[c] / count);
+    result.constant[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * sums->dy[c] / count);
+  }
+  result.spread(layout.channels);
+  return result;
+}
+
 template <class A> struct TileBuffers {
   alignas(64) A grad[tile_size], kept[tile_size], residual[tile_size], result[runs_at_once * tile_size];
 };

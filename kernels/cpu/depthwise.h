@@ -11,6 +11,8 @@
 
 namespace normpass {
 
+constexpr int64_t most_vectors = 8;  // of channels in a ring
+
 struct Images {
   int64_t samples, channels, height, width;
   bool channels_last;
@@ -18,14 +20,31 @@ struct Images {
 
 // Vectors of channels in a ring: lines that lie side by side, as long as every thread gets some samples' parts.
 template <class A> int64_t vectors_at_once(const Images& images, int64_t threads) {
-  const int64_t all = images.samples * ((images.channels + Vector<A>::lanes - 1) / Vector<A>::lanes);
-  return std::max<int64_t>(1, std::min<int64_t>(4, all / (4 * threads)));
+  const int64_t all = (images.channels + Vector<A>::lanes - 1) / Vector<A>::lanes;
+  const int64_t most = std::max<int64_t>(1, std::min(most_vectors, images.samples * all / (4 * threads)));
+  const int64_t blocks = (all + most - 1) / most;
+  return (all + blocks - 1) / blocks;
 }
 
+// Whether an array of a channels_last result is written past the caches, in whole vectors.
+template <class A> bool is_streamed(const Images& images, const A* values) {
+  const int64_t bytes = images.samples * images.channels * images.height * images.width * sizeof(A);
+  return bytes >= streamed_from && images.channels % Vector<A>::lanes == 0 &&
+         reinterpret_cast<uintptr_t>(values) % 64 == 0;
+}
+
+// What will be read next, to be asked for a pixel at a time while others are computed with. Asked for at once, a row takes
+// as long as reading it does.
+template <class S> struct Ahead {
+  const S* pixel;
+  int64_t step;
+  NORMPASS_ALWAYS_INLINE void prefetch(int64_t x) const { __builtin_prefetch(pixel + x * step, 0, 2); }
+};
+
 // z = act((x − mean)·scale + shift) of the pixels of one vector of channels, in place.
-template <class A, class Activation>
+template <class A, class S, class Activation>
 NORMPASS_SHARED void normalise_pixels(A* pixels, int64_t count, const Affine<A>& affine, int64_t channel,
-                                      const Activation& given) {
+                                      const Ahead<S>& next, const Activation& given) {
   constexpr int64_t n = Vector<A>::lanes;
   const Activation activation = given;
   alignas(64) A mean[n], scale[n], shift[n];
@@ -34,6 +53,7 @@ NORMPASS_SHARED void normalise_pixels(A* pixels, int64_t count, const Affine<A>&
   std::memcpy(shift, affine.shift.data() + channel, sizeof(shift));
   for (int64_t x = 0; x < count; ++x) {
     A* values = pixels + x * n;
+    next.prefetch(x);
 #pragma GCC ivdep
 #pragma GCC unroll 1
     for (int64_t i = 0; i < n; ++i) values[i] = activation.value(multiply_add(values[i] - mean[i], scale[i], shift[i]));
@@ -45,9 +65,9 @@ template <class A> struct Entry {
   std::unique_ptr<Affine<A>> affine;
   ActivationCall call{};
 
-  void apply(A* pixels, int64_t count, int64_t channel) const {
-    if (affine == nullptr) return;
-    with_activation<A>(call, [&](auto activation) { normalise_pixels(pixels, count, *affine, channel, activation); });
+  template <class S> void apply(A* pixels, int64_t count, int64_t channel, const Ahead<S>& next) const {
+    with_activation<A>(
+        call, [&](const auto& activation) { normalise_pixels(pixels, count, *affine, channel, next, activation); });
   }
 };
 
@@ -72,32 +92,55 @@ template <class S> class Ring {
 
   // Begins with another sample or other channels: `count` of them, from `channel` on.
   void begin(const S* images, int64_t sample, int64_t channel, int64_t count) {
+    const int64_t step = images_.channels_last ? images_.channels : 1, size = images_.height * images_.width * step;
+    const bool last = channel + count >= images_.channels;
     from_ = images, sample_ = sample, channel_ = channel, count_ = count, next_ = 0;
+    following_ = images + (last ? (sample + 1) * size : sample * size + channel + count);
   }
   // Reads the rows before `end` that are not in the ring yet; those before `first` are not needed.
+  void advance(int64_t first, int64_t end) {
+    for (next_ = std::max(next_, first); next_ < std::min(end, images_.height); ++next_) gather<false>(next_);
+  }
+  // With a norm or without.
   void advance(int64_t first, int64_t end, const Entry<A>& entry) {
     for (next_ = std::max(next_, first); next_ < std::min(end, images_.height); ++next_) {
-      gather(next_);
+      if (entry.affine == nullptr) {
+        gather<true>(next_);
+        continue;
+      }
+      gather<false>(next_);
       for (int64_t v = 0; v * V::lanes < count_; ++v)
-        entry.apply(reinterpret_cast<A*>(place(v, next_) + before_), images_.width, channel_ + v * V::lanes);
+        entry.apply(row(v, next_), images_.width, channel_ + v * V::lanes, ahead(v, next_ + 1));
     }
   }
+  // A vector's part of the row that will be read next, perhaps of the channels or the sample that come then.
+  Ahead<S> ahead(int64_t vector) const { return ahead(vector, next_); }
+  // The pixels of a row, to change them.
+  A* row(int64_t vector, int64_t y) { return reinterpret_cast<A*>(place(vector, y) + before_); }
   // Where a vector's rows begin; and from there a row, its first column of padding.
   const V* pixels(int64_t vector) const { return &values_[vector * rows_ * pitch_]; }
   int64_t offset(int64_t y) const { return y % rows_ * pitch_; }
+  const V* first_pixel(int64_t vector, int64_t y) const { return pixels(vector) + offset(y) + before_; }
 
  private:
   V* place(int64_t vector, int64_t y) { return &values_[vector * rows_ * pitch_ + offset(y)]; }
 
-  void gather(int64_t y) {
+  Ahead<S> ahead(int64_t vector, int64_t y) const {
+    const int64_t channels = images_.channels, row = images_.width * channels, lane = vector * V::lanes;
+    if (!images_.channels_last) return {from_, 0};
+    if (y >= images_.height) return {following_ + (y - images_.height) * row + lane, channels};
+    return {from_ + (sample_ * images_.height + y) * row + channel_ + lane, channels};
+  }
+
+  template <bool ASKS> void gather(int64_t y) {
     const int64_t width = images_.width, channels = images_.channels, step = rows_ * pitch_ * V::lanes;
-    A* to = reinterpret_cast<A*>(place(0, y) + before_);
+    A* to = row(0, y);
     if (images_.channels_last) {
       const S* pixel = from_ + (sample_ * images_.height + y) * width * channels + channel_;
       for (int64_t x = 0; x < width; ++x, pixel += channels)
         for (int64_t c = 0; c < count_; c += V::lanes) {
-          __builtin_prefetch(pixel + c + width * channels, 0, 2);  // the row below; twice as fast with it
           A* target = to + c / V::lanes * step + x * V::lanes;
+          if (ASKS) __builtin_prefetch(pixel + c + width * channels, 0, 2);
           if (c + V::lanes <= count_) copy_wide(pixel + c, target, V::lanes);
           else copy_wide(pixel + c, target, count_ - c);
         }
@@ -117,7 +160,7 @@ template <class S> class Ring {
   Images images_;
   int64_t rows_, before_, pitch_;
   Values<V> values_;
-  const S* from_ = nullptr;
+  const S *from_ = nullptr, *following_ = nullptr;
   int64_t sample_ = 0, channel_ = 0, count_ = 0, next_ = 0;
 };
 

@@ -3,9 +3,8 @@
     y = depthwise_conv2d(norm_act(x, …), weight, bias, stride, padding)
 
 The kernel normalises and activates the rows that it convolves while they are in the cache (BN fission and fusion:
-arXiv 1807.01702), in forward and for the gradient of the weight. So z = act(norm(x)) is neither written nor kept nor
-rebuilt; its gradient dz is, between the gradient of the convolution's input and that of `norm_act`. z is computed by
-the formula of `norm_act`, bit for bit.
+arXiv 1807.01702), in forward and in backward. So z = act(norm(x)) is neither written nor kept nor rebuilt; nor is its
+gradient, unless it costs less to write than to compute it twice. z is computed by the formula of `norm_act`.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ from .depthwise_conv2d import (
     _depthwise_weight_gradient,
     depthwise_of,
     input_gradient,
-    input_gradient_on,
     new_weight,
     output_size,
 )
 from .eager import eager_device
 from .layout import memory_format_of, statistics_dtype
 from .norm_act import norm_act
-from .norm_act_backward import _norm_act_backward, norm_act_gradients
-from .operands import Options, Values, can_run, dense, per_channel_operands
+from .norm_act_backward import _norm_act_backward
+from .operands import Options, Values, can_run, dense, new_like, new_per_channel, per_channel_operands
 
 Pair = Sequence[int]
 
@@ -142,40 +140,17 @@ class NormActDepthwise(torch.autograd.Function):
         x, *others, weight = ctx.saved_tensors
         values: Values = tuple(others)
         needs = ctx.needs_input_grad
-        of_norm = needs[0], False, needs[1], needs[2]
-        kernels = None if torch.is_grad_enabled() else kernels_for(eager_device(grad, weight) or "")
-        dx = dnorm_weight = dnorm_bias = None
-        if any(of_norm):
-            dz = _input_gradient(kernels, grad, x, weight, ctx.stride, ctx.padding)
-            dx, dnorm_weight, dnorm_bias = _norm_gradients(kernels, dz, x, values, ctx.options, of_norm)
-            del dz
-        dweight = None
-        if needs[5]:
-            dweight = _weight_gradient(kernels, grad, x, values, ctx.options, weight, ctx.stride, ctx.padding)
+        wanted = needs[0], needs[1], needs[2], needs[5]
+        kernels = None
+        if not torch.is_grad_enabled() and eager_device(grad, x, weight) == ctx.device:
+            kernels = kernels_for(ctx.device)
+        steps = ctx.stride, ctx.padding
+        dx, dnorm_weight, dnorm_bias, dweight = _gradients(kernels, grad, x, values, ctx.options, weight, *steps, wanted)
         dbias = grad.sum((0, 2, 3)) if needs[6] else None
         return dx, dnorm_weight, dnorm_bias, None, None, dweight, dbias, None, None, None, None
 
 
-def _input_gradient(
-    kernels: Kernels | None, grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair
-) -> Tensor:
-    if kernels is None:
-        return input_gradient(grad, x, weight, stride, padding)
-    return input_gradient_on(kernels, grad, x, weight, stride, padding)
-
-
-def _norm_gradients(
-    kernels: Kernels | None, dz: Tensor, x: Tensor, values: Values, options: Options, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if kernels is not None:
-        dx, _, dweight, dbias = norm_act_gradients(kernels, dz, x, None, *values, *options, needs)
-        return dx, dweight, dbias
-    found = _norm_act_backward(dz, x, None, *values, *options, needs)
-    dx, _, dweight, dbias = (g if needed else None for g, needed in zip(found, needs, strict=True))
-    return dx, dweight, dbias
-
-
-def _weight_gradient(
+def _gradients(
     kernels: Kernels | None,
     grad: Tensor,
     x: Tensor,
@@ -184,15 +159,39 @@ def _weight_gradient(
     weight: Tensor,
     stride: Pair,
     padding: Pair,
-) -> Tensor:
-    kernel_size = weight.shape[2:]
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, the norm's weight and bias, and the convolution's weight: those that are needed."""
     depthwise = None if kernels is None else _runner(kernels, x, values, options, weight, None, stride, padding)
-    if depthwise is None or depthwise_of(kernels, grad) is None:  # a gradient that is to be differentiated, say
+    if depthwise is None or depthwise_of(kernels, grad) is None:
+        return _gradients_by_ops(grad, x, values, options, weight, stride, padding, needs)
+    memory_format, dtype = memory_format_of(x), statistics_dtype(x)
+    dx = new_like(x, memory_format, needs[0])
+    dnorm_weight, dnorm_bias = new_per_channel(values[0], x, needs[1]), new_per_channel(values[1], x, needs[2])
+    dweight = new_weight(x, weight.shape[2:], dtype) if needs[3] else None
+    operands = dense(grad, memory_format), x, weight.contiguous(), _input_norm(x, values, options)
+    depthwise.norm_act_backward(dx, dnorm_weight, dnorm_bias, dweight, *operands, options[1], stride, padding)
+    return dx, dnorm_weight, dnorm_bias, dweight
+
+
+def _gradients_by_ops(
+    grad: Tensor,
+    x: Tensor,
+    values: Values,
+    options: Options,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The same by ops that can be differentiated."""
+    dx = dnorm_weight = dnorm_bias = dweight = None
+    if any(needs[:3]):
+        of_norm = needs[0], False, needs[1], needs[2]
+        dz = input_gradient(grad, x, weight, stride, padding)
+        found = _norm_act_backward(dz, x, None, *values, *options, of_norm)
+        dx, _, dnorm_weight, dnorm_bias = (g if n else None for g, n in zip(found, of_norm, strict=True))
+    if needs[3]:
         z = norm_act(x, None, *values, *options)
-        dweight: Tensor = _depthwise_weight_gradient(grad, z, kernel_size, stride, padding)
-        return dweight
-    dweight, memory_format = new_weight(x, kernel_size, statistics_dtype(x)), memory_format_of(x)
-    operands = dense(grad, memory_format), x
-    norm = _input_norm(x, values, options)
-    depthwise.weight_gradient(dweight, *operands, stride, padding, memory_format, norm)
-    return dweight
+        dweight = _depthwise_weight_gradient(grad, z, weight.shape[2:], stride, padding)
+    return dx, dnorm_weight, dnorm_bias, dweight
