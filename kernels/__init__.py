@@ -128,8 +128,8 @@ class Depthwise(Protocol):
     ) -> None:
         """All gradients of `convolve` with a norm, for what `convolves` allows.
 
-        dnorm_weight, dnorm_bias: (C,), of the norm's weight and bias. batch_statistics: mean and var of the norm are x's
-        own, and dx goes through them.
+        dnorm_weight, dnorm_bias: (C,), of the norm's weight and bias. batch_statistics: mean and var are x's own, and
+        dx goes through them.
         """
 
 

@@ -151,4 +151,3 @@ class CpuDepthwise:
         first, second = (*norm.activation_args, 0.0, 0.0)[:2]
         pointers = (None if t is None else t.data_ptr() for t in values)
         return *pointers, norm.eps, self._activations[norm.activation], first, second
-

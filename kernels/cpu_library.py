@@ -63,8 +63,14 @@ class CpuKernels:
         self._add_statistics_gradient = _function(library, "add_statistics_gradient")
         self._inplace_abn_backward = _function(library, "inplace_abn_backward")
         self._running_stats = _function(library, "running_stats")
-        names = "depthwise_conv2d", "depthwise_weight_gradient", "norm_act_depthwise_backward"
-        self.depthwise = CpuDepthwise(*[_function(library, name) for name in names], _DTYPES, _CODES, _threads)
+        self.depthwise = CpuDepthwise(
+            _function(library, "depthwise_conv2d"),
+            _function(library, "depthwise_weight_gradient"),
+            _function(library, "norm_act_depthwise_backward"),
+            _DTYPES,
+            _CODES,
+            _threads,
+        )
         convolve = _function(library, "winograd_conv2d")
         weight_gradient = _function(library, "winograd_weight_gradient")
         has_products = "baseline" not in path.name

@@ -117,9 +117,7 @@ def _joined_steps(layer: nn.Conv2d, x: Tensor) -> tuple[Pair, Pair] | None:
         return None
     kernels = _kernels(x, weight, bias)
     depthwise = None if kernels is None else kernels.depthwise
-    if depthwise is None or not depthwise.convolves(
-        x.dtype, memory_format_of(x), weight.shape[2:], stride, padding
-    ):
+    if depthwise is None or not depthwise.convolves(x.dtype, memory_format_of(x), weight.shape[2:], stride, padding):
         return None
     return stride, padding
 

@@ -186,9 +186,7 @@ def survival_noise(x: Tensor, p: float, mode: str) -> Tensor:
     return noise if p == 1.0 else noise.div_(1.0 - p)
 
 
-def op_args(
-    device, norm, tensors: NormTensors, x, residual, activation, activation_args, moments: Any = None
-) -> tuple:
+def op_args(device, norm, tensors: NormTensors, x, residual, activation, activation_args, moments: Any = None) -> tuple:
     """The arguments of `norm_act` for this call; in training the running statistics move."""
     mean, var, of_batch = _statistics(device, norm, tensors, x, moments)
     return x, residual, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)

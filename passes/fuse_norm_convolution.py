@@ -31,14 +31,17 @@ class FuseNormConvolution:
             norm = node.args[1] if node.target is convolution_layer else None
             if not isinstance(norm, fx.Node) or norm.target is not split_norm_act or list(norm.users) != [node]:
                 continue
-            layer = root.get_submodule(str(node.args[0].target))
             x, residual, *activation = norm.args[1:5]
-            if residual is not None or not is_depthwise(
-                layer.kernel_size, layer.stride, layer.groups, layer.in_channels
-            ):
+            if residual is not None or not _is_depthwise(root.get_submodule(str(node.args[0].target))):
                 continue
             with graph.inserting_before(node):
                 new = graph.call_function(norm_act_convolution, (norm.args[0], node.args[0], x, *activation))
             names.add(replace_node(graph, node, new).name)
             graph.erase_node(norm)
         return names
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    return is_depthwise(layer.kernel_size, layer.stride, layer.groups, layer.in_channels)

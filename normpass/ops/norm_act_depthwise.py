@@ -145,7 +145,9 @@ class NormActDepthwise(torch.autograd.Function):
         if not torch.is_grad_enabled() and eager_device(grad, x, weight) == ctx.device:
             kernels = kernels_for(ctx.device)
         steps = ctx.stride, ctx.padding
-        dx, dnorm_weight, dnorm_bias, dweight = _gradients(kernels, grad, x, values, ctx.options, weight, *steps, wanted)
+        dx, dnorm_weight, dnorm_bias, dweight = _gradients(
+            kernels, grad, x, values, ctx.options, weight, *steps, wanted
+        )
         dbias = grad.sum((0, 2, 3)) if needs[6] else None
         return dx, dnorm_weight, dnorm_bias, None, None, dweight, dbias, None, None, None, None
 

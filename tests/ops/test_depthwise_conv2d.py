@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from normpass import kernels as library
 from normpass.ops import depthwise_conv2d, depthwise_weight_gradient
-from normpass.ops.depthwise_conv2d import DepthwiseConv2d
+from normpass.ops.depthwise_conv2d import DepthwiseConv2d, input_gradient_on
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -18,7 +18,9 @@ SHAPES = [
     (33, (8, 6), (3, 7), (1, 2), (0, 1)),
     (5, (4, 5), (1, 5), (3, 1), (1, 4)),
     (17, (12, 3), (7, 5), (2, 1), (5, 1)),
-    (6, (5, 5), (3, 3), (1, 1), (1, 1)),  # too narrow for the kernel
+    (6, (5, 5), (3, 3), (1, 1), (1, 1)),  # in planes too narrow for the kernel
+    (20, (12, 11), (3, 3), (2, 2), (1, 1)),
+    (6, (9, 8), (3, 4), (1, 1), (1, 1)),  # no loop for this width
     (6, (9, 30), (5, 5), (1, 3), (2, 2)),  # no loop for this stride
 ]
 
@@ -55,6 +57,31 @@ def test_weight_gradient_against_float64(shape, layout, dtype, error):
     assert got.dtype == dtype and got.shape == weight.shape
     assert got.is_contiguous(memory_format=FORMATS[layout])
     assert error(got, exact(grad, x, weight, stride, padding)) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", list(FORMATS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_input_gradient_against_float64(shape, layout, dtype, error):
+    x, weight, stride, padding = case(shape, FORMATS[layout], dtype)
+    grad = output_like(x, weight, stride, padding)
+    got = input_gradient_on(library.kernels_for("cpu"), grad, x, weight, stride, padding)
+    wide = x.double().requires_grad_()
+    y = F.conv2d(wide, weight.double(), None, stride, padding, groups=x.shape[1])
+    (expected,) = torch.autograd.grad(y, wide, grad.double())
+    assert got.dtype == dtype and got.is_contiguous(memory_format=FORMATS[layout])
+    assert error(got, expected) < ROUNDING[dtype]
+
+
+def test_the_kernel_of_the_input_gradient_runs(monkeypatch, kernels):
+    if kernels is None:
+        pytest.skip("the reference runs, there is no kernel to look at")
+    called = []
+    monkeypatch.setattr(kernels.depthwise, "_convolve", lambda *args: called.append(args) or 0)
+    for layout in FORMATS.values():
+        x, weight, stride, padding = case(SHAPES[1], layout, torch.float32)
+        input_gradient_on(kernels, output_like(x, weight, stride, padding), x, weight, stride, padding)
+    assert len(called) == 1  # in planes there is none
 
 
 @pytest.mark.parametrize("layout", list(FORMATS))
@@ -166,7 +193,7 @@ def test_the_kernel_is_what_runs(monkeypatch, kernels):
     if kernels is None:
         pytest.skip("the reference runs, there is no kernel to look at")
     called = []
-    monkeypatch.setattr(kernels, "_depthwise_weight_gradient", lambda *args: called.append(args) or 0)
+    monkeypatch.setattr(kernels.depthwise, "_weight_gradient", lambda *args: called.append(args) or 0)
     x, weight, stride, padding = case(SHAPES[0], torch.contiguous_format, torch.float32)
     depthwise_weight_gradient(output_like(x, weight, stride, padding), x, weight.shape[2:], stride, padding)
     assert len(called) == 1

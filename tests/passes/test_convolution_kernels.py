@@ -93,14 +93,14 @@ def test_a_step_is_the_same(kind, function, memory_format, runs):
     x = torch.randn(4, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
     assert_same_step(plain, optimised, x)
     assert optimised.depthwise.weight.grad.stride() == plain.depthwise.weight.grad.stride()
-    if normpass.kernels.kernels_for("cpu") is not None:
-        assert len(runs) == 1
+    is_joined = memory_format is torch.channels_last and kind is Inverted
+    assert len(runs) == (normpass.kernels.kernels_for("cpu") is not None and not is_joined)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 4, "padding": 1},
         {"groups": 3},
         {"stride": 3},
         {"groups": 1},
