@@ -78,6 +78,16 @@ class Depthwise(Protocol):
     ) -> bool:
         """Whether `convolve` takes an x of this kind, or with `transposed` a gradient."""
 
+    def has_input_gradient(
+        self,
+        x: Tensor,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> bool:
+        """Whether `convolve` gives the gradient of x, in `memory_format`, faster than the vendor's."""
+
     def convolve(
         self,
         y: Tensor,

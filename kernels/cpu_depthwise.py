@@ -11,6 +11,8 @@ from normpass.kernels import InputNorm
 
 WIDTHS, STRIDES = (3, 5, 7), (1, 2)
 """of the kernels, and from column to column: for these there are loops"""
+_STREAMED_BYTES = 1 << 23
+"""of a result that is written past the caches (`streamed_from` in `cpu/tile.h`)"""
 _WIDE_TYPES = (torch.float32, torch.float64)
 
 
@@ -41,6 +43,17 @@ class CpuDepthwise:
             return False
         is_usual = all(0 <= p < k for p, k in zip(padding, kernel_size, strict=True))
         return is_usual and kernel_size[1] in WIDTHS and stride[1] in STRIDES
+
+    def has_input_gradient(
+        self,
+        x: Tensor,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> bool:
+        pays = kernel_size[1] > 3 or x.numel() * x.element_size() >= _STREAMED_BYTES
+        return pays and self.convolves(x.dtype, memory_format, kernel_size, stride, padding)
 
     def convolve(
         self,

@@ -162,8 +162,9 @@ def test_convolutions_beside_the_vendors(layout):
     found = [
         *bench_convolutions.bench_convolution(bench_convolutions.THREE, (2, 16, 8, 8), 24, layout, 2),
         *bench_convolutions.bench_convolution(bench_convolutions.FIVE, (2, 16, 8, 8), 16, layout, 2),
+        *bench_convolutions.bench_convolution(bench_convolutions.NORM, (2, 16, 8, 8), 16, layout, 2),
     ]
-    assert [row.computes for row in found] == ["y", "dx", "dweight", "dweight"]
+    assert [row.computes for row in found] == ["y", "dx", "dweight", "dx", "dweight", "y", "gradients"]
     assert all(row.seconds > 0 and row.vendor_seconds > 0 and row.ratio.median > 0 for row in found)
     shown = text(bench_tables.convolution_table(found, "here"))
     assert "2x16x8x8 to 24" in shown and "depthwise 5x5" in shown

@@ -201,7 +201,7 @@ def input_gradient_on(
     """The same by a kernel, where there is one."""
     memory_format, depthwise = memory_format_of(x), depthwise_of(kernels, grad, weight)
     kernel_size = weight.shape[2:]
-    if depthwise is None or not depthwise.convolves(x.dtype, memory_format, kernel_size, stride, padding):
+    if depthwise is None or not depthwise.has_input_gradient(x, memory_format, kernel_size, stride, padding):
         return input_gradient(grad, x, weight, stride, padding)
     dx = torch.empty_like(x, memory_format=memory_format)
     depthwise.convolve(dx, dense(grad, memory_format), weight.contiguous(), None, stride, padding, transposed=True)

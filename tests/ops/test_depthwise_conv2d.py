@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from normpass import kernels as library
+from normpass.kernels import cpu_depthwise
 from normpass.ops import depthwise_conv2d, depthwise_weight_gradient
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d, input_gradient_on
 
@@ -62,7 +63,8 @@ def test_weight_gradient_against_float64(shape, layout, dtype, error):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", list(FORMATS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_input_gradient_against_float64(shape, layout, dtype, error):
+def test_input_gradient_against_float64(shape, layout, dtype, error, monkeypatch):
+    monkeypatch.setattr(cpu_depthwise, "_STREAMED_BYTES", 0)  # small ones by the kernel, too
     x, weight, stride, padding = case(shape, FORMATS[layout], dtype)
     grad = output_like(x, weight, stride, padding)
     got = input_gradient_on(library.kernels_for("cpu"), grad, x, weight, stride, padding)
@@ -82,6 +84,11 @@ def test_the_kernel_of_the_input_gradient_runs(monkeypatch, kernels):
         x, weight, stride, padding = case(SHAPES[1], layout, torch.float32)
         input_gradient_on(kernels, output_like(x, weight, stride, padding), x, weight, stride, padding)
     assert len(called) == 1  # in planes there is none
+    narrow = case((32, (40, 30), (3, 3), (1, 1), (1, 1)), FORMATS["channels_last"], torch.float32)
+    for samples, times in ((54, 1), (55, 2)):  # with 3 columns only where 8 MiB are written
+        x = narrow[0][:1].expand(samples, 32, 40, 30).contiguous(memory_format=FORMATS["channels_last"])
+        input_gradient_on(kernels, torch.zeros_like(x), x, *narrow[1:])
+        assert len(called) == times
 
 
 @pytest.mark.parametrize("layout", list(FORMATS))
