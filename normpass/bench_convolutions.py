@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normpass import ops
 from normpass.bench_layers import LAYOUTS
 from normpass.convolution import norm_act_convolution
+from normpass.functional import split_norm_act
 from normpass.kernels import disabled, kernels_for
 from normpass.measure import Ratio, ratios
 from normpass.ops.depthwise_conv2d import input_gradient_on
@@ -144,6 +145,6 @@ def _layer_steps(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> dict[str
         clock.lap()
 
     return {
-        "ours": partial(step, lambda x: norm_act_convolution(norm, layer, x, "silu")),
+        "ours": partial(step, lambda x: norm_act_convolution(split_norm_act, norm, layer, x, "silu")),
         "vendor": partial(step, lambda x: layer(activation(norm(x)))),
     }

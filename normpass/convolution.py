@@ -6,14 +6,14 @@ other dtypes, shapes at which the vendor's are as fast), the layer itself runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normpass.functional import fusible, op_args, rebuilt_norm_act, split_norm_act
+from normpass.functional import fusible, op_args
 from normpass.graph import hooks_of
 from normpass.kernels import Kernels, kernels_for
 from normpass.kernels.cpu_depthwise import STRIDES, WIDTHS
@@ -21,6 +21,7 @@ from normpass.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.layout import memory_format_of
 from normpass.ops.library import is_exporting
+from normpass.ops.norm_act import norm_act_on
 from normpass.ops.norm_act_depthwise import norm_act_depthwise_on
 from normpass.ops.winograd_conv2d import DTYPES, KERNEL_SIZE, LARGEST_PADDING, WinogradConv2d, pays, winograd_conv2d
 
@@ -65,16 +66,24 @@ def convolution_function(
 
 
 def norm_act_convolution(
-    norm: Any, layer: nn.Conv2d, x: Tensor, activation: str = "identity", activation_args: Sequence[float] = ()
+    norm_act: Callable[..., Tensor],
+    norm: Any,
+    layer: nn.Conv2d,
+    x: Tensor,
+    activation: str = "identity",
+    activation_args: Sequence[float] = (),
 ) -> Tensor:
-    """`layer(act(norm(x)))`; where one kernel does both, the result of the norm is never written. x: (N, C, H, W)."""
+    """`layer(act(norm(x)))`; where one kernel does both, the result of the norm is never written.
+
+    x: (N, C, H, W). norm_act: what makes that result elsewhere, `split_norm_act` or `fused_norm_act`.
+    """
     steps = _joined_steps(layer, x)
     tensors = None if steps is None else fusible(norm, x, None, activation)
     if steps is None or tensors is None:
-        return convolution_layer(layer, split_norm_act(norm, x, None, activation, activation_args))
+        return convolution_layer(layer, norm_act(norm, x, None, activation, activation_args))
     args = op_args("cpu", norm, tensors, x, None, activation, activation_args)
     y = norm_act_depthwise_on("cpu", x, args[2:6], args[6:], layer.weight, layer.bias, *steps)
-    return convolution_layer(layer, rebuilt_norm_act("cpu", args)) if y is None else y
+    return convolution_layer(layer, norm_act_on("cpu", *args)) if y is None else y
 
 
 def is_depthwise(kernel_size: Sequence[int], stride: Any, groups: int, channels: int) -> bool:

@@ -124,14 +124,9 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
     if tensors is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
-    return rebuilt_norm_act(device, op_args(device, norm, tensors, x, residual, activation, activation_args))
-
-
-def rebuilt_norm_act(device: str | None, args: tuple) -> Tensor:
-    """`norm_act` of these arguments; who saves the result saves its recipe instead."""
+    args = op_args(device, norm, tensors, x, residual, activation, activation_args)
     if torch.compiler.is_compiling():
-        result: Tensor = rebuilt_when_compiled(norm_act, *args)
-        return result
+        return rebuilt_when_compiled(norm_act, *args)
     z = norm_act_on(device, *args)
     if is_recording():
         tag(z, rebuild_norm_act, args)

@@ -224,6 +224,26 @@ TINY_DENSENET = Network("tiny_densenet", "torchvision", _tiny_densenet, random_i
 NETWORKS = (*TORCHVISION, *TIMM, TINY_DENSENET, *SMALL)
 
 
+def _channels_last(entry: Network) -> Network:
+    """The same with weights and images in channels_last, where the CPU has other kernels."""
+
+    def make() -> nn.Module:
+        return entry.make().to(memory_format=torch.channels_last)
+
+    def inputs(step: int) -> tuple:
+        return tuple(t.contiguous(memory_format=torch.channels_last) for t in entry.inputs(step))
+
+    return Network(f"{entry.name} (channels_last)", entry.source, make, inputs)
+
+
+_LAST = (
+    "resnet50 densenet121 mobilenet_v2 mobilenet_v3_small efficientnet_b0 mnasnet1_0 shufflenet_v2_x1_0 ghostnet_100 "
+    "hardcorenas_a mixnet_s tf_efficientnet_b0 rexnet_100 tinynet_e lcnet_050 xception41 ese_vovnet19b_dw "
+    "convnext_atto"
+).split()
+CHANNELS_LAST = tuple(_channels_last(entry) for entry in NETWORKS if entry.name in _LAST)
+
+
 def network(name: str) -> Network:
     """The network of that name."""
     return next(entry for entry in NETWORKS if entry.name == name)

@@ -87,8 +87,8 @@ template <class S> class Ring {
   using A = Wide<S>;
   using V = Vector<A>;
   // `before`: columns of padding in front; `pitch`: columns in all.
-  Ring(const Images& images, int64_t rows, int64_t before, int64_t pitch, int64_t most_vectors)
-      : images_(images), rows_(rows), before_(before), pitch_(pitch), values_(most_vectors * rows * pitch, V{}) {}
+  Ring(const Images& images, int64_t rows, int64_t before, int64_t pitch, int64_t vectors)
+      : images_(images), rows_(rows), before_(before), pitch_(pitch), values_(vectors * rows * pitch, V{}) {}
 
   // Begins with another sample or other channels: `count` of them, from `channel` on.
   void begin(const S* images, int64_t sample, int64_t channel, int64_t count) {

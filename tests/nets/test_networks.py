@@ -6,14 +6,14 @@ import time
 
 import pytest
 from exactness import compare
-from networks import NETWORKS, Network
+from networks import CHANNELS_LAST, NETWORKS, Network
 
 import normpass
 
 pytestmark = pytest.mark.nets
 
 
-@pytest.mark.parametrize("entry", NETWORKS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", (*NETWORKS, *CHANNELS_LAST), ids=lambda entry: entry.name)
 def test_trains_the_same(entry: Network, results) -> None:
     start = time.perf_counter()
     comparison = compare(entry.build, entry.make_inputs, normpass.optimize)

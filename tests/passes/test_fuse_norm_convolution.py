@@ -285,6 +285,17 @@ def test_kernels_switched_off(runs):
     assert not runs
 
 
+def test_what_a_plan_keeps_is_joined_all_the_same(runs):
+    plain, optimised = pair()
+    plan = normpass.StepPlan.from_json({"version": 1, "decisions": {"kept": ["norm"]}})
+    planned = normpass.optimize(copy.deepcopy(plain), plan=plan)
+    assert_same_step(plain, planned, images())
+    assert len(runs) == 1
+    assert kept_bytes(planned, images()) == kept_bytes(optimised, images())
+    with library.disabled():  # apart, as planned
+        assert kept_bytes(planned, images()) > kept_bytes(optimised, images())
+
+
 def test_what_is_planned_is_the_graph_before():
     _, optimised = pair()
     report = normpass.explain(optimised, images())
