@@ -118,7 +118,6 @@ class Depthwise(Protocol):
         stride: Sequence[int],
         padding: Sequence[int],
         memory_format: torch.memory_format,
-        norm: InputNorm | None = None,
     ) -> None:
         """dweight: in the statistics dtype."""
 

@@ -25,11 +25,11 @@ class CpuDepthwise:
         weight_gradient: Callable[..., int],
         norm_act_backward: Callable[..., int],
         dtypes: Mapping[torch.dtype, int],
-        activations: Mapping[str, int],
+        activation: Callable[[str, Sequence[float]], tuple[int, float, float]],
         threads: Callable[[Tensor], int],
     ):
         self._convolve, self._weight_gradient, self._backward = convolve, weight_gradient, norm_act_backward
-        self._dtypes, self._activations, self._threads = dtypes, activations, threads
+        self._dtypes, self._activation, self._threads = dtypes, activation, threads
 
     def convolves(
         self,
@@ -102,13 +102,11 @@ class CpuDepthwise:
         stride: Sequence[int],
         padding: Sequence[int],
         memory_format: torch.memory_format,
-        norm: InputNorm | None = None,
     ) -> None:
         status = self._weight_gradient(
             dweight.data_ptr(),
             grad.data_ptr(),
             x.data_ptr(),
-            *self._norm(norm),
             *x.shape,
             *grad.shape[2:],
             *dweight.shape[2:],
@@ -161,6 +159,5 @@ class CpuDepthwise:
         if norm is None:
             return None, None, None, None, 0.0, 0, 0.0, 0.0
         values = (norm.weight, norm.bias, norm.mean, norm.var)
-        first, second = (*norm.activation_args, 0.0, 0.0)[:2]
         pointers = (None if t is None else t.data_ptr() for t in values)
-        return *pointers, norm.eps, self._activations[norm.activation], first, second
+        return *pointers, norm.eps, *self._activation(norm.activation, norm.activation_args)

@@ -40,7 +40,7 @@ _SIGNATURES = {
     "inplace_abn_backward": (*[_POINTER] * 8, _DOUBLE, _INT, *_ACTIVATION, *_END),
     "running_stats": (*[_POINTER] * 4, _DOUBLE, _LONG, _LONG, _INT),
     "depthwise_conv2d": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
-    "depthwise_weight_gradient": (*[_POINTER] * 7, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
+    "depthwise_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 12, *[_INT] * 3),
     "norm_act_depthwise_backward": (*[_POINTER] * 11, _DOUBLE, _INT, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 2),
     "winograd_conv2d": (*[_POINTER] * 4, *[_LONG] * 9, *[_INT] * 5),
     "winograd_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 9, *[_INT] * 4),
@@ -68,7 +68,7 @@ class CpuKernels:
             _function(library, "depthwise_weight_gradient"),
             _function(library, "norm_act_depthwise_backward"),
             _DTYPES,
-            _CODES,
+            _activation,
             _threads,
         )
         convolve = _function(library, "winograd_conv2d")

@@ -1,7 +1,6 @@
-// depthwise_weight_gradient: dweight[c, i, j] = Σ grad[n, c, y, x] · z[n, c, y·stride + i − padding, x·stride + j − padding],
-// where z is x or act(norm(x)), which is never written.
+// depthwise_weight_gradient: dweight[c, i, j] = Σ grad[n, c, y, x] · x[n, c, y·stride + i − padding, x·stride + j − padding]
 //
-// Row after row of `grad` with the rows of z that it meets. Reads both arrays once; sums a sample in the wide type and
+// Row after row of `grad` with the rows of x that it meets. Reads both arrays once; sums a sample in the wide type and
 // samples in double.
 #include "depthwise_gradient.h"
 
@@ -14,7 +13,7 @@ struct Gradient {
 };
 
 template <class S>
-void gradient_of_share(const Gradient& of, const S* grad, const S* x, const Entry<Wide<S>>& entry, int64_t vectors,
+void gradient_of_share(const Gradient& of, const S* grad, const S* x, int64_t vectors,
                        AddRow<Wide<S>> add, int64_t begin, int64_t end, double* total) {
   using V = Vector<Wide<S>>;
   const int64_t block = vectors * V::lanes, blocks = (of.x.channels + block - 1) / block;
@@ -31,7 +30,7 @@ void gradient_of_share(const Gradient& of, const S* grad, const S* x, const Entr
       const int64_t row = y * of.stride_height - of.padding_height;
       const int64_t first = std::max<int64_t>(0, -row), stop = std::min(of.kernel_height, of.x.height - row);
       if (first >= stop) continue;
-      inputs.advance(row + first, row + stop, entry), gradients.advance(y, y + 1, Entry<Wide<S>>{});
+      inputs.advance(row + first, row + stop, Entry<Wide<S>>{}), gradients.advance(y, y + 1, Entry<Wide<S>>{});
       for (int64_t v = 0; v * V::lanes < count; ++v) {
         for (int64_t i = first; i < stop; ++i)
           add(gradients.pixels(v), inputs.pixels(v) + inputs.offset(row + i), columns,
@@ -43,7 +42,7 @@ void gradient_of_share(const Gradient& of, const S* grad, const S* x, const Entr
 }
 
 template <class S>
-int gradient(const Gradient& of, const S* grad, const S* x, const Entry<Wide<S>>& entry, Wide<S>* dweight, int threads) {
+int gradient(const Gradient& of, const S* grad, const S* x, Wide<S>* dweight, int threads) {
   const AddRow<Wide<S>> add = add_row_function<Wide<S>>(of.kernel_width, of.stride_width);
   if (add == nullptr) return 1;
   const int64_t vectors = vectors_at_once<Wide<S>>(of.x, threads), block = vectors * Vector<Wide<S>>::lanes;
@@ -53,7 +52,7 @@ int gradient(const Gradient& of, const S* grad, const S* x, const Entry<Wide<S>>
 #pragma omp parallel num_threads(threads)
   {
     int thread = omp_get_thread_num(), all = omp_get_num_threads();
-    gradient_of_share(of, grad, x, entry, vectors, add, units * thread / all, units * (thread + 1) / all,
+    gradient_of_share(of, grad, x, vectors, add, units * thread / all, units * (thread + 1) / all,
                       shares[thread].data());
   }
   add_shares(shares, dweight);
@@ -63,12 +62,9 @@ int gradient(const Gradient& of, const S* grad, const S* x, const Entry<Wide<S>>
 }  // namespace
 }  // namespace normpass
 
-// `mean` null: z is x. A norm is applied to x of a wide type only. Returns 1 for a kernel width, a stride or a type that
-// it has no loop for.
+// Returns 1 for a kernel width, a stride or a type that it has no loop for.
 NORMPASS_EXPORT int normpass_depthwise_weight_gradient(
-    void* dweight, const void* grad, const void* x, const void* norm_weight, const void* norm_bias, const void* mean,
-    const void* var, double eps, int activation, double arg0, double arg1, int64_t samples, int64_t channels,
-    int64_t height, int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
+    void* dweight, const void* grad, const void* x, int64_t samples, int64_t channels, int64_t height, int64_t width, int64_t out_height, int64_t out_width, int64_t kernel_height, int64_t kernel_width,
     int64_t stride_height, int64_t stride_width, int64_t padding_height, int64_t padding_width, int channels_last,
     int dtype, int threads) {
   using namespace normpass;
@@ -78,11 +74,7 @@ NORMPASS_EXPORT int normpass_depthwise_weight_gradient(
   int unknown = 0;
   int status = with_dtype(dtype, [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
-    using A = Wide<S>;
-    unknown = mean != nullptr && !std::is_same<S, A>::value;
-    if (unknown) return;
-    const Entry<A> entry = entry_of<A>(channels, norm_weight, norm_bias, mean, var, eps, {activation, arg0, arg1});
-    unknown = gradient(of, static_cast<const S*>(grad), static_cast<const S*>(x), entry, static_cast<A*>(dweight), threads);
+    unknown = gradient(of, static_cast<const S*>(grad), static_cast<const S*>(x), static_cast<Wide<S>*>(dweight), threads);
   });
   return status | unknown;
 }

@@ -201,7 +201,9 @@ template <class A> struct Backward {
           rows.row(gradients, place, v, channel + c, V{}, dz.data(), V::lanes, V::lanes, false);
           const PerLane<A> at(affine, coefficients, channel + c);
           A* pixels = inputs.row(v, row);
-          with_activation<A>(activation, [&](const auto& act) { second_pass(pixels, dz.data(), images.width, at, next_x, next_grad, act); });
+          with_activation<A>(activation, [&](const auto& act) {
+            second_pass(pixels, dz.data(), images.width, at, next_x, next_grad, act);
+          });
           store_pixels(pixels, images.width, to + c, images.channels, lanes, streamed);
         }
       }
