@@ -131,6 +131,23 @@ def assert_trains_alike(
     return optimised
 
 
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, the gradients that there are and the buffers of one step; without gradients, of one forward."""
+    model.zero_grad()
+    y = model(x)
+    if y.requires_grad:
+        y.square().mean().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
+
+
+def assert_same_step(plain: nn.Module, other: nn.Module, x: Tensor, tolerance: float = 1e-12) -> None:
+    """Every number of a `step` of both agrees, to `tolerance` of the largest one of its tensor or of 1."""
+    before, after = step(plain, x), step(other, x)
+    assert len(before) == len(after)
+    for a, b in zip(before, after, strict=True):
+        assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
+
+
 def rewrites(model: nn.Module) -> dict[str, str | None]:
     """Path of each norm -> the rewrite it gets from `optimize`, None where it is left alone."""
     return {row.path: row.rewrite for row in normpass.explain(model).rows}

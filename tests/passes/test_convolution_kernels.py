@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from training import assert_same_step
 
 import normpass
 from normpass.convolution import convolution_function, convolution_layer
@@ -42,20 +43,6 @@ class Functional(Inverted):
 
 def targets(model):
     return [n.target for n in part_of(model).programs[0][1].graph.nodes]
-
-
-def step(model, x):
-    model.zero_grad()
-    y = model(x)
-    y.square().mean().backward()
-    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
-
-
-def assert_same_step(plain, other, x, tolerance=1e-12):
-    before, after = step(plain, x), step(other, x)
-    assert len(before) == len(after)
-    for a, b in zip(before, after, strict=True):
-        assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
 
 
 def assert_change_is_seen(kind, change, when, x):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from training import assert_same_step, step
 
 import normpass
 from normpass import kernels as library
@@ -64,21 +65,6 @@ def runs(monkeypatch):
 def images(samples=4, size=(9, 7), dtype=torch.float64, **options):
     torch.manual_seed(5)
     return torch.randn(samples, 3, *size, dtype=dtype).contiguous(memory_format=LAST)
-
-
-def step(model, x):
-    model.zero_grad()
-    y = model(x)
-    if y.requires_grad:
-        y.square().mean().backward()
-    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
-
-
-def assert_same_step(plain, other, x, tolerance=1e-12):
-    before, after = step(plain, x), step(other, x)
-    assert len(before) == len(after)
-    for a, b in zip(before, after, strict=True):
-        assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
 
 
 def pair(kind=Inverted, **options):
