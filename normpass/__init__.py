@@ -17,13 +17,12 @@ from normpass.errors import (
     InfeasibleBudgetError,
     InvalidInputError,
     InvalidModelError,
-    ModifiedInPlaceError,
     NormpassError,
     NotAvailableError,
     StaleChangeError,
     VerificationError,
 )
-from normpass.module import Optimized
+from normpass.optimized import Optimized
 from normpass.report import Report
 from normpass.step_plan import StepPlan
 
@@ -33,7 +32,6 @@ __all__ = [
     "InfeasibleBudgetError",
     "InvalidInputError",
     "InvalidModelError",
-    "ModifiedInPlaceError",
     "NormpassError",
     "NotAvailableError",
     "Optimized",

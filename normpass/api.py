@@ -1,7 +1,4 @@
-"""`optimize`, `explain`, `restore`: the steps in order.
-
-model ──capture──► Capture ──find_sites──► Sites ──match──► Plan ──apply──► module ──verify──►
-"""
+"""`optimize`, `explain`, `plan`, `restore`: what users call."""
 
 from __future__ import annotations
 
@@ -13,18 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from normpass import passes
-from normpass.budget import known_keys, plan_step
+from normpass.budget import check_plan, plan_step
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.explain import make_report
-from normpass.module import Optimized, Options, optimise_in_place, plain_copy, shared_copy
-from normpass.planner import DEFAULT, Decisions
+from normpass.optimized import Optimized, is_optimised, optimise_in_place, plain_copy
+from normpass.pipeline import Request
+from normpass.planner import DEFAULT
 from normpass.report import Report
+from normpass.shared_copy import shared_copy
 from normpass.step_plan import StepPlan
-from normpass.untouched import untouched
-from normpass.verify import verify_outputs, verify_state
+from normpass.trial import call_arguments, run_trial
+from normpass.verify import verify_state
 
 
 def optimize(
@@ -45,9 +43,9 @@ def optimize(
     exact up to rounding are made, unless others are asked for.
 
     Args:
-        model: any `nn.Module`. What cannot be traced or rewritten is left as it is; `explain` says why.
-        example_inputs: a tensor, or a tuple or dict of arguments, that the model accepts. Only used to
-            check that the model runs on them and that, in eval mode, the result gives the same outputs.
+        model: any `nn.Module`. What cannot be captured or rewritten is left as it is; `explain` says why.
+        example_inputs: a tensor, or a tuple or dict of arguments, that the model accepts: checked, and what a budget
+            is planned for. The graphs are captured at the first call, which takes some seconds.
         memory_budget: what may be kept for backward: a fraction of what `model` keeps (`0.5`), or bytes (`"12GB"`,
             `"800MiB"`). Needs `example_inputs`, of the shapes to train with. The fastest step within it is
             chosen: see `plan`.
@@ -62,7 +60,7 @@ def optimize(
         serialize: run chains of layers sub-batch by sub-batch where every sample is computed by itself (GroupNorm,
             LayerNorm, frozen batch norms, eval mode), so that what lies between them stays in the cache: less
             memory, more time on a CPU. True, or a `normpass.passes.SerializeMinibatch` with the buffer's size.
-            Needs `example_inputs`, of the shapes to train with.
+            What is chosen depends on the shapes of the first call.
 
     Returns:
         The optimised module, in the same train/eval mode.
@@ -74,19 +72,18 @@ def optimize(
         InfeasibleBudgetError: no plan keeps to the budget; the message has the smallest that can be kept.
     """
     _check_model(model)
-    options = _options(changes, allow_lossy, plan, memory_budget)
+    request = _request(changes, allow_lossy, plan, memory_budget)
     if example_inputs is not None:
         check_example_inputs(model, example_inputs)
     if serialize is not False:
-        options = _with_regions(options, serialize, example_inputs, memory_budget)
+        request = _with_regions(request, serialize, memory_budget)
     if memory_budget is not None:
-        found = plan_step(model, _needed_inputs(example_inputs), memory_budget, options, tune)
-        options = replace(options, decisions=found.decisions)
-    optimised = optimise_in_place(shared_copy(model), options)
-    _check_decisions(optimised, options.decisions)
-    verify_state(model, optimised, may_add=bool(options.changes))
-    if example_inputs is not None and not options.changes:
-        compare_in_eval_mode(model, optimised, example_inputs)
+        found = plan_step(model, _needed_inputs(example_inputs), memory_budget, request, tune)
+        request = replace(request, decisions=found.decisions)
+    if plan is not None:
+        check_plan(model, request, None if example_inputs is None else call_arguments(example_inputs))
+    optimised = optimise_in_place(shared_copy(model), request)
+    verify_state(model, optimised, may_add=bool(request.changes))
     return optimised
 
 
@@ -101,16 +98,16 @@ def plan(
 ) -> StepPlan:
     """What `optimize` would do for a memory budget: what is kept, what is rebuilt, and what that costs.
 
-    Made without running the model: kept bytes and peak are worked out from shapes. The arguments and errors are
-    those of `optimize`, which applies the plan: `optimize(model, plan=…)`.
+    Kept bytes and peak are worked out from shapes, after one forward of a copy that captures the graphs. The
+    arguments and errors are those of `optimize`, which applies the plan: `optimize(model, plan=…)`.
     """
     _check_model(model)
-    options = _options(changes, allow_lossy, None, memory_budget)
-    if options.changes:
+    request = _request(changes, allow_lossy, None, memory_budget)
+    if request.changes:
         raise InvalidInputError("`plan` takes no changes: make them first, optimise with the budget then")
     arguments = _needed_inputs(example_inputs)
     check_example_inputs(model, example_inputs)
-    return plan_step(model, arguments, memory_budget, options, tune)
+    return plan_step(model, arguments, memory_budget, request, tune)
 
 
 def restore(optimised: nn.Module, *, keep_changes: bool = False) -> nn.Module:
@@ -123,7 +120,7 @@ def restore(optimised: nn.Module, *, keep_changes: bool = False) -> nn.Module:
     Raises:
         InvalidModelError: the module was not made by `optimize`.
     """
-    if not isinstance(optimised, Optimized):
+    if not is_optimised(optimised):
         raise InvalidModelError(
             f"{type(optimised).__name__} was not made by normpass.optimize; there is nothing to restore"
         )
@@ -140,45 +137,31 @@ def explain(
     tune: bool = False,
     serialize: bool | passes.SerializeMinibatch = False,
 ) -> Report:
-    """What `optimize` would do to `model`: every norm with its rewrite or the reason it is left alone.
+    """What `optimize` does to `model`: every norm with its rewrite or the reason it is left alone.
 
-    With `example_inputs` the bytes kept for backward and the peak over a step are measured before and
-    after, in train mode, on the device the model is on; the model is left bit for bit as it was.
-    An optimised model may be given as well. With a `memory_budget` the report has the plan for it, too.
+    With `example_inputs` a copy is run in train mode: the report has the graphs that were captured, where and why
+    they break, every norm, what is kept and why, and the bytes kept for backward and the peak over a step, measured
+    before and after on the device the model is on. Without them no graph is known: the norms are listed, no more.
+    The model, its inputs and its Python state stay bit for bit as they were. An optimised model may be given as well.
+    With a `memory_budget` the report has the plan for it, too.
     """
-    if isinstance(model, Optimized):
+    arguments = None if example_inputs is None else call_arguments(example_inputs)
+    if is_optimised(model):
         model = restore(model)
     found = None
     if memory_budget is not None:
         found = plan(model, example_inputs, memory_budget, changes=changes, allow_lossy=allow_lossy, tune=tune)
     chosen: dict[str, Any] = {"changes": changes, "allow_lossy": allow_lossy, "plan": found, "serialize": serialize}
     optimised = optimize(model, example_inputs, **chosen)
-    arguments = None if example_inputs is None else call_arguments(example_inputs)
     return make_report(model, optimised, arguments, found)
 
 
-def compare_in_eval_mode(model: nn.Module, optimised: nn.Module, example_inputs: Any) -> None:
-    """VerificationError unless both return the same; both are left as they were.
-
-    In eval mode, because in train mode the statistics of a few values make rounding errors as large as you like.
-    """
-    args, kwargs = call_arguments(example_inputs)
-    with untouched(model), untouched(optimised), torch.no_grad():
-        state = torch.get_rng_state()
-        try:
-            expected = model.eval()(*args, **kwargs)
-        except Exception:
-            return  # the model does not run in eval mode: there is nothing to compare with
-        torch.set_rng_state(state)
-        verify_outputs(expected, optimised.eval()(*args, **kwargs))
-
-
 def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
-    """Run the plain model once, without gradients, and leave it as it was."""
+    """Run a copy of the plain model once, without gradients."""
     args, kwargs = call_arguments(example_inputs)
     try:
-        with untouched(model), torch.no_grad():
-            model(*args, **kwargs)
+        with torch.no_grad():
+            run_trial(model, (args, kwargs))
     except Exception as error:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())]
         raise InvalidInputError(
@@ -187,17 +170,10 @@ def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
         ) from error
 
 
-def call_arguments(example_inputs: Any) -> tuple[tuple, dict]:
-    """`example_inputs` as positional and named arguments of one call."""
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    return (tuple(example_inputs), {}) if isinstance(example_inputs, (tuple, list)) else ((example_inputs,), {})
-
-
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
-    if isinstance(model, Optimized):
+    if is_optimised(model):
         raise InvalidModelError(
             f"this {type(model).__name__} is optimised already; use it as it is, or optimise normpass.restore(model)"
         )
@@ -205,48 +181,32 @@ def _check_model(model: Any) -> None:
         raise InvalidModelError(
             f"`model` is a {type(model).__name__}; optimise the plain module first, then compile the result"
         )
-    inside = next((path for path, m in model.named_modules() if isinstance(m, Optimized)), None)
+    inside = next((path for path, m in model.named_modules() if is_optimised(m)), None)
     if inside is not None:
         raise InvalidModelError(f"`{inside}` is optimised already; optimise the whole model once, from plain parts")
 
 
-def _needed_inputs(example_inputs: Any, what: str = "memory_budget") -> tuple[tuple, dict]:
+def _needed_inputs(example_inputs: Any) -> tuple[tuple, dict]:
     if example_inputs is None:
-        raise InvalidInputError(f"`{what}` needs `example_inputs`: what it does depends on their shapes")
+        raise InvalidInputError("`memory_budget` needs `example_inputs`: what it does depends on their shapes")
     return call_arguments(example_inputs)
 
 
-def _options(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any) -> Options:
+def _request(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any) -> Request:
     if plan is not None and memory_budget is not None:
         raise InvalidInputError("give either `plan` or `memory_budget`: a plan was made for a budget already")
     if isinstance(changes, str):
         raise InvalidInputError(f'`changes` is a sequence of names or option objects: changes=("{changes}",)')
     decisions = DEFAULT if plan is None else _read_plan(plan).decisions
-    return Options(tuple(_change(c) for c in changes), bool(allow_lossy), decisions)
+    return Request(tuple(_change(c) for c in changes), bool(allow_lossy), decisions)
 
 
-def _with_regions(options: Options, serialize: Any, example_inputs: Any, memory_budget: Any) -> Options:
+def _with_regions(request: Request, serialize: Any, memory_budget: Any) -> Request:
     if memory_budget is not None:
         raise InvalidInputError("give either `serialize` or `memory_budget`: regions are not planned for a budget")
     if serialize is not True and not isinstance(serialize, passes.SerializeMinibatch):
         raise InvalidInputError(f"`serialize` is True, False or a SerializeMinibatch, not {serialize!r}")
-    args, kwargs = _needed_inputs(example_inputs, "serialize")
-    inputs = [t.to("meta") for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    chosen = passes.SerializeMinibatch() if serialize is True else serialize
-    return replace(options, serialize=chosen, inputs=tuple(inputs))
-
-
-def _check_decisions(optimised: nn.Module, decisions: Decisions) -> None:
-    """InvalidInputError for a name that is not in the model."""
-    if not decisions.keys:
-        return
-    known = known_keys(optimised)
-    unknown = sorted(decisions.keys - known)
-    if unknown:
-        raise InvalidInputError(
-            f"`plan` names what is not in this {type(optimised).__name__}: {', '.join(unknown[:5])}; it was made for "
-            "another model, or for other options"
-        )
+    return replace(request, serialize=passes.SerializeMinibatch() if serialize is True else serialize)
 
 
 def _read_plan(plan: Any) -> StepPlan:

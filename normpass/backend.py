@@ -1,10 +1,9 @@
-"""`torch.compile(model, backend="normpass")`: the sites of a Dynamo graph, rewritten, then an inner backend.
+"""`torch.compile(model, backend="normpass")`: the pipeline of `optimize` on a graph of Dynamo's, then an inner backend.
 
-Dynamo hands over one graph of functions with every parameter and buffer as an input: `F.batch_norm` with its
-tensors as arguments and `training` as a constant. Its sites are found, matched and rewritten by the very code that
-`optimize` uses on a model. What differs is how a rebuilt tensor is not kept:
+Dynamo hands over one graph of functions with every parameter and buffer as an input; `normpass.pipeline` rewrites it.
+What differs from `optimize` is how a rebuilt tensor is not kept:
 
-  * inner `eager` runs the graph as it is, under the saved-tensor hooks of `normpass.recipe`;
+  * inner `eager` runs the graph as it is, under the saved-tensor hooks of `normpass.recipe`, as `optimize` does;
   * inner `aot_eager` and `inductor` trace it further, and a partitioner decides what is kept. Every node that
     computes what a recipe would rebuild carries `recompute = MUST_RECOMPUTE`, which AOTAutograd hands on to the
     operators traced from it and which its partitioner obeys. A site becomes two nodes for that: the moments and the
@@ -22,28 +21,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import CheckpointPolicy
 
-from normpass import passes, recipe
-from normpass.apply import Rewritten, rewrite_graph
-from normpass.budget import plan_record, selectable
-from normpass.capture import Capture, normalise
+from normpass.budget import plan_graphs
+from normpass.capture import is_raising
 from normpass.errors import InvalidInputError
 from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
-from normpass.graph import key_of
-from normpass.guard import Guard
-from normpass.module import PASSES
-from normpass.planner import DEFAULT, Decisions, Plan, make_plan
-from normpass.record import record_graph
+from normpass.graph import copy_graph
+from normpass.optimized import with_recipes
+from normpass.passes.normal_form import run_checkpoint
+from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, decide_again, note_recipes, rewrite, will_differentiate
+from normpass.planner import DEFAULT
 from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
-from normpass.sites import find_sites
 from normpass.step_plan import parse_budget
 
 INNER = ("inductor", "aot_eager", "eager")
 _OPTIONS = ("inner", "memory_budget")
-_NO_GUARD = Guard((), (), (), (), ())  # Dynamo has its own
 _IN_TWO: dict[Any, tuple[Callable, Callable]] = {
     split_norm_act: (prepare_norm_act, finish_norm_act),
     shared_norm_act: (prepare_shared_norm_act, finish_shared_norm_act),
@@ -81,21 +76,39 @@ def compile_graph(
     settings = read_options(options)
     if mode is not None and settings.inner != "inductor":
         raise InvalidInputError(f'`mode="{mode}"` is Inductor\'s: leave it out, or set inner="inductor"')
-    will_differentiate = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in example_inputs
-    )
-    if will_differentiate:
-        decisions = _decide(graph_module, example_inputs, settings)
-        plan, rewritten = rewrite(graph_module, decisions)
-        _log_plan(graph_module, plan, rewritten)
-        if settings.inner != "eager":
-            _mark_recomputed(graph_module, rewritten, decisions)
+    trains = will_differentiate(example_inputs)
+    if trains:
+        graph_module = _rewritten(graph_module, example_inputs, settings)
     if settings.inner == "eager":
-        return _with_recipes(graph_module) if will_differentiate else graph_module.forward
+        return with_recipes(graph_module) if trains else graph_module.forward
     inner: Any = lookup_backend(settings.inner)
     if mode is None:
         return inner(graph_module, example_inputs)
     return inner(graph_module, example_inputs, config_patches=torch._inductor.list_mode_options(mode))
+
+
+def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> fx.GraphModule:
+    """What the inner backend gets; the graph as it is where it cannot be rewritten."""
+    plain = copy_graph(graph_module)
+    try:
+        found = rewrite(graph_module, inputs, Request())
+    except Exception as error:
+        if is_raising():
+            raise
+        _log.warning("a graph of %d nodes runs as it is: %s: %s", len(plain.graph.nodes), type(error).__name__, error)
+        return plain
+    decisions = DEFAULT
+    if settings.memory_budget is not None:
+        step = plan_graphs([found], settings.memory_budget)
+        _log.info("%s", step)
+        decisions = step.decisions
+        found.again = decide_again(found, decisions)
+    _log_choices(found)
+    if settings.inner == "eager":
+        note_recipes(found, decisions)
+        return found.runs
+    _mark_recomputed(found, decisions.replayed)
+    return found.graph_module
 
 
 def read_options(options: Mapping[str, Any] | None) -> BackendOptions:
@@ -118,58 +131,18 @@ def read_options(options: Mapping[str, Any] | None) -> BackendOptions:
     return settings
 
 
-def rewrite(graph_module: fx.GraphModule, decisions: Decisions = DEFAULT) -> tuple[Plan, Rewritten]:
-    """Rewrite a graph of Dynamo's in place."""
-    graph = graph_module.graph
-    normalise(graph, graph_module)
-    sites = find_sites(Capture(graph_module, graph, {}, _NO_GUARD))
-    plan = make_plan(sites, passes.ORDER, allow_lossy=False, decisions=decisions)
-    rewritten = rewrite_graph(graph, graph_module, plan, PASSES, decisions)
-    graph_module.recompile()
-    return plan, rewritten
-
-
-def _decide(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> Decisions:
-    """What a budget asks for, planned on copies of the graph."""
-    if settings.memory_budget is None:
-        return DEFAULT
-    plain, copied = _copy(graph_module), _copy(graph_module)
-    _, rewritten = rewrite(copied)
-    records = [record_graph(m, inputs) for m in (plain, copied)]
-    possible = selectable(records[1], [("", copied.graph, copied, rewritten.rebuilt)])
-    found = plan_record(records[0], records[1], possible, settings.memory_budget)
-    _log.info("%s", found)
-    return found.decisions
-
-
-def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph once more, over the same modules and tensors."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    return fx.GraphModule(graph_module, graph)
-
-
-def _with_recipes(graph_module: fx.GraphModule) -> Callable[..., Any]:
-    """The graph as a function that runs under the saved-tensor hooks."""
-
-    def run(*inputs: Any) -> Any:
-        with recipe.recording():
-            result = graph_module.forward(*inputs)
-        if not recipe.is_recording():
-            recipe.untag(result)
-        return result
-
-    return run
-
-
-def _mark_recomputed(graph_module: fx.GraphModule, rewritten: Rewritten, decisions: Decisions) -> None:
+def _mark_recomputed(rewritten: Rewritten, replayed: frozenset[str]) -> None:
     """Mark what backward computes again, the sites split so that their moments are not among it.
 
     A pooling that looks for its maxima again makes its result again as well: that is one operator.
     """
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target in _IN_TWO:
+    graph, found = rewritten.graph_module.graph, rewritten.found
+    assert found is not None
+    for step in found.facts.steps:
+        node, is_again = step.node, any(v in rewritten.again for v in step.makes)
+        if node.target is run_checkpoint:
+            node.target = torch.ops.higher_order.tag_activation_checkpoint
+        elif node.target in _IN_TWO and is_again:
             prepare, finish = _IN_TWO[node.target]
             with graph.inserting_before(node):
                 prepared = graph.call_function(prepare, node.args, node.kwargs)
@@ -177,9 +150,9 @@ def _mark_recomputed(graph_module: fx.GraphModule, rewritten: Rewritten, decisio
             _mark(finished)
             node.replace_all_uses_with(finished)
             graph.erase_node(node)
-        elif node.name in rewritten.rebuilt or key_of(node) in decisions.replayed:
+        elif (is_again and node.target not in NOTES_ITSELF) or step.key in replayed:
             _mark(node)
-    graph_module.recompile()
+    rewritten.graph_module.recompile()
 
 
 def _mark(node: fx.Node) -> None:
@@ -187,13 +160,13 @@ def _mark(node: fx.Node) -> None:
     node.meta["ac_graph_id"] = 0  # one region: nothing is kept for being at the border of another
 
 
-def _log_plan(graph_module: fx.GraphModule, plan: Plan, rewritten: Rewritten) -> None:
+def _log_choices(rewritten: Rewritten) -> None:
     """One line a norm, at level INFO: nothing is skipped silently."""
-    for choice in plan.choices:
+    for choice in rewritten.choices:
         reasons = "".join(f"; not {refusal.rewrite}: {refusal.reason}" for refusal in choice.refusals)
         _log.info("%s (%s): %s%s", choice.site.path, choice.site.pattern, choice.rewrite or "left alone", reasons)
-    for path, region in graph_module.named_modules():
+    for path, region in rewritten.graph_module.named_modules():
         if path and isinstance(region, fx.GraphModule):
             count = sum(node.target is F.batch_norm for node in region.graph.nodes)
             _log.info("%s: %d norms left alone, inside a region of its own (checkpoint, cond, …)", path, count)
-    _log.info("%d norms, %d other recipes", len(plan.choices), len(rewritten.derived))
+    _log.info("%d norms, %d results made again", len(rewritten.choices), len(rewritten.again))

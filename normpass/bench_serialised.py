@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from normpass import measure
-from normpass.capture import capture, required_arguments
 from normpass.environment import environment, last_level_cache
 from normpass.extras import needed
+from normpass.facts import facts_of
 from normpass.files import write_json
 from normpass.passes import SerializeMinibatch
 from normpass.passes.serialize_norms import tuned
+from normpass.traffic import graph_of
 
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Buffers, as parts of the last-level cache."""
@@ -85,13 +86,16 @@ class SerialisedModel(nn.Module):
 
     def __init__(self, model: nn.Module, x: Tensor, buffer_bytes: int) -> None:
         super().__init__()
-        captured = capture(model, required_arguments(model))
+        program, values = graph_of(model, x)
         self.model = model
-        self.found = SerializeMinibatch(buffer_bytes=buffer_bytes).apply(captured.graph, model, [x])
-        self._run = type(fx.GraphModule(model, captured.graph)).forward
+        self.found = SerializeMinibatch(buffer_bytes=buffer_bytes).apply(program.graph, facts_of(program, values))
+        self._run, self._values = fx.GraphModule(program, program.graph).forward, values
+        self._place = next(index for index, value in enumerate(values) if value is x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(self.model, x)
+        values = [*self._values[: self._place], x, *self._values[self._place + 1 :]]
+        result: Tensor = self._run(*values)[0]
+        return result
 
 
 def buffers_of(device: torch.device, shares: Sequence[float] = SHARES) -> list[int]:

@@ -1,29 +1,30 @@
 """A memory budget -> what is kept, what is rebuilt and what that costs: `plan`, and what `optimize` does with one.
 
-The plain model and the optimised one are recorded without memory (`normpass.record`), the values to be rebuilt are
-chosen (`normpass.choose`), and the choice is written down by the names of layers: a `StepPlan`, which prints, goes to
-and from JSON, may be edited, and is applied by `optimize(model, plan=…)`.
+A copy of the model runs forward once, which captures and rewrites its graphs; the values to be rebuilt are chosen
+(`normpass.choose`) from the facts about them, and the choice is written down by the names of layers: a `StepPlan`, which
+prints, goes to and from JSON, may be edited, and is applied by `optimize(model, plan=…)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from torch import fx, nn
+from torch import nn
 
 from normpass import cost, tune
 from normpass.choose import Chosen, Search, Selectable, flip
+from normpass.collect import captured_graphs
 from normpass.errors import InfeasibleBudgetError, InvalidInputError
-from normpass.graph import join, key_of
+from normpass.facts import Facts
 from normpass.liveness import Demand, Seconds, Walker
 from normpass.measure import format_bytes
-from normpass.module import PASSES, Optimized, Options, Program, optimise_in_place, part_of, shared_copy
+from normpass.minimum_cut import Possible, joined, minimum_cut
+from normpass.passes.rebuild_values import can_be_replayed
+from normpass.pipeline import Request, Rewritten
 from normpass.planner import DEFAULT, Decisions
-from normpass.record import Record, Recorder, recording, recording_for_real
 from normpass.step_plan import INDICES, Row, StepPlan, parse_budget
+from normpass.trial import Arguments
 
 _PEAK_MARGIN = 1.1
 """how far the peak may lie above the budget's share of the plain model's"""
@@ -31,9 +32,9 @@ _PEAK_MARGIN = 1.1
 
 def plan_step(
     model: nn.Module,
-    arguments: tuple[tuple, dict],
+    arguments: Arguments,
     memory_budget: float | str,
-    options: Options,
+    request: Request,
     measure: bool = False,
 ) -> StepPlan:
     """The fastest way to run a training step of `model` on `arguments` within the budget.
@@ -47,27 +48,35 @@ def plan_step(
         InvalidInputError: the budget is no fraction or size; the model cannot be run without memory.
         InfeasibleBudgetError: no choice keeps to it; the message has the smallest budget that can be kept.
     """
-    plain, _ = _recorded(model, arguments, dataclasses.replace(options, decisions=Decisions(leaves_all=True)))
-    record, possible = _recorded(model, arguments, options)
-    seconds = _measured(model, arguments, options, record, possible) if measure else cost.seconds
-    return plan_record(plain, record, possible, memory_budget, options.decisions, seconds)
+    graphs = _captured(model, arguments, request)
+    seconds = tune.measured_seconds(model, arguments, request, graphs) if measure else cost.seconds
+    return plan_graphs(graphs, memory_budget, request.decisions, seconds)
 
 
-def plan_record(
-    plain: Record,
-    record: Record,
-    possible: Selectable,
+def plan_graphs(
+    graphs: Sequence[Rewritten], memory_budget: float | str, given: Decisions = DEFAULT, seconds: Seconds = cost.seconds
+) -> StepPlan:
+    """The plan for the graphs of one forward, one after the other; raises as `plan_step`."""
+    found = joined([g.found for g in graphs if g.found is not None])
+    plain = joined([Possible.nothing(g.plain) for g in graphs if g.plain is not None]).facts
+    return plan_facts(plain, found, memory_budget, given, seconds)
+
+
+def plan_facts(
+    plain: Facts,
+    found: Possible,
     memory_budget: float | str,
     given: Decisions = DEFAULT,
     seconds: Seconds = cost.seconds,
 ) -> StepPlan:
-    """The plan for one record, with the record of the same step as it is without normpass beside it.
+    """The plan for one forward, with the facts of the same forward as it is without normpass beside it.
 
     Raises:
         InvalidInputError, InfeasibleBudgetError: as `plan_step`.
     """
     unchanged = Walker(plain, seconds).walk(())
-    walker = Walker(record, seconds)
+    walker = Walker(found.facts, seconds)
+    possible = _selectable(found)
     search = Search(walker, possible)
     limit = parse_budget(memory_budget, unchanged.kept)
     peak = int(_PEAK_MARGIN * limit / max(unchanged.kept, 1) * unchanged.peak)
@@ -78,7 +87,7 @@ def plan_record(
             f"`memory_budget={memory_budget!r}` is {format_bytes(limit)}, and no plan keeps fewer than "
             f"{format_bytes(smallest)}: ask for {-(-smallest * 1000 // max(unchanged.kept, 1)) / 1000} or more"
         )
-    default = Chosen(possible.default, frozenset())
+    default = search.default
     return StepPlan(
         _decisions(walker, chosen, default, given),
         tuple(_rows(walker, search, chosen)),
@@ -89,97 +98,67 @@ def plan_record(
     )
 
 
-# --- recording ------------------------------------------------------------------------------------
+# --- capturing ------------------------------------------------------------------------------------
 
 
-def _recorded(model: nn.Module, arguments: tuple[tuple, dict], options: Options) -> tuple[Record, Selectable]:
-    """One training step's forward of the model optimised with `options`, and what may be rebuilt in it."""
-    optimised = optimise_in_place(shared_copy(model).train(), options, in_both_modes=False)
+def _captured(model: nn.Module, arguments: Arguments, request: Request) -> list[Rewritten]:
+    """The graphs of one training step's forward, optimised without a budget."""
     try:
-        try:
-            record = _run(optimised, recording(optimised, arguments))
-        except Exception:  # what asks for values cannot be run without memory
-            record = _run(optimised, recording_for_real(optimised, arguments))
+        graphs = captured_graphs(model, arguments, request).graphs
     except Exception as error:
         raise InvalidInputError(
             f"`memory_budget`: {type(model).__name__} does not run a step of training on `example_inputs` "
             f"({type(error).__name__}: {error}), so it cannot be planned; leave the budget out"
         ) from error
-    return record, _selectable(optimised, record)
+    differentiable = [g for g in graphs if g.keeps_gradients]
+    if not differentiable:
+        raise InvalidInputError(
+            f"`memory_budget`: no graph of {type(model).__name__} that keeps anything for backward was captured, so "
+            "there is nothing to plan; `normpass.explain(model, example_inputs)` says why"
+        )
+    return differentiable
 
 
-def _run(optimised: nn.Module, how: AbstractContextManager[tuple[Recorder, tuple[tuple, dict]]]) -> Record:
-    with how as (recorder, (args, kwargs)), _stepwise(optimised, recorder):
-        output = optimised(*args, **kwargs)
-    return recorder.finish(output)
-
-
-def _measured(
-    model: nn.Module, arguments: tuple[tuple, dict], options: Options, record: Record, possible: Selectable
-) -> Seconds:
-    """Seconds of a step, measured where it can be rebuilt."""
-    maker = record.maker()
-    rebuilt = frozenset(record.steps[maker[v]].key for v in possible.extra - possible.default)
-    decisions = dataclasses.replace(options.decisions, rebuilt=rebuilt)
-    options = dataclasses.replace(options, decisions=decisions)
-    optimised = optimise_in_place(shared_copy(model).train(), options, in_both_modes=False)
-    args, kwargs = arguments
-
-    def call(timer: tune.Timer) -> None:
-        with _stepwise(optimised, timer):
-            optimised(*args, **kwargs)
-
-    found = tune.measured(call, optimised, arguments, tune.cache_folder())
-    return lambda step, record: found[step.key] if step.key in found else cost.seconds(step, record)
-
-
-@contextmanager
-def _stepwise(optimised: nn.Module, recorder: Recorder | tune.Timer) -> Iterator[None]:
-    """Every part's program is run node by node by the recorder."""
-    parts = [part_of(m) for m in optimised.modules() if isinstance(m, Optimized)]
-    before = [part.programs for part in parts]
-    try:
-        for part in parts:
-            part.programs = [(key, _run_by(recorder, program, part.path)) for key, program in part.programs]
-        yield
-    finally:
-        for part, programs in zip(parts, before, strict=True):
-            part.programs = programs
-
-
-def _run_by(recorder: Recorder | tune.Timer, program: Program, path: str) -> Program:
-    def run(module: nn.Module, *tensors: Any) -> Any:
-        return recorder.run(program.graph, module, path, tensors)
-
-    return dataclasses.replace(program, run=run)
-
-
-def _selectable(optimised: nn.Module, record: Record) -> Selectable:
-    parts = [(m, part_of(m)) for m in optimised.modules() if isinstance(m, Optimized)]
-    return selectable(record, [(part.path, p.graph, m, p.rebuilt) for m, part in parts for _, p in part.programs])
-
-
-def selectable(record: Record, graphs: Iterable[tuple[str, fx.Graph, nn.Module, frozenset[str]]]) -> Selectable:
-    """What may be rebuilt in a record of these graphs: (path of the part, graph, root, names of what is rebuilt)."""
-    default, extra, replayable = set(), set(), set()
-    for path, graph, root, rebuilt in graphs:
-        default |= {join(path, key_of(n)) for n in graph.nodes if n.name in rebuilt}
-        regions = PASSES.regions.match(graph, root)
-        extra |= {join(path, key) for key in regions.rebuildable}
-        replayable |= {join(path, key) for key in regions.replayable}
-    steps = list(enumerate(record.steps))
+def _selectable(found: Possible) -> Selectable:
+    facts = found.facts
+    differentiable = {v for step in facts.steps if step.differentiable for v in step.makes}
     return Selectable(
-        default=frozenset(v for _, s in steps if s.key in default for v in s.makes),
-        extra=frozenset(v for _, s in steps if s.key in extra and s.differentiable for v in s.makes),
-        replayable=frozenset(i for i, s in steps if s.key in replayable and s.internals),
+        default=minimum_cut(found),
+        extra=(found.cheap | found.dear) & differentiable,
+        forced=found.cheap & facts.overwritten,
+        replayable=frozenset(i for i, step in enumerate(facts.steps) if can_be_replayed(step)),
     )
 
 
-def known_keys(optimised: nn.Module) -> frozenset[str]:
-    """What a plan for this module may name."""
-    parts = [part_of(m) for m in optimised.modules() if isinstance(m, Optimized)]
-    nodes = ((part.path, n) for part in parts for _, program in part.programs for n in program.graph.nodes)
-    return frozenset(join(path, key_of(n)) for path, n in nodes)
+def check_plan(model: nn.Module, request: Request, arguments: Arguments | None) -> None:
+    """InvalidInputError for a name that is not in the model.
+
+    Without example inputs the graph is not known: then the modules that are named must be there.
+    """
+    keys = request.decisions.keys
+    if arguments is not None:
+        graphs = captured_graphs(model, arguments, dataclasses.replace(request, decisions=DEFAULT)).graphs
+        known = {step.key for g in graphs if g.found is not None for step in g.found.facts.steps}
+        known |= {choice.site.path for g in graphs for choice in g.choices}
+        unknown = sorted(keys - known)
+    else:
+        modules = {name for name, _ in model.named_modules()}
+        unknown = sorted(key for key in keys if not _names_module(key, modules))
+    if unknown:
+        raise InvalidInputError(
+            f"`plan` names what is not in this {type(model).__name__}: {', '.join(unknown[:5])}; it was made for "
+            "another model, or for other options"
+        )
+
+
+def _names_module(key: str, modules: set[str]) -> bool:
+    """Whether `key` is a module's path, or that of a call in one: `layer1.0`, `layer1.0.iadd`, `layer1.0.iadd.2`."""
+    if key in modules:
+        return True
+    parent, _, name = key.removesuffix(".statistics").rpartition(".")
+    if name.isdigit() and parent not in modules:
+        parent = parent.rpartition(".")[0]
+    return parent in modules
 
 
 # --- what was chosen ------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ class Selectable:
     """values that may be rebuilt as well"""
     replayable: frozenset[int]
     """steps whose internals may be computed again in backward"""
+    forced: frozenset[int] = frozenset()
+    """values that cannot be kept, since they are overwritten: always rebuilt where they are asked for"""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Search:
     """The fastest choice within a budget; see the module."""
 
     def __init__(self, walker: Walker, possible: Selectable):
-        self.walker, self.default = walker, Chosen(possible.default, frozenset())
-        self.values, self.steps = possible.default | possible.extra, possible.replayable
+        self.walker, self.forced = walker, possible.forced
+        self.default = Chosen(possible.default | possible.forced, frozenset())
+        self.values, self.steps = (possible.default | possible.extra) - possible.forced, possible.replayable
         record, maker = walker.record, walker.maker
         items: list[tuple[float, int, Chosen]] = []
         for value in self.values:
@@ -91,7 +94,7 @@ class Search:
 
     def _starts(self) -> tuple[Chosen, Chosen]:
         """Nothing; and the default, for values that save nothing but together."""
-        return Chosen(frozenset(), frozenset()), self.default
+        return Chosen(self.forced, frozenset()), self.default
 
     def _cover(self, budget: int, start: Chosen, refused: frozenset[int] = frozenset()) -> Chosen:
         """`start` with items added, the cheapest first, until it keeps at most `budget`."""
@@ -115,7 +118,7 @@ class Search:
         """`chosen` without what it can do without, the dearest first."""
         seconds, maker, demand = self.walker.seconds, self.walker.maker, self.demand(chosen)
         made: dict[int, set[int]] = {step: set() for step in chosen.replayed}
-        for value in chosen.rebuilt:
+        for value in chosen.rebuilt - self.forced:
             made.setdefault(maker[value], set()).add(value)
         for step in sorted(made, key=lambda s: (-seconds[s], s)):
             item = Chosen(frozenset(made[step]), chosen.replayed & {step})
@@ -129,7 +132,7 @@ class Search:
         refused: frozenset[int] = frozenset()
         while use.peak > peak and time.monotonic() < end:
             best: tuple[float, Chosen, Use, frozenset[int]] | None = None
-            for value in use.at_peak & chosen.rebuilt:
+            for value in (use.at_peak & chosen.rebuilt) - self.forced:
                 cut = refused | {value}
                 other = self._cover(budget, _without(chosen, {value}, ()), cut)
                 if self.kept(other) > budget:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import fx
 
 from normpass.graph import called
+from normpass.operators import CAT
 
 NO_CONCATENATION = "its input is no concatenation along the channels"
-CAT = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 
 def cat_arguments(node: fx.Node) -> tuple[fx.Node, ...] | None:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from normpass.agreement import Agreement, OnnxRuntime, check_onnx, compare, run_torch
-from normpass.api import call_arguments, check_example_inputs, restore
+from normpass.api import check_example_inputs, restore
 from normpass.errors import ConversionError, InvalidInputError, InvalidModelError
 from normpass.export import Arguments, export_folded, nodes_of, opset_of, quiet, to_onnx
 from normpass.extras import needed
 from normpass.files import appearing
-from normpass.module import Optimized
 from normpass.nn.norm import BatchNormLike
+from normpass.optimized import is_optimised
+from normpass.trial import call_arguments
 from normpass.nn.plain import as_plain_norms
 from normpass.untouched import untouched
 
@@ -133,7 +134,7 @@ def _as_layers(model: nn.Module) -> nn.Module:
     """With layers of torch for the Kalman norms and for the switchable ones that have chosen; these fold."""
     if not any(isinstance(m, BatchNormLike) for m in model.modules()):
         return model
-    plain = restore(model, keep_changes=True) if isinstance(model, Optimized) else model
+    plain = restore(model, keep_changes=True) if is_optimised(model) else model
     return as_plain_norms(plain).eval()
 
 

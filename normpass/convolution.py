@@ -1,7 +1,6 @@
 """What a rewritten graph calls where a convolution stood for which there are kernels of our own.
 
-As in `normpass.functional` the layer is read when the graph runs. Where it cannot be done so (a hook was registered,
-other dtypes, shapes at which the vendor's are as fast), the layer itself runs.
+Decided when the graph runs: with other dtypes, or shapes at which the vendor's are as fast, torch's function runs.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from normpass.functional import fusible, op_args
-from normpass.graph import hooks_of
+from normpass.functional import FunctionalBatchNorm, is_fusible, op_args
 from normpass.kernels import Kernels, kernels_for
 from normpass.kernels.cpu_depthwise import STRIDES, WIDTHS
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d
@@ -23,6 +21,7 @@ from normpass.ops.layout import memory_format_of
 from normpass.ops.library import is_exporting
 from normpass.ops.norm_act import norm_act_on
 from normpass.ops.norm_act_depthwise import norm_act_depthwise_on
+from normpass.recipe import copying
 from normpass.ops.winograd_conv2d import DTYPES, KERNEL_SIZE, LARGEST_PADDING, WinogradConv2d, pays, winograd_conv2d
 
 _NARROWED = {torch.float32, torch.bfloat16, torch.float16}
@@ -30,16 +29,6 @@ _FLOATING = {torch.float64, *_NARROWED}
 _ONCE = (1, 1)
 
 Pair = tuple[int, int]
-
-
-def convolution_layer(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """`layer(x)`. x: (N, C, H, W)."""
-    is_exported = torch.compiler.is_compiling() and not layer.training  # perhaps: strictly, through Dynamo
-    if type(layer) is not nn.Conv2d or any(hooks_of(layer)) or layer.padding_mode != "zeros" or is_exported:
-        y: Tensor = layer(x)
-        return y
-    weight, bias = layer.weight, layer.bias
-    return convolution_function(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def convolution_function(
@@ -67,23 +56,30 @@ def convolution_function(
 
 def norm_act_convolution(
     norm_act: Callable[..., Tensor],
-    norm: Any,
-    layer: nn.Conv2d,
+    norm: FunctionalBatchNorm,
     x: Tensor,
-    activation: str = "identity",
-    activation_args: Sequence[float] = (),
+    activation: str,
+    activation_args: Sequence[float],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
 ) -> Tensor:
-    """`layer(act(norm(x)))`; where one kernel does both, the result of the norm is never written.
+    """`F.conv2d(act(norm(x)), weight, …)`; where one kernel does both, the result of the norm is never written.
 
     x: (N, C, H, W). norm_act: what makes that result elsewhere, `split_norm_act` or `fused_norm_act`.
     """
-    steps = _joined_steps(layer, x)
-    tensors = None if steps is None else fusible(norm, x, None, activation)
-    if steps is None or tensors is None:
-        return convolution_layer(layer, norm_act(norm, x, None, activation, activation_args))
-    args = op_args("cpu", norm, tensors, x, None, activation, activation_args)
-    y = norm_act_depthwise_on("cpu", x, args[2:6], args[6:], layer.weight, layer.bias, *steps)
-    return convolution_layer(layer, norm_act_on("cpu", *args)) if y is None else y
+    steps = _joined_steps(x, weight, bias, stride, padding, dilation, groups)
+    if steps is None or not is_fusible(norm, x, None, activation):
+        z = norm_act(norm, x, None, activation, activation_args)
+        return convolution_function(z, weight, bias, stride, padding, dilation, groups)
+    args = op_args("cpu", norm, x, None, activation, activation_args)
+    with copying(norm.bias):
+        y = norm_act_depthwise_on("cpu", x, args[2:6], args[6:], weight, bias, *steps)
+        z = norm_act_on("cpu", *args) if y is None else None
+    return y if z is None else convolution_function(z, weight, bias, stride, padding, dilation, groups)
 
 
 def is_depthwise(kernel_size: Sequence[int], stride: Any, groups: int, channels: int) -> bool:
@@ -115,14 +111,14 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, pad
     return y
 
 
-def _joined_steps(layer: nn.Conv2d, x: Tensor) -> tuple[Pair, Pair] | None:
-    """Stride and padding, if one kernel may normalise x and convolve it as far as the layer is concerned."""
-    if type(layer) is not nn.Conv2d or any(hooks_of(layer)) or layer.padding_mode != "zeros":
+def _joined_steps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Pair, Pair] | None:
+    """Stride and padding, if one kernel may normalise x and convolve it as far as the convolution is concerned."""
+    stride, padding = _pair(stride), _pair(padding)
+    if stride is None or padding is None or _pair(dilation) != _ONCE:
         return None
-    weight, bias, stride, padding = layer.weight, layer.bias, _pair(layer.stride), _pair(layer.padding)
-    if stride is None or padding is None or _pair(layer.dilation) != _ONCE:
-        return None
-    if not _fits(x, weight) or layer.groups != x.shape[1] or _dtype(x, weight, bias) != x.dtype:
+    if not _fits(x, weight) or groups != x.shape[1] or _dtype(x, weight, bias) != x.dtype:
         return None
     kernels = _kernels(x, weight, bias)
     depthwise = None if kernels is None else kernels.depthwise

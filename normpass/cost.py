@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normpass.record import Record, Step
+from normpass.facts import Facts, Step
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ RATES = {
 }
 
 
-def seconds(step: Step, record: Record) -> float:
+def seconds(step: Step, record: Facts) -> float:
     """Of running `step` once, forward."""
     rates = RATES.get(record.device, RATES["cpu"])
     arithmetic = step.flops / (rates.flops if step.groups == 1 else rates.grouped_flops)

@@ -1,59 +1,51 @@
-"""What every node of a graph returns, by shape, and the values through which everything must pass.
+"""The values through which everything must pass on its way to a result.
 
-A *cut* is a node on every path from the inputs to the output: a dominator of the output. Between two successive cuts
-lies a part of the graph with one input and one output.
+A *cut* of a result is a node on every path from the inputs to it: one of its dominators. Between two successive cuts
+lies a *segment*, a part of the graph that reads one value. A graph with several results has a chain of segments up to
+each; what several chains share stands in the first of them. A value inside a segment may still be read elsewhere.
+
+Inputs are tensors that are no parameter, buffer or attribute of a module. Dynamo gives those as placeholders too,
+with the module in whose forward they were read first; only their source says where they come from.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
-import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, fx
 
-Shapes = Mapping[fx.Node, Any]
+Results = Mapping[fx.Node, Any]
 """What every node returns, as tensors without memory."""
 
 
-def shapes_of(graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
-    """Run the graph on the shapes and dtypes of `inputs`: no memory, and nothing of `root` changes.
+@dataclass(frozen=True)
+class Segment:
+    """The nodes on all paths from one cut to the next; the latter is the last of them."""
 
-    Args:
-        inputs: one tensor for each placeholder, on any device (`meta` takes no memory).
-    """
-    mode = FakeTensorMode()
-    tensors = [*root.parameters(), *root.buffers()]
-    memo: dict[int, Any] = {
-        id(t): mode.from_tensor(t) for t in tensors
-    }  # counters and running statistics must not move
-    interpreter = _Recording(fx.GraphModule(copy.deepcopy(root, memo), graph))
-    device = tensors[0].device if tensors else None
-    with mode, torch.no_grad():
-        interpreter.run(*(torch.empty(t.shape, dtype=t.dtype, device=device or t.device) for t in inputs))
-    by_name = {node.name: value for node, value in interpreter.values.items()}
-    return {node: by_name[node.name] for node in graph.nodes if node.name in by_name}
+    start: fx.Node
+    nodes: tuple[fx.Node, ...]
 
 
-class _Recording(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.values[n] = result
-        return result
+def inputs_of(graph: fx.Graph, results: Results) -> list[fx.Node]:
+    """The placeholders that hold tensors of the caller, not of a module."""
+    return [n for n in graph.nodes if n.op == "placeholder" and isinstance(results.get(n), Tensor) and not _is_held(n)]
 
 
-def variable_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes between inputs and output that depend on an input and are needed for the output, in order."""
-    depends: set[fx.Node] = set()
+def _is_held(placeholder: fx.Node) -> bool:
+    """Whether it is a parameter, a buffer or another attribute of a module."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return source is not None and "NN_MODULE" in str(getattr(source, "guard_source", ""))
+
+
+def variable_nodes(graph: fx.Graph, results: Results) -> list[fx.Node]:
+    """The inputs, and what depends on them and is needed for a result, in order."""
+    depends = set(inputs_of(graph, results))
     for node in graph.nodes:
-        if node.op == "placeholder" or any(source in depends for source in node.all_input_nodes):
+        if any(source in depends for source in node.all_input_nodes):
             depends.add(node)
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -62,23 +54,45 @@ def variable_nodes(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n in depends and n in needed and n.op != "output"]
 
 
-def cuts_of(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes through which every path from the inputs to the output leads, in order: the output's dominators."""
-    nodes = variable_nodes(graph)
-    known = set(nodes)
+def segments_of(graph: fx.Graph, results: Results) -> list[list[Segment]]:
+    """For each result the segments from its first cut on, without those of the results before it."""
+    position = {node: index for index, node in enumerate(variable_nodes(graph, results))}
+    dominators = _dominators(graph, position)
+    seen: set[fx.Node] = set()
+    chains: list[list[Segment]] = []
+    for result in graph.output_node().all_input_nodes:
+        cuts = _cuts(result, dominators)
+        new = [(start, cut) for start, cut in pairwise(cuts) if cut not in seen]
+        seen.update(cuts)
+        chains.append([Segment(start, _between(start, cut, position)) for start, cut in new])
+    return [chain for chain in chains if chain]
+
+
+def _dominators(graph: fx.Graph, position: Mapping[fx.Node, int]) -> Mapping[Any, Any]:
     flow = nx.DiGraph()
-    for node in nodes:
+    flow.add_node("inputs")
+    for node in position:
         if node.op == "placeholder":
             flow.add_edge("inputs", node)
-        ends = {
-            user: user if user in known else "output" for user in node.users if user in known or user.op == "output"
-        }
-        flow.add_edges_from((node, end) for end in ends.values())
-    if "output" not in flow:
-        return []
-    dominators = nx.immediate_dominators(flow, "inputs")
-    cuts, at = [], dominators["output"]
+        flow.add_edges_from((source, node) for source in node.all_input_nodes if source in position)
+    found: Mapping[Any, Any] = nx.immediate_dominators(flow, "inputs")
+    return found
+
+
+def _cuts(result: fx.Node, dominators: Mapping[Any, Any]) -> list[fx.Node]:
+    """Those of one result, in order, itself the last."""
+    cuts: list[fx.Node] = []
+    at: Any = result if result in dominators else "inputs"
     while at != "inputs":
         cuts.append(at)
         at = dominators[at]
     return cuts[::-1]
+
+
+def _between(start: fx.Node, cut: fx.Node, position: Mapping[fx.Node, int]) -> tuple[fx.Node, ...]:
+    found, waiting = {cut}, [cut]
+    while waiting:
+        sources = [s for s in waiting.pop().all_input_nodes if s in position and s is not start and s not in found]
+        found.update(sources)
+        waiting += sources
+    return tuple(sorted(found, key=position.__getitem__))

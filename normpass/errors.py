@@ -31,9 +31,5 @@ class StaleChangeError(NormpassError, RuntimeError):
     """A model that was changed by name (`changes=`) can no longer be run in its changed form."""
 
 
-class ModifiedInPlaceError(NormpassError, RuntimeError):
-    """A tensor that backward needs was changed in place after forward, as autograd itself would report."""
-
-
 class ConversionError(NormpassError, RuntimeError):
     """A converted model does not compute what the model does, or is no valid file; nothing was written."""

@@ -1,15 +1,19 @@
-"""torch.fx helpers that know nothing about norms: which node writes where, and which share storage."""
+"""torch.fx helpers that know nothing about norms: names of nodes, calls, and the modules they come from.
+
+A captured graph has functions and methods alone; parameters and buffers are inputs. Each node carries the stack of
+modules in whose forward it was called, as Dynamo leaves it.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import operator
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 HOOK_DICTS = (
@@ -17,41 +21,6 @@ HOOK_DICTS = (
     "_forward_hooks",
     "_backward_pre_hooks",
     "_backward_hooks",
-)
-
-VIEW_METHODS = frozenset(
-    "view reshape flatten transpose permute chunk split squeeze unsqueeze expand narrow contiguous "
-    "view_as reshape_as unflatten swapaxes movedim unbind select t mT T detach to type_as float half "
-    "bfloat16 double expand_as".split()
-)
-VIEW_FUNCTIONS = frozenset(
-    {operator.getitem, getattr}
-    | {
-        getattr(torch, name)
-        for name in (
-            "reshape flatten transpose permute chunk split squeeze unsqueeze narrow swapaxes movedim "
-            "unbind select detach unflatten tensor_split"
-        ).split()
-    }
-)
-FRESH_MODULES = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.Upsample,
-)
-FRESH_FUNCTIONS = frozenset(
-    {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, F.interpolate, F.linear}
-    | {F.batch_norm, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, torch.cat, torch.add, torch.mul}
-    | {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.conv2d, torch.stack, torch.matmul}
-)
-IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name) for name in "iadd isub imul itruediv ifloordiv ipow iand ior ixor imatmul".split()
 )
 
 
@@ -96,32 +65,90 @@ def global_hooks() -> list[dict]:
     ]
 
 
-def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    """The module that a `call_module` node calls; None for any other node."""
-    if node.op != "call_module":
-        return None
-    module: Any = root
-    for name in str(node.target).split("."):  # `get_submodule` asks for each attribute twice: ten times slower
-        module = module._modules[name]
-    return module  # type: ignore[no-any-return]
+# --- names ----------------------------------------------------------------------------------------
+
+
+def module_of(node: fx.Node) -> tuple[str, type | None]:
+    """(dotted path, class) of the innermost module in whose forward `node` was called; ("", None) for none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", None
+    name, kind = list(stack.values())[-1]
+    return _dotted(str(name)), kind if isinstance(kind, type) else None
+
+
+@functools.lru_cache(maxsize=100_000)
+def _dotted(name: str) -> str:
+    """`L['self'].layers['a'][0].bn` -> `layers.a.0.bn`: a module's name as `named_modules` has it."""
+    name = re.sub(r"\._modules\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", name)
+    name = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", name)
+    return re.sub(r"^L\.\w+\.?", "", name).strip(".")
+
+
+def path_of(node: fx.Node) -> str:
+    """Dotted path of the innermost module in whose forward `node` was called; empty for the model itself."""
+    return module_of(node)[0]
+
+
+def is_state(placeholder: fx.Node) -> bool:
+    """Whether an input of the graph is a parameter or a buffer of the model."""
+    return bool(placeholder.meta.get("nn_module_stack"))
+
+
+def name_of(target: Any) -> str:
+    """What a node calls, in short: `conv2d`, `iadd`, `view`."""
+    return str(getattr(target, "__name__", target))
+
+
+def give_keys(graph: fx.Graph) -> None:
+    """Name every call once and for all, by where it stands: `layer1.0.conv1`, `layer1.0.iadd`, `features.cat.2`.
+
+    A layer of torch.nn is called by its path alone; what stands beside it, and everything else, by its function.
+    """
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        path, kind = module_of(node)
+        is_layer = kind is not None and kind.__module__.startswith("torch.nn.modules") and not _is_bookkeeping(node)
+        name = path if is_layer and path else join(path, name_of(node.target))
+        seen[name] += 1
+        node.meta["key"] = name if seen[name] == 1 else f"{name}.{seen[name]}"
+
+
+def _is_bookkeeping(node: fx.Node) -> bool:
+    """Whether a call touches a layer's state alone: the counter of a norm."""
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(n.op == "placeholder" and is_state(n) for n in inputs)
 
 
 def called(node: fx.Node) -> str:
-    """What a report calls `node`: the path of the layer it calls, or its own name."""
-    return str(node.target) if node.op == "call_module" else node.name
+    """What a report calls `node`."""
+    return key_of(node)
 
 
 def key_of(node: fx.Node) -> str:
-    """How a plan names `node`: by the norm whose site it is, by the layer it calls, else by its name when captured."""
-    return str(node.meta.get("site") or node.meta.get("key") or called(node))
+    """How a plan names `node`: see `give_keys`; a node that a rewrite has made goes by what it stands for."""
+    return str(node.meta.get("key") or node.name)
 
 
 def replace_node(graph: fx.Graph, node: fx.Node, new: fx.Node) -> fx.Node:
     """Put `new` in the place of `node`; it goes by the same key."""
-    new.meta.setdefault("key", key_of(node))
+    inherit(new, node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
+
+
+def inherit(new: fx.Node, node: fx.Node) -> None:
+    """Let `new` go by the name of `node`, from the same module."""
+    new.meta["key"] = key_of(node)
+    for name in ("nn_module_stack", "stack_trace"):
+        if name in node.meta:
+            new.meta[name] = node.meta[name]
+
+
+# --- calls ----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -131,8 +158,24 @@ def called_on(caller: Callable, function: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         return caller(function, *args, **kwargs)
 
-    call.__name__ = f"{caller.__name__}_{getattr(function, '__name__', 'function')}"
+    call.__name__ = f"{caller.__name__}_{name_of(function)}"
     return call
+
+
+@functools.cache
+def method_function(name: str) -> Callable:
+    """The tensor method `name` as a function of the tensor and its arguments."""
+
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(tensor, name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+def function_of(node: fx.Node) -> Callable:
+    """What `node` calls, as a function."""
+    return method_function(str(node.target)) if node.op == "call_method" else node.target  # type: ignore[return-value]
 
 
 def bound(function: Callable, node: fx.Node) -> dict[str, Any] | None:
@@ -145,95 +188,20 @@ def bound(function: Callable, node: fx.Node) -> dict[str, Any] | None:
     return dict(arguments.arguments)
 
 
-def written_nodes(node: fx.Node, root: nn.Module) -> Iterator[fx.Node]:
-    """The nodes whose storage `node` changes in place."""
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        yield out
-    if isinstance(first, fx.Node) and _writes_first_argument(node, root):
-        yield first
-
-
-def _writes_first_argument(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_module":
-        return bool(getattr(module_of(node, root), "inplace", False))
-    if node.op != "call_function":
-        return False
-    if node.target in IN_PLACE_OPERATORS or node.target is operator.setitem:
-        return True
-    name = getattr(node.target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    return is_in_place_call(node)
-
-
 def is_in_place_call(node: fx.Node) -> bool:
     """Whether a function such as `F.relu` is called with `inplace=True`, by name or by position."""
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
     function = node.target
-    if isinstance(function, str) or getattr(function, "__module__", None) != F.__name__ or len(node.args) < 2:
+    if isinstance(function, str) or getattr(function, "__module__", None) != "torch.nn.functional":
         return False
-    arguments = bound(function, node)
+    arguments = bound(function, node) if len(node.args) >= 2 else None
     return bool(arguments and arguments.get("inplace", False))
 
 
-class Storage:
-    """Which nodes may share storage, and who writes to it when.
-
-    Views, in-place operations and modules of unknown kind count as sharing with their inputs: it is
-    enough that they may.
-    """
-
-    def __init__(self, graph: fx.Graph, root: nn.Module):
-        self.position = {node: index for index, node in enumerate(graph.nodes)}
-        self._parent = {node: node for node in graph.nodes}
-        written_by: list[tuple[fx.Node, fx.Node]] = []
-        for node in graph.nodes:
-            written = list(written_nodes(node, root))
-            written_by += [(target, node) for target in written]
-            for source in written or (node.all_input_nodes if _may_alias(node, root) else ()):
-                self._parent[self._find(source)] = self._find(node)
-        self._writers: dict[fx.Node, list[fx.Node]] = {}
-        for target, writer in written_by:
-            self._writers.setdefault(self._find(target), []).append(writer)
-
-    def _find(self, node: fx.Node) -> fx.Node:
-        while self._parent[node] is not node:
-            self._parent[node] = self._parent[self._parent[node]]
-            node = self._parent[node]
-        return node
-
-    def writer_after(self, node: fx.Node, after: fx.Node, until: fx.Node | None = None) -> fx.Node | None:
-        """The first node later than `after` (and earlier than `until`) that writes what `node` may share."""
-        start = self.position[after]
-        stop = self.position[until] if until is not None else len(self.position)
-        writers = self._writers.get(self._find(node), ())
-        return next((writer for writer in writers if start < self.position[writer] < stop), None)
-
-
-def owns_result(node: fx.Node, root: nn.Module, also: frozenset = frozenset()) -> bool:
-    """Whether the value of `node` certainly has storage of its own; `also` names more such functions."""
-    if node.op == "call_module":
-        return isinstance(module_of(node, root), FRESH_MODULES)
-    return node.op == "call_function" and (node.target in FRESH_FUNCTIONS or node.target in also)
-
-
-def _may_alias(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_method":
-        return str(node.target) in VIEW_METHODS
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return node.target in VIEW_FUNCTIONS or "dropout" in name or "stochastic" in name or "drop" in name
-    if node.op == "call_module":
-        module = module_of(node, root)
-        return not isinstance(module, FRESH_MODULES) and not _is_activation_layer(module)
-    return False
-
-
-def _is_activation_layer(module: nn.Module | None) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation"
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph once more, over the same submodules."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(graph_module.graph, values))
+    return fx.GraphModule(graph_module, graph)

@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from normpass.record import Record, Step
+from normpass.facts import Facts, Step
 
-Seconds = Callable[[Step, "Record"], float]
+Seconds = Callable[[Step, "Facts"], float]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Use:
 class Walker:
     """Walks through one record; what does not depend on the choice is worked out once."""
 
-    def __init__(self, record: Record, seconds: Seconds):
+    def __init__(self, record: Facts, seconds: Seconds):
         self.record = record
         self.maker = record.maker()
         self.seconds = [seconds(step, record) for step in record.steps]

@@ -1,6 +1,6 @@
-"""Sites + rewrites -> Plan: what is chosen at each site, what was refused and why.
+"""Sites + rewrites -> Choices: what is done at each site, what was refused and why.
 
-A plan takes, at every site, the first rewrite of the order that matches: the order goes from the least kept. Where
+At every site the first rewrite of the order that matches is taken: the order goes from the least kept. Where
 `Decisions` name another one, that is taken. They also say which results are kept although they could be rebuilt, and
 which producers run again: what `normpass.budget` decides for a memory budget.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from normpass.rewrite import Match, Refusal, Rewrite, Semantics
 from normpass.sites import Site
@@ -17,7 +16,7 @@ from normpass.sites import Site
 
 @dataclass(frozen=True)
 class Decisions:
-    """What differs from the default, by key (`normpass.graph.key_of`), below the module they are for."""
+    """What differs from the default, by key (`normpass.graph.key_of`)."""
 
     rewrites: Mapping[str, str | None] = field(default_factory=dict)
     """site -> the rewrite to take there; None leaves the norm alone"""
@@ -29,18 +28,6 @@ class Decisions:
     """max poolings that look for their maxima again in backward"""
     leaves_all: bool = False
     """nothing is rewritten at all: to see what the plain model keeps"""
-
-    def below(self, path: str) -> Decisions:
-        """Those for the part at the dotted `path`, by their keys there."""
-        if not path:
-            return self
-        start = f"{path}."
-
-        def own(keys: frozenset[str]) -> frozenset[str]:
-            return frozenset(key.removeprefix(start) for key in keys if key.startswith(start))
-
-        rewrites = {key.removeprefix(start): value for key, value in self.rewrites.items() if key.startswith(start)}
-        return Decisions(rewrites, own(self.kept), own(self.rebuilt), own(self.replayed), self.leaves_all)
 
     @property
     def keys(self) -> frozenset[str]:
@@ -64,31 +51,12 @@ class Choice:
         return self.match.rewrite if self.match is not None else None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The choices for every site of one captured graph, in the graph's order."""
-
-    choices: tuple[Choice, ...]
-
-    def to_json(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "path": c.site.path,
-                "pattern": c.site.pattern,
-                "rewrite": c.rewrite,
-                "kept": c.match.kept if c.match is not None else None,
-                "refusals": [{"rewrite": r.rewrite, "reason": r.reason} for r in c.refusals],
-            }
-            for c in self.choices
-        ]
-
-
-def make_plan(
+def choose_rewrites(
     sites: Sequence[Site], rewrites: Sequence[Rewrite], allow_lossy: bool, decisions: Decisions = DEFAULT
-) -> Plan:
+) -> tuple[Choice, ...]:
     """The first rewrite that matches, or the one decided on, site by site; lossy ones only where they are allowed."""
     allowed = [r for r in rewrites if r.semantics is Semantics.EXACT or allow_lossy]
-    return Plan(tuple(_choose(site, _wanted(site, allowed, decisions)) for site in sites))
+    return tuple(_choose(site, _wanted(site, allowed, decisions)) for site in sites)
 
 
 def _wanted(site: Site, allowed: Sequence[Rewrite], decisions: Decisions) -> Sequence[Rewrite]:
@@ -101,7 +69,7 @@ def _wanted(site: Site, allowed: Sequence[Rewrite], decisions: Decisions) -> Seq
 
 def _choose(site: Site, rewrites: Sequence[Rewrite]) -> Choice:
     if site.refused is not None:
-        return Choice(site, None, (Refusal("any", site.path, site.refused),))
+        return Choice(site, None, (Refusal("any", site.path, site.refused, site.refused_at),))
     refusals: list[Refusal] = []
     for rewrite in rewrites:
         result = rewrite.match(site)

@@ -1,51 +1,42 @@
-"""What is not kept for backward, and how it is rebuilt.
+"""What is not kept for backward, and how it is made again.
 
-A consumer of z = act(norm(x)) (a convolution, a product, a pooling) saves z for its own backward. z is
-a cheap function of tensors that are kept anyway, so the saved z is replaced by a *recipe*: the
-function and its inputs, kept tensors or other recipes. The first reader in backward rebuilds z, bit
-for bit (same op, same inputs), the others get the same tensor, and after the last reader it is freed.
+A consumer of z = act(norm(x)) (a convolution, a product, a pooling) saves z for its own backward. z is a cheap
+function of tensors that are kept anyway, so the saved z is replaced by a *recipe*: the function and its inputs, kept
+tensors or other recipes. The first reader in backward makes z again, bit for bit (same function, same inputs), the
+others get the same tensor, and after the last reader it is freed.
 
-How: `recording()` installs saved-tensor hooks around the forward of an optimised model. `tag(z, …)`
-notes a recipe on the tensor object itself; when autograd then saves z, the hook hands it the recipe.
-Views and casts of z are other tensor objects and carry no recipe: they are kept as they are.
+How: `recording()` installs saved-tensor hooks around the forward of one captured graph, with a `Notes` that lives as
+long as that forward. `tag(z, …)` notes a recipe for the *storage* of z as it is now; when autograd then saves z, or
+any view of it, the hook hands it the recipe and the view's geometry. What an operator saves of its own result before
+that could be noted (a ReLU, an operator in place) is exchanged as soon as the operator has run. Nothing is written on
+tensor objects, so what somebody else holds of a tensor after forward holds that tensor and no chain.
 
 Rules that keep it right:
-  * A tag holds for one version of the tensor: after an in-place change z is kept itself.
-  * The kept inputs are compared with the version they had: autograd's own check for changes in place
-    is off under hooks, so it is done here.
-  * Hooks of somebody else (`torch.utils.checkpoint`, `save_on_cpu`) stay in charge: nothing is
-    installed or tagged under them.
-  * A tag is only put on a tensor that requires grad: then what it is made from is kept anyway.
-
-Under torch.compile there are neither hooks nor tags: there a partitioner decides what is kept, and what it is to
-compute again is annotated while the graph is traced (`rebuilt_when_compiled`).
+  * A note holds for one version of a storage: what is written to afterwards is kept itself, or has a note of its own.
+  * Storages are told apart by weak references: an address is not used twice while its note stands.
+  * What recipes read is compared with the version it had: autograd's own check is off under hooks, so it is done here,
+    with autograd's words. Vectors of a few thousand numbers that autograd would not keep are copied instead.
+  * A recipe has tensors and functions of them, never a module: no hook runs again, no parameter is looked up again.
+  * Hooks of somebody else (`torch.utils.checkpoint`, `save_on_cpu`) stay in charge: nothing is noted under them.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx.traceback import annotate, get_current_meta
-from torch.utils import _pytree as pytree
 
 from normpass.autocast import autocast_state, same_autocast
-from normpass.errors import ModifiedInPlaceError
-from normpass.graph import called_on, hooks_of
 from normpass.ops.eager import under_other_derivatives
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 _graph_task = torch._C._current_graph_task_id
-
-_TAG = "_normpass_recipe"
-_ANNOTATION = {"normpass": "rebuilt"}
 
 
 class Rebuilds:
@@ -73,44 +64,98 @@ class Rebuilds:
         Rebuilds._active = None
 
 
-class Kept:
-    """A tensor that a recipe reads, with the version it had."""
+# --- what backward gets ---------------------------------------------------------------------------
 
-    __slots__ = ("tensor", "version")
+
+class Kept:
+    """A tensor that is kept, with the version it had; or, once its recipe is known, that."""
+
+    __slots__ = ("source", "tensor", "version")
 
     def __init__(self, tensor: Tensor):
-        self.tensor = tensor.detach()
+        # Detached: an output that its own node saves would otherwise hold itself through its grad_fn.
+        self.tensor: Tensor | None = tensor.detach()
         self.version = tensor._version
+        self.source: Recipe | View | None = None
 
     def read(self) -> Tensor:
-        _check_version(self.tensor, self.version)
+        tensor = self.tensor
+        if tensor is None:
+            assert self.source is not None
+            return self.source.read()
+        if tensor._version != self.version:
+            raise RuntimeError(_changed_in_place(tensor, self.version))
+        return tensor
+
+    def add_reader(self) -> None:
+        pass
+
+    def exchange(self, source: Recipe | View) -> None:
+        """Keep no tensor any more: `source` makes it."""
+        source.add_reader()
+        self.source, self.tensor = source, None
+
+
+class Copied:
+    """A small tensor as it was in forward."""
+
+    __slots__ = ("geometry", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach().clone()
+        self.geometry = _geometry(tensor)
+
+    def read(self) -> Tensor:
         return self.tensor
+
+    def add_reader(self) -> None:
+        pass
+
+
+class View:
+    """What a recipe makes, seen with another shape."""
+
+    __slots__ = ("geometry", "recipe")
+
+    def __init__(self, recipe: Recipe, geometry: tuple):
+        self.recipe, self.geometry = recipe, geometry
+
+    def add_reader(self) -> None:
+        self.recipe.add_reader()
+
+    def read(self) -> Tensor:
+        return self.recipe.read().as_strided(*self.geometry)
 
 
 class Recipe:
-    """How one tensor is rebuilt: `function(*args, **kwargs)`, with recipes and kept tensors for tensors."""
+    """How the content of one storage is made again: `function(*args, **kwargs)`, with sources for tensors."""
 
     __slots__ = (
         "__weakref__",
         "args",
         "autocast",
         "function",
+        "geometry",
         "kwargs",
         "readers",
         "select",
+        "stream",
         "value",
-        "version",
         "waiting",
+        "written",
     )
 
-    def __init__(self, function: Callable, args: tuple, kwargs: dict, select: int | None, version: int):
+    def __init__(self, notes: Notes, tensor: Tensor, function: Callable, args: tuple, kwargs: dict, select: int | None):
         self.function = function
-        self.args = _map_tensors(_note, args)
-        self.kwargs = _map_tensors(_note, kwargs)
+        self.args = _map_tensors(notes.source, args)
+        self.kwargs = _map_tensors(notes.source, kwargs)
         self.select = select
-        self.version = version
+        self.geometry = _geometry(tensor)
+        self.written: Recipe | None = None
+        """of a function in place: what makes the storage that it writes to"""
         self.autocast = autocast_state(args)
         self.value: Tensor | None = None
+        self.stream = 0
         self.readers = 0  # saved tensors and recipes that will ask for the value in one backward
         self.waiting = 0  # how many of them have not asked yet
 
@@ -118,56 +163,165 @@ class Recipe:
         """One more will ask for the value. With the first this one will itself ask for what it is made from."""
         self.readers += 1
         self.waiting += 1
-        if self.readers == 1:
-            for value in (*self.args, *self.kwargs.values()):
-                _add_readers(value)
+        if self.readers > 1:
+            return
+        for value in (*self.args, *self.kwargs.values()):
+            _add_readers(value)
+        if self.written is not None:
+            self.written.add_reader()
 
     def read(self) -> Tensor:
-        """The tensor, rebuilt at most once per backward."""
+        """The tensor, made at most once per backward."""
         value = self.value  # once: another thread's backward may take it away
-        if value is None:
+        if value is None or (value.is_cuda and self.stream != _stream_of(value)):
             value = self._build()
         self.waiting -= 1
         if self.waiting <= 0:
             self.value = None
             self.waiting = self.readers
-        elif self.value is None and _forget_after_backward(self):
-            self.value = value
+        elif self.value is not value and _forget_after_backward(self):
+            self.value, self.stream = value, _stream_of(value)
         return value
 
     def _build(self) -> Tensor:
         if Rebuilds._active is not None:
             counts = Rebuilds._active.counts
             counts[id(self)] = counts.get(id(self), 0) + 1
-        args = _map_noted(self.args)
-        kwargs = _map_noted(self.kwargs)
+        if self.written is not None:
+            return self._write(self.written)
         with _without_grad(), same_autocast(self.autocast):
-            value = self.function(*args, **kwargs)
-        return value if self.select is None else value[self.select]
+            value = self.function(*materialised(self.args), **materialised(self.kwargs))
+        return _like(value if self.select is None else value[self.select], self.geometry)
+
+    def _write(self, source: Recipe) -> Tensor:
+        """The function in place, on a tensor that nobody else reads."""
+        base = source.read()
+        if source.value is not None or torch.is_grad_enabled():  # others will read it as it is
+            base = base.clone(memory_format=torch.preserve_format)
+            base = _like(base, source.geometry)
+        with _without_grad(), same_autocast(self.autocast):
+            self.function(base, *materialised(self.args), **materialised(self.kwargs))
+        return base
 
     def forget(self) -> None:
         self.value = None
         self.waiting = self.readers
 
 
-# --- recording ------------------------------------------------------------------------------------
+# --- noting ---------------------------------------------------------------------------------------
+
+
+class Notes:
+    """The recipes of one forward of one captured graph, by storage."""
+
+    __slots__ = ("_entries", "_recent")
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[Any, int, Any]] = {}  # the last keeps the address from being used again
+        self._recent: list[tuple[Kept, int]] = []
+
+    def pack(self, tensor: Tensor) -> Any:
+        """The hook: what autograd keeps in the place of `tensor`."""
+        kept = Kept(tensor)
+        if tensor.layout is not torch.strided:
+            return kept
+        storage = tensor.untyped_storage()
+        source = self._find(tensor, storage)
+        if source is not None:
+            source.add_reader()
+            return source
+        self._recent.append((kept, storage._cdata))
+        return kept
+
+    def _find(self, tensor: Tensor, storage: torch.UntypedStorage) -> Recipe | View | None:
+        entry = self._entries.get(storage._cdata)
+        if entry is None or entry[1] != tensor._version:
+            return None
+        recipe, geometry = entry[0], _geometry(tensor)
+        if geometry == recipe.geometry:
+            return recipe
+        if type(recipe) is Copied or geometry[3] is not recipe.geometry[3] or tensor.is_conj() or tensor.is_neg():
+            return None
+        return View(recipe, geometry[:3])
+
+    def source(self, tensor: Tensor) -> Any:
+        """What a recipe holds of one of its arguments."""
+        found = self._find(tensor, tensor.untyped_storage()) if tensor.layout is torch.strided else None
+        return Kept(tensor) if found is None else found
+
+    def note(self, tensor: Tensor, recipe: Recipe) -> None:
+        """From now on `recipe` makes the storage of `tensor`, as long as that is not written to."""
+        storage = tensor.untyped_storage()
+        key, version = storage._cdata, tensor._version
+        self._entries[key] = recipe, version, _Reference(storage)
+        for kept, of in self._recent:
+            held = kept.tensor
+            if of == key and held is not None and kept.version == version:
+                source = self._find(held, storage)
+                if source is not None:
+                    kept.exchange(source)
+
+    def copy(self, tensor: Tensor) -> None:
+        """Who keeps `tensor` from now on keeps a copy of it as it is: until `forget`."""
+        storage = tensor.untyped_storage()
+        self._entries[storage._cdata] = Copied(tensor), tensor._version, _Reference(storage)
+
+    def forget(self, tensor: Tensor) -> None:
+        """The storage of `tensor` is kept from now on."""
+        self._entries.pop(tensor.untyped_storage()._cdata, None)
+
+    def recipe_of(self, tensor: Tensor) -> Recipe | None:
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        found = entry[0] if entry is not None and entry[1] == tensor._version else None
+        return found if type(found) is Recipe else None
+
+    def close(self) -> None:
+        """Forward is over: what autograd keeps has its recipes, and nobody else needs them."""
+        self._entries.clear()
+        self._recent.clear()
+
+    def begin(self) -> None:
+        """An operator is about to run: what was saved before is none of its own."""
+        self._recent.clear()
+
+
+class _Reference:
+    """A weak reference to a storage: while it is there its address belongs to nobody else."""
+
+    __slots__ = ("_pointer",)
+
+    def __init__(self, storage: torch.UntypedStorage):
+        self._pointer = storage._weak_ref()
+
+    def __del__(self, free: Callable = torch.UntypedStorage._free_weak_ref) -> None:
+        free(self._pointer)
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Saved-tensor hooks that replace tagged tensors by their recipes, unless hooks are in place already."""
+    """Saved-tensor hooks that replace noted tensors by their recipes, unless hooks are in place already."""
     taken = _top_hooks(False) is not None or not _hooks_enabled() or under_other_derivatives()
     if taken or not torch.is_grad_enabled():
         yield
         return
-    with saved_tensors_hooks(_pack, _unpack):
-        yield
+    notes = Notes()
+    try:
+        with saved_tensors_hooks(notes.pack, _unpack):
+            yield
+    finally:
+        notes.close()
+
+
+def notes_now() -> Notes | None:
+    """Where recipes are noted: those of the forward that is running, if its hooks are the innermost ones."""
+    top = _top_hooks(False)
+    notes = None if top is None else getattr(top[0], "__self__", None)
+    return notes if type(notes) is Notes else None
 
 
 def is_recording() -> bool:
-    """Whether a tag would be used: grad mode on and the innermost saved-tensor hooks are ours."""
-    top = _top_hooks(False)
-    return top is not None and top[0] is _pack and torch.is_grad_enabled()
+    """Whether a tag would be used."""
+    return notes_now() is not None
 
 
 _observers: list[Callable] = []
@@ -175,7 +329,7 @@ _observers: list[Callable] = []
 
 @contextmanager
 def observed_tags(observer: Callable) -> Iterator[None]:
-    """Inside, `observer(function, args, kwargs)` is called for every tag that is put on a tensor."""
+    """Inside, `observer(function, args, kwargs)` is called for every recipe that is noted."""
     _observers.append(observer)
     try:
         yield
@@ -183,130 +337,144 @@ def observed_tags(observer: Callable) -> Iterator[None]:
         _observers.pop()
 
 
-def tag(tensor: Tensor, function: Callable, args: tuple, kwargs: dict | None = None, select: int | None = None):
-    """Note on `tensor` that `function(*args, **kwargs)` (item `select` of it) rebuilds it bit for bit."""
-    if tensor.requires_grad and is_recording():
-        if _observers:
-            _observers[-1](function, args, kwargs or {})
-        setattr(tensor, _TAG, Recipe(function, args, kwargs or {}, select, tensor._version))
+def tag(tensor: Tensor, function: Callable, args: tuple, kwargs: dict | None = None, select: int | None = None) -> None:
+    """Note that `function(*args, **kwargs)` (item `select` of it) makes `tensor` again, bit for bit.
+
+    An argument may be a `Copied` or `Kept` already.
+    """
+    notes = notes_now()
+    if notes is None:
+        return
+    if _observers:
+        _observers[-1](function, args, kwargs or {})
+    notes.note(tensor, Recipe(notes, tensor, function, args, kwargs or {}, select))
 
 
-def derived(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a cheap `function` (concatenation, product, pooling, view, …) and tag what it returns."""
-    if torch.compiler.is_compiling():
-        return rebuilt_when_compiled(function, *args, **kwargs)
+def copied(tensor: Tensor | None) -> Any:
+    """A vector that a recipe reads and autograd does not keep: what it is now, whatever happens to it later."""
+    return None if tensor is None else Copied(tensor)
+
+
+@contextmanager
+def copying(tensor: Tensor | None) -> Iterator[None]:
+    """Inside, who keeps this vector keeps a copy: for what a plain norm does not keep, so that it may change later."""
+    notes = None if tensor is None else notes_now()
+    if notes is None or tensor is None:
+        yield
+        return
+    notes.copy(tensor)
+    try:
+        yield
+    finally:
+        notes.forget(tensor)
+
+
+def call_rebuilt(function: Callable, copies: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+    """Call a cheap `function` and note how what it returns is made again.
+
+    Args:
+        copies: positions of arguments that are copied, since autograd does not keep them.
+    """
+    notes = notes_now()
+    if notes is None:
+        return function(*args, **kwargs)
+    noted = args
+    if copies:
+        noted = tuple([Copied(a) if i in copies and isinstance(a, Tensor) else a for i, a in enumerate(args)])
+    notes.begin()
     result = function(*args, **kwargs)
-    if not is_recording():
-        return result
-    layers = _layers_in(function, args)
-    if any([any(hooks_of(layer)) for layer in layers]):
-        return result
-    parameters = tuple(p for layer in layers for p in layer.parameters())
-    if parameters:  # noted as well, so that one that changes before backward is found out
-        function, args = _call_beside, (parameters, function, *args)
     if isinstance(result, Tensor):
-        tag(result, function, args, kwargs)
+        tag(result, function, noted, kwargs)
     elif isinstance(result, (tuple, list)):
         for index, item in enumerate(result):
-            tag(item, function, args, kwargs, select=index)
+            if isinstance(item, Tensor):
+                tag(item, function, noted, kwargs, select=index)
     return result
 
 
-def derived_function(function: Any) -> Callable:
-    """`derived` with its first argument fixed."""
-    return called_on(derived, function)
-
-
-def _layers_in(function: Callable, args: tuple) -> list[nn.Module]:
-    return [f for f in (function, *args) if isinstance(f, nn.Module)]
-
-
-def _call_beside(parameters: tuple, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-def pass_on(tensor: Tensor, alias: Tensor) -> None:
-    """Give `alias`, the same values in the same memory, the recipe of `tensor`, if that has one."""
-    recipe = recipe_of(tensor)
-    if recipe is not None and alias._version == recipe.version:
-        setattr(alias, _TAG, recipe)
-
-
-def untag(tree: Any) -> None:
-    """Take the tags off the tensors in `tree`, which leave the optimised model."""
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) and hasattr(leaf, _TAG):
-            delattr(leaf, _TAG)
-
-
-def recipe_of(tensor: Tensor) -> Recipe | None:
-    """The recipe of a tagged tensor whose content has not changed since; None for any other."""
-    recipe = getattr(tensor, _TAG, None)
-    return recipe if recipe is not None and recipe.version == tensor._version else None
-
-
-def rebuilt_when_compiled(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call `function` while torch.compile traces: whatever it computes is computed again in backward.
-
-    Not for what moves running statistics or draws random numbers, nor for a layer with hooks that do.
-    """
-    if any([any(hooks_of(layer)) for layer in _layers_in(function, args)]):
+def call_rebuilt_in_place(function: Callable, position: int, *args: Any, **kwargs: Any) -> Any:
+    """Call a cheap `function` that writes to its argument at `position`, and note how that is made again."""
+    notes = notes_now()
+    if notes is None:
         return function(*args, **kwargs)
-    with annotate(_ANNOTATION):
+    target = args[position]
+    source = notes.recipe_of(target)
+    if source is None:
         return function(*args, **kwargs)
+    others = (*args[:position], *args[position + 1 :])
+    write = _Write(function, position, _geometry(target))
+    recipe = Recipe(notes, target, write, others, kwargs, None)
+    recipe.written, recipe.geometry = source, source.geometry
+    if _observers:
+        _observers[-1](function, args, kwargs)
+    notes.begin()
+    result = function(*args, **kwargs)
+    notes.note(target, recipe)
+    return result
 
 
-def is_annotated() -> bool:
-    """Whether the operator that is traced now comes from a `rebuilt_when_compiled`."""
-    return bool(get_current_meta().get("custom", {}).get("normpass") == "rebuilt")
+def call_kept(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a `function` that notes recipes itself, and keep its result all the same."""
+    result = function(*args, **kwargs)
+    notes = notes_now()
+    if notes is not None:
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, Tensor):
+                notes.forget(item)
+    return result
 
 
-@functools.cache
-def method_function(name: str) -> Callable:
-    """The tensor method `name` as a function of the tensor and its arguments."""
+class _Write:
+    """A function in place, on the part of a storage that it wrote to in forward."""
 
-    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(tensor, name)(*args, **kwargs)
+    __slots__ = ("function", "geometry", "position")
 
-    call.__name__ = name
-    return call
+    def __init__(self, function: Callable, position: int, geometry: tuple):
+        self.function, self.position, self.geometry = function, position, geometry
 
-
-# --- the hooks ------------------------------------------------------------------------------------
-
-
-def _pack(tensor: Tensor) -> Any:
-    recipe = recipe_of(tensor)
-    if recipe is None:
-        # Detached: an output that its own node saves would otherwise hold itself through its grad_fn.
-        return tensor.detach(), tensor._version
-    recipe.add_reader()
-    return recipe
-
-
-def _unpack(packed: Any) -> Tensor:
-    if type(packed) is Recipe:
-        return packed.read()
-    tensor, version = packed
-    _check_version(tensor, version)
-    return tensor
-
-
-def _check_version(tensor: Tensor, version: int) -> None:
-    if tensor._version == version:
-        return
-    raise ModifiedInPlaceError(
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"a tensor of shape {tuple(tensor.shape)} is at version {tensor._version}; expected version {version}. "
-        "Make the operation out of place, or run it before the tensor is used."
-    )
+    def __call__(self, base: Tensor, *others: Any, **kwargs: Any) -> None:
+        same = self.geometry == _geometry(base)
+        target = base if same else base.as_strided(*self.geometry[:3])
+        self.function(*others[: self.position], target, *others[self.position :], **kwargs)
 
 
 # --- details --------------------------------------------------------------------------------------
 
 
+def _unpack(packed: Any) -> Tensor:
+    tensor: Tensor = packed.read()
+    return tensor
+
+
+def _changed_in_place(tensor: Tensor, version: int) -> str:
+    """What autograd says."""
+    name = {"cpu": "torch", "cuda": "torch.cuda"}.get(tensor.device.type, f"torch.{tensor.device.type}")
+    kind = tensor.type().rpartition(".")[2]
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{name}.{kind} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
+        "Hint: enable anomaly detection to find the operation that failed to compute its gradient, with "
+        "torch.autograd.set_detect_anomaly(True)."
+    )
+
+
+def _geometry(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _like(value: Tensor, geometry: tuple) -> Tensor:
+    """`value` laid out as forward had it."""
+    if value.stride() == geometry[1] and value.storage_offset() == geometry[2]:
+        return value
+    shape, stride, offset, dtype = geometry
+    extent = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if value.numel() else offset
+    base = torch.empty(extent, dtype=dtype, device=value.device)
+    return base.as_strided(shape, stride, offset).copy_(value)
+
+
 _CONSTANTS = frozenset({type(None), bool, int, float, str})
 """Types of most arguments, which hold no tensor: they need not be looked at any closer."""
+_SOURCES = (Kept, Copied, View, Recipe)
 
 
 def _map_tensors(function: Callable, value: Any) -> Any:
@@ -314,39 +482,41 @@ def _map_tensors(function: Callable, value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)) and type(value) is not torch.Size:
         return tuple([_map_tensors(function, item) for item in value])
+    if isinstance(value, slice):
+        return value
     if isinstance(value, dict):
         return {key: _map_tensors(function, item) for key, item in value.items()}
     return value
 
 
-def _note(tensor: Tensor) -> Kept | Recipe:
-    recipe = recipe_of(tensor)
-    return Kept(tensor) if recipe is None else recipe
-
-
 def _add_readers(value: Any) -> None:
-    if type(value) is Recipe:
+    if isinstance(value, _SOURCES):
         value.add_reader()
-    elif isinstance(value, (tuple, dict)):
+    elif type(value) in (tuple, dict):
         for item in value.values() if isinstance(value, dict) else value:
             _add_readers(item)
 
 
-def _map_noted(value: Any) -> Any:
+def materialised(value: Any) -> Any:
+    """`value` with tensors for the sources in it."""
     if type(value) in _CONSTANTS:
         return value
-    if isinstance(value, (Kept, Recipe)):
+    if isinstance(value, _SOURCES):
         return value.read()
-    if isinstance(value, tuple):
-        return tuple([_map_noted(item) for item in value])
+    if type(value) is tuple:
+        return tuple([materialised(item) for item in value])
     if isinstance(value, dict):
-        return {key: _map_noted(item) for key, item in value.items()}
+        return {key: materialised(item) for key, item in value.items()}
     return value
 
 
-def _without_grad():
+def _stream_of(tensor: Tensor) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(tensor.get_device())) if tensor.is_cuda else 0
+
+
+def _without_grad() -> Any:
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 

@@ -10,27 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normpass.autocast import autocast_state, same_autocast
-from normpass.graph import called_on, hooks_of
-from normpass.recipe import is_recording, rebuilt_when_compiled, tag
+from normpass.recipe import is_recording, tag
 
 
-def replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False, **kwargs: Any) -> Tensor:
+def call_replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False, **kwargs: Any) -> Tensor:
     """Call a `function` of one tensor so that backward runs it again: it keeps x and nothing else.
 
-    With `is_rebuilt` the result is tagged like that of `derived`. Under torch.compile it always is: what finds the
-    indices again makes the result as well.
+    With `is_rebuilt` it is noted how the result is made again.
     """
     call = functools.partial(_with_arguments, function, args, kwargs)
-    hooked = isinstance(function, nn.Module) and any(hooks_of(function))
-    if torch.compiler.is_compiling():
-        result: Tensor = rebuilt_when_compiled(function, x, *args, **kwargs)
-        return result
-    if not is_recording() or not x.requires_grad or hooked:
+    if not is_recording() or not x.requires_grad or not torch.is_grad_enabled():
         return call(x)
-    result = _Replay.apply(call, x)
+    result: Tensor = _Replay.apply(call, x)
     if is_rebuilt:
         tag(result, call, (x,))
     return result
@@ -39,11 +33,6 @@ def replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False
 def _with_arguments(function: Callable, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
     result: Tensor = function(x, *args, **kwargs)
     return result
-
-
-def replayed_function(function: Any) -> Callable:
-    """`replayed` with its first argument fixed."""
-    return called_on(replayed, function)
 
 
 class _Replay(torch.autograd.Function):

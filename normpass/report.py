@@ -28,6 +28,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class GraphRow:
+    """One captured graph of the forward."""
+
+    nodes: int
+    norms: int
+    kept_before: int
+    """bytes that autograd keeps of the graph as it was captured, worked out from shapes"""
+    kept_after: int
+    """bytes that are kept of the rewritten one"""
+    ends: str = ""
+    """why the graph ends where it does, and the line; empty at the end of forward"""
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """One thing that is kept for backward."""
+
+    path: str
+    """what makes it"""
+    bytes: int
+    needed_by: tuple[str, ...]
+    """whose backward reads it; nobody's where only what is made again does"""
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes in train mode on the example inputs."""
 
@@ -43,12 +68,16 @@ class Report:
 
     model: str
     rows: tuple[Row, ...]
-    untraceable: dict[str, str] = field(default_factory=dict)
-    """path -> why that module's own forward is left as it is"""
+    graphs: tuple[GraphRow, ...] = ()
+    """none where no example inputs were given"""
+    failures: tuple[str, ...] = ()
+    """why code was not captured, or a graph not rewritten"""
     derived: dict[str, int] = field(default_factory=dict)
-    """kind of cheap function -> how many of its results are rebuilt instead of kept"""
+    """function -> how many of its results are rebuilt instead of kept, beside the norms"""
     convolutions: int = 0
     """how many have kernels of normpass on the CPU, where these are the faster ones"""
+    largest: tuple[KeptRow, ...] = ()
+    """what is kept that is largest"""
     memory: Memory | None = None
     plan: Any = None
     """the `StepPlan`, where a memory budget was named"""
@@ -78,20 +107,32 @@ class Report:
 
     def summary(self) -> list[str]:
         """The lines below the table."""
-        lines = [f"{self.rewritten} of {len(self.rows)} norms rewritten"]
+        if not self.graphs:
+            return [f"{len(self.rows)} norms; give example inputs to see what is done with them", *self._plan_lines()]
+        lines = [f"{self.rewritten} of {len(self.rows)} norms rewritten, in {len(self.graphs)} graph(s)"]
         if self.derived:
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.derived.items()))
             lines.append(f"also rebuilt instead of kept: {counts}")
         if self.convolutions:
             lines.append(f"convolutions with kernels of normpass on the CPU: {self.convolutions}")
-        for path, why in self.untraceable.items():
-            lines.append(f"{path or 'the model itself'}: its own forward is left as it is: {why}")
+        lines += [f"the graph breaks: {graph.ends}" for graph in self.graphs if graph.ends]
+        lines += [f"not captured: {failure}" for failure in self.failures]
         if self.memory is not None:
             m = self.memory
             lines.append(_compared("kept for backward", m.kept_before, m.kept_after))
             lines.append(_compared("peak over a step", m.peak_before, m.peak_after))
-        lines += self.regions
-        return lines if self.plan is None else [*lines, *str(self.plan).splitlines()]
+        if self.largest:
+            lines.append("largest of what is kept:")
+            lines += [_kept_line(row) for row in self.largest]
+        return [*lines, *self.regions, *self._plan_lines()]
+
+    def _plan_lines(self) -> list[str]:
+        return [] if self.plan is None else str(self.plan).splitlines()
+
+
+def _kept_line(row: KeptRow) -> str:
+    readers = ", ".join(row.needed_by[:3]) + (", …" if len(row.needed_by) > 3 else "")
+    return f"  {format_bytes(row.bytes)} {row.path}, for {readers or 'what is rebuilt from it'}"
 
 
 def _compared(what: str, before: int, after: int) -> str:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from normpass.functional import FunctionalBatchNorm
-from normpass.graph import bound
-from normpass.sites import Site, input_of, other_operand, sums_in_place
+from normpass.graph import bound, called, inherit
+from normpass.operators import other_operand, sums_in_place
+from normpass.sites import Site, input_of
 
 
 class Semantics(enum.Enum):
@@ -50,6 +51,8 @@ class Refusal:
     rewrite: str
     path: str
     reason: str
+    nodes: tuple[str, ...] = ()
+    """names of the nodes that are the reason, as `normpass.graph.key_of` has them"""
 
 
 @runtime_checkable
@@ -85,7 +88,7 @@ def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool =
         else:
             args = (norm, x, *activation)
         fused = graph.call_function(function, args)
-    fused.meta["site"] = site.path
+    inherit(fused, site.norm)
     site.out.replace_all_uses_with(fused)
     for node in dict.fromkeys((site.out, site.add, site.norm)):
         if node is not None and not node.users:
@@ -101,9 +104,21 @@ def _sum_into(site: Site) -> str:
 
 
 def norm_node(graph: fx.Graph, site: Site) -> fx.Node:
-    """The norm as a value: the module itself, or the arguments of an `F.batch_norm` call."""
-    if site.norm.op == "call_module":
-        return graph.get_attr(str(site.norm.target))
+    """The arguments of an `F.batch_norm` call as a value."""
     arguments = bound(F.batch_norm, site.norm)
+    assert arguments is not None  # a site has been made of it
     del arguments["input"]
     return graph.call_function(FunctionalBatchNorm, (), arguments)
+
+
+def refused(rewrite: str, site: Site) -> Refusal:
+    """What the site itself refuses, as this rewrite's refusal."""
+    return Refusal(rewrite, site.path, site.refused or "", site.refused_at)
+
+
+def written_later(rewrite: str, site: Site) -> Refusal | None:
+    """The refusal where the site's result is changed in place later."""
+    if site.written is None:
+        return None
+    name = called(site.written)
+    return Refusal(rewrite, site.path, f"its result is changed in place later, by `{name}`", (name,))

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normpass.capture import reason_to_keep_whole
-from normpass.functional import prepare_norm_act
+from normpass.convolution import convolution_function
+from normpass.functional import FunctionalBatchNorm, prepare_norm_act
 from normpass.kernels import kernels_for
 from normpass.ops.eager import eager_device
 from normpass.ops.layout import empty_for_blocks, memory_format_of, statistics_dtype
@@ -37,7 +37,7 @@ from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.norm_act_backward import norm_act_gradients
 from normpass.ops.operands import Options
-from normpass.recipe import is_recording, rebuilt_when_compiled, tag
+from normpass.recipe import copied, is_recording, tag
 
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance, each (C,)."""
@@ -52,42 +52,61 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
 
+    @staticmethod
+    def of(dims: int, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+        """The arguments of a convolution over `dims` dimensions; each may be one number for all of them."""
+        given = ((v,) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+        step, border, spread = (v * (dims // len(v)) for v in given)
+        return Geometry(step, border, spread, groups)
+
     @property
     def args(self) -> tuple:
         return self.stride, self.padding, self.dilation, self.groups
 
 
 def serial_norm_act_conv(
-    norm: Any, conv: Any, x: Tensor, moments: Moments | None, activation: str, activation_args: Any, block_bytes: int
+    norm: FunctionalBatchNorm,
+    x: Tensor,
+    moments: Moments | None,
+    activation: str,
+    activation_args: Sequence[float],
+    block_bytes: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> tuple[Tensor, Moments | None]:
     """conv(act(norm(x))) and the moments of the result (None where it was not made block by block).
 
     Args:
-        norm, conv: the layers, read when this runs.
         x: (N, C, *).
         moments: of x, where they are known.
         block_bytes: what a block of x, z and c may take together.
+        weight, bias, stride, padding, dilation, groups: of the convolution.
     """
+    geometry = Geometry.of(x.dim() - 2, stride, padding, dilation, groups)
     prepared = prepare_norm_act(norm, x, None, activation, activation_args, "", moments)
     if isinstance(prepared, Tensor):
-        return conv(prepared), None
-    device = eager_device(x)
-    weight, bias = _cast(conv, x)
-    if device is None or weight is None or reason_to_keep_whole(conv) is not None:
-        return conv(_whole(device, prepared)), None
-    step = _step(conv, x, block_bytes)
-    if step is None:
-        return conv(_whole(device, prepared)), None
+        return _convolve(prepared, weight, bias, geometry), None
+    device, tensors = eager_device(x, weight, bias), _cast(weight, bias, x)
+    step = None if device is None or tensors is None else _step(tensors[0], geometry, x, block_bytes)
+    if device is None or tensors is None or step is None:
+        return _convolve(_whole(eager_device(x), prepared), weight, bias, geometry), None
     _, _, norm_weight, norm_bias, mean, var, *options = prepared
-    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-    c, *of_c = NormActConv.apply(
-        x, norm_weight, norm_bias, mean, var, weight, bias, tuple(options), geometry, step, device
-    )
+    c, *of_c = NormActConv.apply(x, norm_weight, norm_bias, mean, var, *tensors, tuple(options), geometry, step, device)
     return c, (of_c[0], of_c[1])
 
 
 def norm_act_with_moments(
-    norm: Any, x: Tensor, moments: Moments | None, residual: Any, activation: str, activation_args: Any, sum_into: str
+    norm: FunctionalBatchNorm,
+    x: Tensor,
+    moments: Moments | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+    sum_into: str,
 ) -> Tensor:
     """`split_norm_act` of an x whose moments are known: where a chain of blocks ends."""
     prepared = prepare_norm_act(norm, x, residual, activation, activation_args, sum_into, moments)
@@ -95,34 +114,26 @@ def norm_act_with_moments(
 
 
 def _whole(device: str | None, prepared: tuple) -> Tensor:
-    if torch.compiler.is_compiling():
-        return rebuilt_when_compiled(norm_act_on, device, *prepared)  # type: ignore[no-any-return]
-    z = norm_act_on(device, *prepared)
-    if is_recording():
-        tag(z, rebuild_norm_act, prepared)
+    z: Tensor = norm_act_on(device, *prepared)
+    if is_recording():  # autograd keeps all of these but the bias
+        tag(z, rebuild_norm_act, (*prepared[:3], copied(prepared[3]), *prepared[4:]))
     return z
 
 
-def _cast(conv: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The convolution's weight and bias in the dtype it computes in, as autocast has it; None where that is not x's."""
+def _cast(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias in the dtype that the convolution computes in, as autocast has it; None where x has another."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast and x.dtype != torch.float64 else conv.weight.dtype
-    if dtype != x.dtype:
-        return None, None
-    return conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
+    dtype = torch.get_autocast_dtype(kind) if autocast and x.dtype != torch.float64 else weight.dtype
+    return (weight.to(dtype), None if bias is None else bias.to(dtype)) if dtype == x.dtype else None
 
 
-def _step(conv: Any, x: Tensor, block_bytes: int) -> int | None:
+def _step(weight: Tensor, geometry: Geometry, x: Tensor, block_bytes: int) -> int | None:
     """Rows or samples in a block; None where all of x is one block."""
-    count = x.numel() // x.shape[1] if _by_rows(conv.weight, _geometry(conv), x) else x.shape[0]
-    of_c = x.numel() // x.shape[1] * conv.out_channels  # at most: a stride makes it smaller
+    count = x.numel() // x.shape[1] if _by_rows(weight, geometry, x) else x.shape[0]
+    of_c = x.numel() // x.shape[1] * weight.shape[0]  # at most: a stride makes it smaller
     step = max(1, block_bytes * count // ((2 * x.numel() + of_c) * x.element_size()))
     return step if step < count else None
-
-
-def _geometry(conv: Any) -> Geometry:
-    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _by_rows(weight: Tensor, geometry: Geometry, x: Tensor) -> bool:
@@ -160,7 +171,7 @@ class _Blocks:
             out = c[block]
             weight = self.weight.t()
             return c, torch.mm(z, weight, out=out) if bias is None else torch.addmm(bias, z, weight, out=out)
-        of_block = _convolution(z.dim())(z, self.weight, bias, *self.geometry.args)
+        of_block = _vendors(z.dim())(z, self.weight, bias, *self.geometry.args)
         if c is None:
             c = empty_for_blocks(of_block, len(self.x))
         c[block] = of_block
@@ -263,13 +274,19 @@ def _differentiable(ctx: Any, dc: Tensor) -> list[Tensor | None]:
     inputs: list[Any] = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
     x, norm_weight, norm_bias, mean, var, weight, bias = inputs
     z = norm_act(x, None, norm_weight, norm_bias, mean.detach(), var.detach(), *ctx.options)
-    c = _convolution(z.dim())(z, weight, bias, *ctx.geometry.args)
+    c = _vendors(z.dim())(z, weight, bias, *ctx.geometry.args)
     sources = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
     found = iter(torch.autograd.grad(c, sources, dc, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:7]]
 
 
-def _convolution(dims: int) -> Callable:
+def _convolve(z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    function = convolution_function if z.dim() == 4 else _vendors(z.dim())
+    c: Tensor = function(z, weight, bias, *geometry.args)
+    return c
+
+
+def _vendors(dims: int) -> Callable:
     return (F.conv1d, F.conv2d, F.conv3d)[dims - 3]
 
 

@@ -1,16 +1,16 @@
 """Running a region of a graph sub-batch by sub-batch, forward and backward.
 
     forward     out[i : i + s] = region(x[i : i + s])                         x is kept, nothing else
-    backward    each sub-batch again, with gradients; dx[i : i + s] is its own, the weights' gradients are summed
+    backward    each sub-batch again, with gradients; dx[i : i + s] is its own, those of what else is read are summed
 
 The region computes every sample by itself (`normpass.per_sample`), so this is the plain result: its convolutions see
 fewer samples at a time, and weight gradients are summed in another order, which rounds differently. What lies
 between the region's layers exists for one sub-batch only and stays in the cache (mini-batch serialisation, arXiv
 1810.00307; there backward reads what forward stored, here forward is run again).
 
-The region runs whole, as plain layers do, where it may not be divided: in torch.compile and export, under `torch.func`
-and forward-mode derivatives, while a layer has a hook or a norm is in train mode, for a batch that is no larger than
-the sub-batch. A backward with `create_graph=True` runs it whole too.
+The region runs whole where it may not be divided: in torch.compile and export, under `torch.func` and forward-mode
+derivatives, for tensors of other kinds, for a batch that is no larger than the sub-batch. A backward with
+`create_graph=True` runs it whole too.
 """
 
 from __future__ import annotations
@@ -20,71 +20,53 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 from normpass.autocast import autocast_state, same_autocast
-from normpass.nn.norm import BATCH_NORMS
 from normpass.ops.eager import under_other_derivatives
-from normpass.ops.layout import empty_for_blocks
 from normpass.ops.library import is_exporting
-from normpass.per_sample import CONVOLUTIONS, INSTANCE_NORMS, TRANSPOSED, reason_not_now
-
-Tensors = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a graph with one input and one output.
+    """A part of a graph with one input and one output."""
 
-    `layers` are the modules that it calls, `extras` the tensors from outside that no layer holds.
-    """
-
-    whole: Callable[..., Tensor]
-    """`whole(None, x, *layers, *extras)`: the layers called as they are"""
     part: Callable[..., Tensor]
-    """`part(None, x, *layers, *tensors, *extras)`: the layers run on the given tensors"""
-    layers: int
-    """how many layers there are"""
-    held: tuple[tuple[int, str], ...]
-    """(index of a layer, name of a tensor) of every parameter and buffer that `part` takes"""
+    """`part(x, *extras)`, with what else it reads: weights, running statistics, numbers"""
     sub_batch: int
 
 
-def run_region(region: Region, x: Tensor, *operands: Any) -> Tensor:
-    """The region's result for x (N, *), by sub-batches where that is possible.
-
-    Args:
-        operands: the region's layers, then its extra tensors.
-    """
-    layers, extras = operands[: region.layers], operands[region.layers :]
-    if not _is_divisible(region, x, layers):
-        return region.whole(None, x, *operands)
-    tensors = [getattr(layers[index], name) for index, name in region.held]
-    result: Tensor = SerialisedRegion.apply(region, layers, x, *tensors, *extras)
+def run_region(region: Region, x: Tensor, *extras: Any) -> Tensor:
+    """The region's result for x (N, *), by sub-batches where that is possible."""
+    if not _is_divisible(region, x):
+        return region.part(x, *extras)
+    result: Tensor = SerialisedRegion.apply(region, x, *extras)
     return result
 
 
-def _is_divisible(region: Region, x: Tensor, layers: Sequence[nn.Module]) -> bool:
+def _is_divisible(region: Region, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_exporting() or under_other_derivatives() or torch._C._is_tracing():
         return False
-    return x.shape[0] > region.sub_batch and all(reason_not_now(layer) is None for layer in layers)
+    return type(x) in (Tensor, Parameter, FakeTensor) and x.shape[0] > region.sub_batch
 
 
 class SerialisedRegion(torch.autograd.Function):
-    """The region with its layers' tensors as inputs, so that autograd knows and checks all that it reads."""
+    """The region with all that it reads as inputs, so that autograd knows and checks it."""
 
     @staticmethod
-    def forward(ctx: Any, region: Region, layers: Sequence[nn.Module], x: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.region, ctx.layers, ctx.autocast = region, layers, autocast_state((x,))
-        ctx.save_for_backward(x, *tensors)
+    def forward(ctx: Any, region: Region, x: Tensor, *extras: Any) -> Tensor:
+        ctx.region, ctx.autocast = region, autocast_state((x,))
+        ctx.save_for_backward(x, *(e if isinstance(e, Tensor) else None for e in extras))
+        ctx.numbers = [None if isinstance(e, Tensor) else e for e in extras]
         # Detached, or autocast would remember a weight's cast, made here without gradients, for layers to come.
-        constants = [t if t is None else t.detach() for t in tensors]
+        constants = [e.detach() if isinstance(e, Tensor) else e for e in extras]
         out: Tensor | None = None
         for start, part in _parts(region, x.detach()):
-            y = region.part(None, part, *layers, *constants)
+            y = region.part(part, *constants)
             if out is None:
-                out = empty_for_blocks(y, x.shape[0])
+                out = _room_for(y, x.shape[0])
             out[start : start + len(y)] = y
         assert out is not None  # the batch is larger than the sub-batch
         return out
@@ -92,30 +74,37 @@ class SerialisedRegion(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        extras = [number if t is None else t for t, number in zip(tensors, ctx.numbers, strict=True)]
         run = _differentiable if torch.is_grad_enabled() else _by_sub_batch
         # Without the cache: a remembered cast would belong to the graph of one sub-batch.
         with same_autocast(ctx.autocast, cached=False):
-            return None, None, *run(ctx.region, ctx.layers, x, tensors, grad, needs)
+            return None, *run(ctx.region, x, extras, grad, ctx.needs_input_grad[1:])
 
 
 def _parts(region: Region, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, x.shape[0], region.sub_batch):
-        yield start, x[start : start + region.sub_batch]
+    step = len(x) if isinstance(x, FakeTensor) else region.sub_batch  # without memory there is none to save
+    for start in range(0, len(x), step):
+        yield start, x[start : start + step]
+
+
+def _room_for(first: Tensor, count: int) -> Tensor:
+    """Memory for `count` samples, laid out as those of the first block are: what follows may take a view of it."""
+    sample = torch.empty_like(first[0], device="meta")  # whose strides are those of a whole tensor
+    return first.new_empty_strided((count, *sample.shape), (sample.numel(), *sample.stride()))
 
 
 def _by_sub_batch(
-    region: Region, layers: Sequence[nn.Module], x: Tensor, tensors: Tensors, grad: Tensor, needs: Sequence[bool]
+    region: Region, x: Tensor, extras: Sequence[Any], grad: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of x and of the tensors that need one."""
+    """The gradients of x and of what else needs one."""
     dx = torch.empty_like(x) if needs[0] else None
-    leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs[1:], strict=True)]
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    leaves = [e.detach().requires_grad_() if n else e for e, n in zip(extras, needs[1:], strict=True)]
+    wanted = [leaf for leaf, needed in zip(leaves, needs[1:], strict=True) if needed]
     sums: list[Tensor | None] = [None] * len(wanted)
     for start, part in _parts(region, x):
         part = part.detach().requires_grad_(needs[0])
         with torch.enable_grad():
-            y = region.part(None, part, *layers, *leaves)
+            y = region.part(part, *leaves)
         sources = [part, *wanted] if needs[0] else wanted
         found = list(torch.autograd.grad(y, sources, grad[start : start + len(part)], allow_unused=True))
         del y
@@ -123,7 +112,8 @@ def _by_sub_batch(
             of_part = found.pop(0)
             dx[start : start + len(part)] = 0 if of_part is None else of_part
         sums = [_sum(total, g, start) for total, g in zip(sums, found, strict=True)]
-    return [dx, *_spread(sums, leaves)]
+    totals = (total if total is None else total.to(leaf.dtype) for total, leaf in zip(sums, wanted, strict=True))
+    return [dx, *(next(totals) if needed else None for needed in needs[1:])]
 
 
 def _sum(total: Tensor | None, gradient: Tensor | None, start: int) -> Tensor | None:
@@ -136,59 +126,12 @@ def _sum(total: Tensor | None, gradient: Tensor | None, start: int) -> Tensor | 
     return total.add_(wide)
 
 
-def _spread(sums: Sequence[Tensor | None], leaves: Tensors) -> Iterator[Tensor | None]:
-    remaining = iter(sums)
-    for leaf in leaves:
-        total = next(remaining) if leaf is not None and leaf.requires_grad else None
-        yield total if total is None or leaf is None else total.to(leaf.dtype)
-
-
 def _differentiable(
-    region: Region, layers: Sequence[nn.Module], x: Tensor, tensors: Tensors, grad: Tensor, needs: Sequence[bool]
+    region: Region, x: Tensor, extras: Sequence[Any], grad: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients, with a graph of their own: keeps what plain layers keep."""
-    inputs = [t if t is None else t.view_as(t) for t in (x, *tensors)]
-    y = region.part(None, inputs[0], *layers, *inputs[1:])
-    sources = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
+    inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in (x, *extras)]
+    y = region.part(*inputs)
+    sources = [t for t, needed in zip(inputs, needs, strict=True) if needed]
     found = iter(torch.autograd.grad(y, sources, grad, create_graph=True, allow_unused=True))
-    return [next(found) if needed and t is not None else None for t, needed in zip(inputs, needs, strict=True)]
-
-
-# --- layers on given tensors ----------------------------------------------------------------------
-
-
-def tensor_names(layer: nn.Module) -> tuple[str, ...]:
-    """The parameters and buffers that `run_layer` takes for this layer, in order."""
-    if isinstance(layer, BATCH_NORMS + INSTANCE_NORMS):
-        return "running_mean", "running_var", "weight", "bias"
-    return ("weight",) if isinstance(layer, nn.PReLU) else ("weight", "bias")
-
-
-def call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The layer as it is, with its hooks."""
-    return layer(*args, **kwargs)
-
-
-def run_layer(layer: Any, x: Tensor, *tensors: Any) -> Tensor:
-    """What `layer` computes of x with other tensors for those that `tensor_names` has."""
-    if isinstance(layer, BATCH_NORMS):
-        mean, var, weight, bias = tensors
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=layer.eps)
-    if isinstance(layer, INSTANCE_NORMS):
-        mean, var, weight, bias = tensors
-        of_sample = layer.training or not layer.track_running_stats
-        return F.instance_norm(x, mean, var, weight, bias, use_input_stats=of_sample, eps=layer.eps)
-    weight, bias = (*tensors, None)[:2]
-    if isinstance(layer, CONVOLUTIONS):
-        return layer._conv_forward(x, weight, bias)
-    if isinstance(layer, TRANSPOSED):
-        run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
-        options: Any = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-        return run(x, weight, bias, *options)
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)
-    if isinstance(layer, nn.GroupNorm):
-        return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
-    if isinstance(layer, nn.LayerNorm):
-        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
-    return F.prelu(x, weight)
+    return [next(found) if needed else None for needed in needs]

@@ -3,8 +3,8 @@
     producer_statistics   right behind a producer: the moments of its channels, for all norms that will read them
     shared_norm_act       z = act(norm(cat(…))) from what those gave; z carries its recipe
 
-As in `normpass.functional` the norm modules are read when the graph runs. Where one can no longer be fused, the plain
-layers run on the concatenation itself: same numbers, no saving.
+As in `normpass.functional`: where a norm cannot be fused, the plain functions run on the concatenation itself, same
+numbers, no saving.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from normpass.functional import (
-    NormTensors,
     Statistics,
     fused_norm_act,
-    fusible,
-    next_running,
+    is_fusible,
     plain_norm_act,
+    running_of,
     running_statistics_of,
     split_norm_act,
 )
@@ -37,7 +36,7 @@ from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of
 from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
-from normpass.recipe import Kept, is_recording, pass_on, rebuilt_when_compiled, recipe_of, tag
+from normpass.recipe import Kept, copying, is_recording, notes_now, tag
 
 
 class Producer(NamedTuple):
@@ -69,25 +68,20 @@ class Whole(NamedTuple):
         return math.prod(self.shape)
 
 
-def producer_statistics(x: Any, *norms: Any) -> Producer:
-    """The moments of `x`, if one of `norms` (modules, or whether they normalise with the batch's) needs them now.
-
-    The first and the last of those that read x are enough: for others that need what is missing it is computed.
-    """
+def producer_statistics(x: Any, needs_moments: bool) -> Producer:
+    """The moments of `x`, if one of the norms that read it normalises with the batch's."""
     if not _has_moments(x) or is_exporting() or under_other_derivatives():
         return Producer(x)
-    needed = any([_uses_batch_statistics(norm) for norm in norms])
-    statistics = _moments(x) if needed else None
+    statistics = _moments(x) if needs_moments else None
     device = eager_device(x)
     kernels = None if device is None else kernels_for(device)
     memory_format = memory_format_of(x)
     if kernels is None or not can_run(kernels, x) or not x.is_contiguous(memory_format=memory_format):
         return Producer(x, statistics)
     if x.requires_grad and torch.is_grad_enabled():
-        alias: Tensor = Reader.apply(x, memory_format)
-        pass_on(x, alias)
-        x = alias
-    kept = Kept(x) if is_recording() and recipe_of(x) is None else None
+        x = Reader.apply(x, memory_format)
+    notes = notes_now()
+    kept = Kept(x) if notes is not None and notes.recipe_of(x) is None else None
     return Producer(x, statistics, memory_format, kept, _stream(x))
 
 
@@ -101,7 +95,7 @@ def kept_shared_norm_act(norm: Any, activation: str, activation_args: Sequence[f
     return _shared(norm, activation, activation_args, producers, is_rebuilt=False)
 
 
-KEEPING: dict[Any, Callable[..., Tensor]] = {split_norm_act: fused_norm_act, shared_norm_act: kept_shared_norm_act}
+WITHOUT_RECIPE: dict[Any, Callable[..., Tensor]] = {split_norm_act: fused_norm_act, shared_norm_act: kept_shared_norm_act}
 """What rebuilds its result -> the same that keeps it."""
 
 
@@ -111,25 +105,27 @@ def _shared(
     prepared = _prepare(norm, activation, activation_args, producers)
     if isinstance(prepared, Tensor):
         return prepared
-    if is_rebuilt and torch.compiler.is_compiling():
-        return rebuilt_when_compiled(cat_norm_act, *prepared)  # type: ignore[no-any-return]
+    with copying(prepared[2]):
+        return _run(prepared, producers, is_rebuilt)
+
+
+def _run(prepared: tuple, producers: Sequence[Producer], is_rebuilt: bool) -> Tensor:
     fast = _without_dispatcher(prepared, producers)
-    function: Callable[..., Tensor] = cat_norm_act
-    args = prepared
     if fast is None:
         z = cat_norm_act(*prepared)
+        if is_rebuilt:
+            tag(z, cat_norm_act, prepared)
+        return z
+    kernels, memory_format = fast
+    xs, weight, bias, mean, var, *options = prepared
+    values = weight, bias, mean, var
+    if torch.is_grad_enabled():
+        z = CatNormAct.apply(*values, kernels, memory_format, tuple(options), *xs)
     else:
-        kernels, memory_format = fast
-        xs, weight, bias, mean, var, *options = prepared
-        values = weight, bias, mean, var
-        if torch.is_grad_enabled():
-            z = CatNormAct.apply(*values, kernels, memory_format, tuple(options), *xs)
-        else:
-            z = cat_norm_act_of(kernels, xs, memory_format, *values, tuple(options))
-        pieces = [x if p.kept is None else p.kept for x, p in zip(xs, producers, strict=True)]
-        function, args = _rebuild, (pieces, memory_format, *values, tuple(options))
+        z = cat_norm_act_of(kernels, xs, memory_format, *values, tuple(options))
     if is_rebuilt and is_recording():
-        tag(z, function, args)
+        pieces = [x if p.kept is None else p.kept for x, p in zip(xs, producers, strict=True)]
+        tag(z, _rebuild, (pieces, memory_format, *values, tuple(options)))
     return z
 
 
@@ -180,21 +176,20 @@ def _prepare(
 ) -> tuple | Tensor:
     """The arguments of `cat_norm_act`, the running statistics moved; or the result, where the norm cannot be fused."""
     xs = [p.x for p in producers]
-    tensors = fusible(norm, _whole(xs), None, activation) if are_pieces(xs) else None
-    if tensors is None:
+    if not are_pieces(xs) or not is_fusible(norm, _whole(xs), None, activation):
         return plain_norm_act(norm, torch.cat(xs, 1), None, activation, activation_args, "")
-    mean, var, of_batch = _statistics(norm, tensors, producers)
-    return xs, tensors.weight, tensors.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
+    mean, var, of_batch = _statistics(norm, producers)
+    return xs, norm.weight, norm.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 
 
-def _statistics(norm: Any, tensors: NormTensors, producers: Sequence[Producer]) -> Statistics:
+def _statistics(norm: Any, producers: Sequence[Producer]) -> Statistics:
     """What this call normalises with, the running statistics moved."""
-    fixed = running_statistics_of(norm, tensors)
+    fixed = running_statistics_of(norm)
     if fixed is not None:
         return fixed
     parts = [_moments(p.x) if p.statistics is None else p.statistics for p in producers]
     mean, var = torch.cat(parts, 1).unbind(0)
-    running = next_running(norm, tensors)
+    running = running_of(norm)
     if running is not None:
         x = producers[0].x
         count = x.numel() // x.shape[1]
@@ -226,8 +221,3 @@ def _whole(xs: Sequence[Tensor]) -> Whole:
 def _has_moments(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point() and x.numel() > 0
 
-
-def _uses_batch_statistics(norm: Any) -> bool:
-    if isinstance(norm, bool):
-        return norm
-    return norm.training or norm.running_mean is None or norm.running_var is None

@@ -1,4 +1,4 @@
-"""Capture -> Sites: the only file that recognises a norm and what stands around it.
+"""Graph -> Sites: the only file that recognises a norm and what stands around it.
 
 A *site* is one normalisation with its producer, an optional residual input, its activation and the
 consumers of the result:
@@ -10,53 +10,56 @@ A norm that cannot be rewritten at all is a site too, with the reason in `refuse
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx
 
-from normpass.capture import NORM_BASES, Capture, reason_to_keep_whole
 from normpass.concatenation import dissolved, pieces_of
-from normpass.functional import is_norm_act_module, is_supported_norm, sum_as_first
-from normpass.graph import Storage, bound, called, module_of
-from normpass.nn.kalman import KALMAN_NORMS, batch_norm_with_estimate
-from normpass.nn.switchable import SWITCHABLE_NORMS, instance_norm, layer_norm, mixed_norm
+from normpass.facts import Facts
+from normpass.graph import bound, called, module_of, name_of
+from normpass.operators import (
+    BATCH_NORM,
+    NORMS,
+    activation_of,
+    is_add,
+    other_operand,
+    producer_name,
+    sum_as_first,
+    sums_in_place,
+)
 from normpass.ops.activation import Activation
 
 IDENTITY = Activation("identity")
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add, sum_as_first)
-CALLED_WITH_NORM = (batch_norm_with_estimate, instance_norm, layer_norm, mixed_norm)
-_PASSES_ON = "its statistics are passed on to Kalman norms, and have a gradient"
-_ADD_METHODS = ("add", "add_")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One normalisation with what stands around it. Nodes belong to the capture's graph."""
+    """One normalisation with what stands around it."""
 
     path: str
-    """dotted name of the norm, or the node's name for a functional one"""
+    """dotted name of the norm's module, or that of the call"""
     kind: str
-    """class of the norm, or `F.batch_norm`"""
+    """class of the norm's module, or the function that is called"""
     norm: fx.Node
     x: fx.Node | None
     producer: str
-    """what makes x: `Conv2d`, `cat`, `add`, …"""
+    """what makes x: `conv2d`, `cat`, `add`, …"""
     residual: fx.Node | None
     add: fx.Node | None
     activation: Activation
     out: fx.Node
     """the last node of norm, add, activation: its value is z"""
-    written: str | None
+    written: fx.Node | None = None
     """the later node that changes z in place, if any"""
-    gamma: torch.Tensor | None = None
+    gamma: Tensor | None = None
     """the norm's weight, (C,), if it has one"""
     refused: str | None = None
     """why no rewrite may touch this norm"""
+    refused_at: tuple[str, ...] = ()
+    """the nodes that are the reason"""
     cats: tuple[fx.Node, ...] = ()
     """x and the concatenations in it that only norms read (see `normpass.concatenation`); none if `not_shared`"""
     not_shared: str | None = None
@@ -69,15 +72,24 @@ class Site:
         parts += [] if self.activation.name == "identity" else [self.activation.name]
         return " → ".join(parts)
 
-    @property
-    def consumers(self) -> tuple[fx.Node, ...]:
-        return tuple(self.out.users)
 
+def find_sites(
+    graph: fx.Graph,
+    facts: Facts,
+    values: Mapping[fx.Node, Any],
+    layers: Mapping[Any, str],
+    there_anyway: Collection[int],
+) -> tuple[Site, ...]:
+    """Every norm of the captured graph, in order.
 
-def find_sites(capture: Capture) -> tuple[Site, ...]:
-    """Every norm of the captured graph, in order."""
-    finder = _Finder(capture)
-    sites = [finder.site(node) for node in capture.graph.nodes if finder.is_norm(node)]
+    Args:
+        there_anyway: the values that are kept or made again in backward without any rewrite: a norm takes only such
+            a residual, which it keeps.
+        values: the real inputs of the graph, by placeholder.
+        layers: functions that are norms of this library's own, with the reason why each is no site.
+    """
+    finder = _Finder(facts, values, layers, there_anyway)
+    sites = [finder.site(node) for node in graph.nodes if node.target in NORMS or node.target in layers]
     norms = frozenset(site.norm for site in sites if _reads_pieces(site))
     return tuple(finder.with_concatenations(site, norms) for site in sites)
 
@@ -87,38 +99,32 @@ def _reads_pieces(site: Site) -> bool:
 
 
 class _Finder:
-    def __init__(self, capture: Capture):
-        self.root = capture.root
-        self.graph = capture.graph
-        self.storage = Storage(capture.graph, capture.root)
-        self.calls = Counter(id(module_of(n, self.root)) for n in self.graph.nodes if n.op == "call_module")
-
-    def is_norm(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(module_of(node, self.root), NORM_BASES)
-        functions = (F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.instance_norm)
-        return node.target in (*CALLED_WITH_NORM, *functions)
+    def __init__(
+        self, facts: Facts, values: Mapping[fx.Node, Any], layers: Mapping[Any, str], there_anyway: Collection[int]
+    ):
+        self.facts, self.values, self.layers, self.there_anyway = facts, values, layers, there_anyway
 
     def site(self, norm: fx.Node) -> Site:
-        module = module_of(norm, self.root)
-        path = str(norm.target) if module is not None else norm.name
-        kind = type(module).__name__ if module is not None else f"F.{norm.target.__name__}"
-        if norm.target in CALLED_WITH_NORM:
-            return self._called_with_norm(norm)
-        x = input_of(norm)
-        producer = self._producer(x)
-        refused = self._refusal(norm, module, x)
-        if refused is not None:
-            return Site(path, kind, norm, x, producer, None, None, IDENTITY, norm, None, None, refused)
-        add, residual = (None, None) if is_norm_act_module(module) else self._residual(norm)
-        activation, out = self._activation(module, add if add is not None else norm)
-        if x is not None and residual is not None and self.storage.writer_after(x, norm, until=out):
+        path, kind = module_of(norm)
+        known = kind is not None and kind.__module__ != "torch.nn.modules.container"
+        label = kind.__name__ if known and kind is not None else name_of(norm.target)
+        x = _input_of(norm)
+        producer = "?" if x is None else producer_name(x)
+        start = Site(called(norm) or path, label, norm, x, producer, None, None, IDENTITY, norm)
+        reason, at = self._refusal(norm, x)
+        if reason is not None:
+            return replace(start, refused=reason, refused_at=at)
+        add, residual = self._residual(norm)
+        activation, out = _activation(add if add is not None else norm)
+        if residual is not None and self._would_move(norm, x, out):
             add, residual = None, None
-            activation, out = self._activation(module, norm)
-        writer = self.storage.writer_after(out, out)
-        written = called(writer) if writer is not None else None
-        gamma = getattr(module, "weight", None)
-        return Site(path, kind, norm, x, producer, residual, add, activation, out, written, gamma)
+            activation, out = _activation(norm)
+        written = self.facts.writer_after(out, out)
+        arguments = bound(F.batch_norm, norm) or {}
+        gamma = self.values.get(arguments.get("weight"))
+        return replace(
+            start, residual=residual, add=add, activation=activation, out=out, written=written, gamma=gamma
+        )
 
     def with_concatenations(self, site: Site, norms: frozenset[fx.Node]) -> Site:
         """The site with the concatenations that it can do without, `norms` being all that might."""
@@ -128,66 +134,32 @@ class _Finder:
         if isinstance(cats, str):
             return replace(site, not_shared=cats)
         for piece in pieces_of(site.x, cats):
-            writer = self.storage.writer_after(piece, piece)
+            writer = self.facts.writer_after(piece, piece)
             if writer is not None:
                 reason = f"a tensor of its concatenation is changed in place later, by `{called(writer)}`"
                 return replace(site, not_shared=reason)
         return replace(site, cats=cats)
 
-    def _called_with_norm(self, norm: fx.Node) -> Site:
-        """A function that a change has put in a norm's place, with the norm as its first argument."""
-        path, x = str(norm.args[0].target), norm.all_input_nodes[1]
-        module = self.root.get_submodule(path)
-        reason = _PASSES_ON if norm.target is batch_norm_with_estimate else _has_chosen(module)
-        kind = type(module).__name__
-        return Site(path, kind, norm, x, self._producer(x), None, None, IDENTITY, norm, None, None, reason)
-
     # --- the norm itself ---
 
-    def _refusal(self, norm: fx.Node, module: nn.Module | None, x: fx.Node | None) -> str | None:
+    def _refusal(self, norm: fx.Node, x: fx.Node | None) -> tuple[str | None, tuple[str, ...]]:
+        if norm.target in self.layers:
+            return self.layers[norm.target], ()
+        if norm.target not in BATCH_NORM:
+            return f"{NORMS[norm.target]} is not a batch norm", ()
         if x is None:
-            return "it is not called with one tensor"
-        if module is None:
-            return self._functional_refusal(norm)
-        if isinstance(module, KALMAN_NORMS):
-            return "its statistics come from the norm before it too, and have a gradient"
-        if isinstance(module, SWITCHABLE_NORMS) and module.chosen is None:
-            return "it has not chosen yet: it computes all three norms"
-        if isinstance(module, SWITCHABLE_NORMS) and module.chosen != ("batch", "batch"):
-            return _has_chosen(module)
-        if isinstance(module, nn.SyncBatchNorm):
-            return "SyncBatchNorm is not supported yet"
-        whole = reason_to_keep_whole(module)
-        if whole is not None:
-            return whole
-        if not is_supported_norm(module):
-            known = "BatchNorm1d, 2d, 3d and timm's BatchNormAct2d"
-            return f"{type(module).__name__} is not one of the norms that can be rewritten ({known})"
-        if is_norm_act_module(module) and _norm_act_activation(module) is None:
-            return "its dropout or activation layer is not one that can be fused"
-        if self.calls[id(module)] > 1:
-            return f"it is called {self.calls[id(module)]} times in one forward"
-        if len(norm.args) + len(norm.kwargs) != 1:
-            return "it is called with more than its input"
-        writer = self.storage.writer_after(x, norm)
-        return f"its input is changed in place later, by `{called(writer)}`" if writer is not None else None
-
-    def _functional_refusal(self, norm: fx.Node) -> str | None:
-        if norm.target is not F.batch_norm:
-            return f"{norm.target.__name__} is not a batch norm"
+            return "it is not called with one tensor", ()
         arguments = bound(F.batch_norm, norm)
-        if arguments is None or not isinstance(arguments["training"], bool):
-            return "its `training` argument is computed"
-        writer = self.storage.writer_after(arguments["input"], norm)
-        return f"its input is changed in place later, by `{called(writer)}`" if writer is not None else None
-
-    def _producer(self, x: fx.Node | None) -> str:
-        if x is None:
-            return "?"
-        module = module_of(x, self.root)
-        if module is not None:
-            return type(module).__name__
-        return x.op if x.op == "placeholder" else getattr(x.target, "__name__", str(x.target))
+        if norm.target is not F.batch_norm or arguments is None:
+            return "it is not called as F.batch_norm is", ()
+        if not isinstance(arguments["training"], bool):
+            return "its `training` argument is computed", ()
+        if not all(isinstance(arguments[name], (int, float)) for name in ("eps", "momentum")):
+            return "its `eps` or `momentum` is computed", ()
+        writer = self.facts.writer_after(x, norm)
+        if writer is not None:
+            return f"its input is changed in place later, by `{called(writer)}`", (called(writer),)
+        return None, ()
 
     # --- what follows ---
 
@@ -198,170 +170,50 @@ class _Finder:
         add = next(iter(norm.users))
         if not is_add(add):
             return None, None
-        first = add.args[0]
         residual = other_operand(add, norm)
         if residual is norm or self._is_norm_of_another_site(residual, norm):
             return None, None
-        if sums_in_place(add) and add.target is not sum_as_first and first is not norm:
-            return None, None  # it is the other operand that is written
-        if self.storage.writer_after(residual, add) is not None:
+        if not isinstance(self.facts.results.get(residual), Tensor):
+            return None, None
+        into_residual = sums_in_place(add) and add.target is not sum_as_first and add.args[0] is not norm
+        if into_residual and not (residual.target in BATCH_NORM and len(residual.users) == 1):
+            return None, None  # it is the other operand that is written, and somebody else may see it
+        last = _activation(add)[1] if into_residual else add  # what the site itself writes there is no more
+        if self.facts.writer_after(residual, last) is not None:
             return None, None  # kept as the residual, it must not change later
+        value = self.facts.value_of(residual)
+        if value is not None and value not in self.there_anyway:
+            return None, None  # the sum is what is kept
         return add, residual
 
     def _is_norm_of_another_site(self, node: fx.Node, norm: fx.Node) -> bool:
         """Of two norms added to each other the later one takes the other as its residual."""
-        if not self.is_norm(node) or len(node.users) != 1:
-            return False
-        return self.storage.position[node] > self.storage.position[norm]
+        return node.target in BATCH_NORM and len(node.users) == 1 and norm < node
 
-    def _activation(self, module: nn.Module | None, last: fx.Node) -> tuple[Activation, fx.Node]:
-        """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
-        if module is not None and is_norm_act_module(module):
-            return _norm_act_activation(module) or IDENTITY, last
-        if len(last.users) != 1:
-            return IDENTITY, last
-        user = next(iter(last.users))
-        activation = activation_of(user, self.root)
-        return (activation, user) if activation is not None else (IDENTITY, last)
+    def _would_move(self, norm: fx.Node, x: fx.Node | None, out: fx.Node) -> bool:
+        """Whether a norm that runs where its residual is added would pass somebody who sees what it reads or moves."""
+        if x is not None and self.facts.writer_after(x, norm, until=out) is not None:
+            return True
+        state = [node for node in norm.all_input_nodes if node is not x]
+        return self.facts.toucher_between(state, norm, out) is not None
 
 
-def _has_chosen(module: Any) -> str:
-    return f"it has chosen the mean of {module.chosen[0]} norm and the variance of {module.chosen[1]} norm"
-
-
-def is_add(node: fx.Node) -> bool:
-    """Whether `node` adds two tensors, nothing else (no `alpha`, no number)."""
-    spelled = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
-        node.op == "call_method" and node.target in _ADD_METHODS
-    )
-    return spelled and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
-
-
-def other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:
-    """The operand of the addition that is not `operand` (itself, where both are)."""
-    first, second = add.args
-    other = second if first is operand else first
-    assert isinstance(other, fx.Node)  # `is_add` has looked
-    return other
-
-
-def sums_in_place(add: fx.Node) -> bool:
-    """Whether the result of an addition has its first operand's dtype, as `a += b` has."""
-    return add.target in (operator.iadd, sum_as_first, "add_")
-
-
-def input_of(norm: fx.Node) -> fx.Node | None:
+def _input_of(norm: fx.Node) -> fx.Node | None:
     """The node that a norm normalises; None where it is not called with one."""
     x = norm.args[0] if norm.args else norm.kwargs.get("input")
     return x if isinstance(x, fx.Node) else None
 
 
-def _norm_act_activation(module: Any) -> Activation | None:
-    """The activation inside timm's `BatchNormAct2d`; None if it cannot be fused or dropout is on."""
-    if type(module.drop) is not nn.Identity:
-        return None
-    return activation_of_module(module.act)
+input_of = _input_of
 
 
-# --- activations ----------------------------------------------------------------------------------
+def _activation(last: fx.Node) -> tuple[Activation, fx.Node]:
+    """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
+    if len(last.users) != 1:
+        return IDENTITY, last
+    user = next(iter(last.users))
+    activation = activation_of(user)
+    return (activation, user) if activation is not None else (IDENTITY, last)
 
 
-def activation_of(node: fx.Node, root: nn.Module) -> Activation | None:
-    """The activation that `node` applies to one tensor, in any spelling; None if it is none known."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return None if reason_to_keep_whole(module) else activation_of_module(module)
-    if node.op == "call_method":
-        name = str(node.target).removesuffix("_")
-        plain = name in ("relu", "sigmoid", "tanh") and len(node.args) == 1 and not node.kwargs
-        return Activation(name) if plain else None
-    if node.op != "call_function":
-        return None
-    return _activation_of_function(node)
-
-
-def activation_of_module(module: nn.Module) -> Activation | None:
-    """The activation that a layer is; None for any other layer and for subclasses."""
-    known = next((k for k in _MODULES if type(module) is k), None)
-    if known is not None:
-        return _MODULES[known](module)
-    name = _TIMM_MODULES.get(type(module).__name__)
-    return Activation(name) if name and type(module).__module__.startswith("timm.layers.") else None
-
-
-_MODULES: dict[type[nn.Module], Any] = {
-    nn.Identity: lambda m: IDENTITY,
-    nn.ReLU: lambda m: Activation("relu"),
-    nn.ReLU6: lambda m: Activation("hardtanh", (0.0, 6.0)),
-    nn.Hardtanh: lambda m: Activation("hardtanh", (float(m.min_val), float(m.max_val))),
-    nn.LeakyReLU: lambda m: Activation("leaky_relu", (float(m.negative_slope),)),
-    nn.ELU: lambda m: Activation("elu", (float(m.alpha),)),
-    nn.SELU: lambda m: Activation("selu"),
-    nn.CELU: lambda m: Activation("celu", (float(m.alpha),)),
-    nn.SiLU: lambda m: Activation("silu"),
-    nn.GELU: lambda m: Activation("gelu_tanh" if m.approximate == "tanh" else "gelu"),
-    nn.Hardswish: lambda m: Activation("hardswish"),
-    nn.Hardsigmoid: lambda m: Activation("hardsigmoid"),
-    nn.Sigmoid: lambda m: Activation("sigmoid"),
-    nn.Tanh: lambda m: Activation("tanh"),
-    nn.Softplus: lambda m: Activation("softplus", (float(m.beta), float(m.threshold))),
-    nn.Mish: lambda m: Activation("mish"),
-}
-_TIMM_MODULES = {"Swish": "silu", "Mish": "mish", "Sigmoid": "sigmoid", "Tanh": "tanh"}
-
-# function -> (name, the names of its arguments that the activation needs)
-_FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    F.relu: ("relu", ()),
-    torch.relu: ("relu", ()),
-    torch.relu_: ("relu", ()),
-    F.relu_: ("relu", ()),
-    F.relu6: ("relu6", ()),
-    F.hardtanh: ("hardtanh", ("min_val", "max_val")),
-    F.leaky_relu: ("leaky_relu", ("negative_slope",)),
-    F.elu: ("elu", ("alpha",)),
-    F.selu: ("selu", ()),
-    F.celu: ("celu", ("alpha",)),
-    F.silu: ("silu", ()),
-    F.gelu: ("gelu", ("approximate",)),
-    F.hardswish: ("hardswish", ()),
-    F.hardsigmoid: ("hardsigmoid", ()),
-    F.sigmoid: ("sigmoid", ()),
-    torch.sigmoid: ("sigmoid", ()),
-    F.tanh: ("tanh", ()),
-    torch.tanh: ("tanh", ()),
-    F.softplus: ("softplus", ("beta", "threshold")),
-    F.mish: ("mish", ()),
-}
-
-
-def _activation_of_function(node: fx.Node) -> Activation | None:
-    known = _FUNCTIONS.get(node.target)
-    if known is None or len(node.all_input_nodes) != 1:
-        return None
-    name, wanted = known
-    arguments = _function_arguments(node, wanted)
-    if arguments is None:
-        return None
-    if name == "gelu":
-        return Activation("gelu_tanh" if arguments == ("tanh",) else "gelu")
-    if name == "relu6":
-        return Activation("hardtanh", (0.0, 6.0))
-    return Activation(name, tuple(float(a) for a in arguments))
-
-
-_DEFAULTS = {
-    "min_val": -1.0,
-    "max_val": 1.0,
-    "negative_slope": 0.01,
-    "alpha": 1.0,
-    "approximate": "none",
-    "beta": 1.0,
-    "threshold": 20.0,
-}
-
-
-def _function_arguments(node: fx.Node, wanted: tuple[str, ...]) -> tuple | None:
-    """The values of `wanted`, given by name or in that order after the input; built-ins have no signature."""
-    positional = dict(zip(wanted, node.args[1:], strict=False))
-    values = [node.kwargs.get(name, positional.get(name, _DEFAULTS[name])) for name in wanted]
-    return None if any(isinstance(v, fx.Node) for v in values) else tuple(values)
+__all__ = ["IDENTITY", "Site", "find_sites", "input_of"]

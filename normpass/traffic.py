@@ -16,17 +16,23 @@ Compared with `streamed·N + 3·weights`: plain layers, each of which reads from
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import TorchRuntimeError, Unsupported
 
-from normpass.capture import CaptureError, capture, required_arguments
-from normpass.cuts import shapes_of
 from normpass.errors import InvalidInputError, InvalidModelError
+from normpass.facts import facts_of
+from normpass.graph import give_keys, key_of, module_of
 from normpass.grouping import Groups, greedy, optimal
+from normpass.per_sample import kind_of, name_of
 from normpass.units import Unit, units_of
 
 
@@ -44,6 +50,17 @@ class Group:
     def name(self) -> str:
         first, last = self.units[0].name, self.units[-1].last
         return first if first == last else f"{first} to {last}"
+
+    @property
+    def norms(self) -> list[tuple[str, str]]:
+        """Name of each norm in it, and the class of its layer or the function that it calls."""
+        found = [node for unit in self.units for node in unit.nodes if kind_of(node) == "norm"]
+        return [(key_of(node), _kind(node)) for node in found]
+
+
+def _kind(node: fx.Node) -> str:
+    _, layer = module_of(node)
+    return layer.__name__ if layer is not None and layer.__module__.startswith("torch.nn") else name_of(node)
 
 
 @dataclass(frozen=True)
@@ -108,30 +125,84 @@ def serialise(
     return Serialisation(tuple(made[group] for group in groups), streamed)
 
 
+def graph_of(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, list[Any]]:
+    """The whole forward of `model` as Dynamo captures it, and the tensors that its placeholders stand for.
+
+    Nothing is computed and nothing remembered: torch.compile captures a later call as if this one had not been.
+
+    Raises:
+        InvalidModelError: it takes other arguments, or is no single graph.
+    """
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def keep(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        give_keys(graph_module.graph)
+        found.append((graph_module, example_inputs))
+        return _stop
+
+    def forward(*tensors: Tensor) -> Any:
+        return model(*tensors)
+
+    code = forward.__code__.replace()  # what is compiled is remembered by the code object
+    once = types.FunctionType(code, forward.__globals__, forward.__name__, closure=forward.__closure__)
+    name = type(model).__name__
+    try:
+        torch.compile(once, backend=keep, fullgraph=True, dynamic=False)(*inputs)
+    except _Captured:
+        return found[0]
+    except Unsupported as error:
+        raise InvalidModelError(f"{name} cannot be captured whole: {_first_line(error)}") from error
+    raise InvalidModelError(f"{name} does nothing with tensors that can be captured")
+
+
+class _Captured(Exception):
+    """The graph is there; it is not to run."""
+
+
+def _stop(*_: Any) -> Any:
+    raise _Captured
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def units_of_model(model: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Unit]:
     """The units of a network on one input of that shape, (N, C, *); every floating value counts as `dtype`.
 
     Nothing is computed and no memory is taken; the model stays as it is.
 
     Raises:
-        InvalidModelError: the model cannot be traced whole, or takes other than one tensor.
+        InvalidModelError: the model cannot be captured whole, takes other than one tensor or returns several.
         InvalidInputError: it does not run on an input of that shape.
     """
-    try:
-        captured = capture(model, required_arguments(model))
-    except CaptureError as error:
-        raise InvalidModelError(f"{type(model).__name__} cannot be traced whole: {error}") from error
-    inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise InvalidModelError(f"{type(model).__name__} takes {len(inputs)} tensors; the traffic model needs one")
+    name, tensors = type(model).__name__, [*model.parameters(), *model.buffers()]
+    count = _required_arguments(model)
+    if count != 1:
+        raise InvalidModelError(f"{name} takes {count} tensors; the traffic model needs one")
+    other = copy.deepcopy(model, {id(t): _without_memory(t) for t in tensors})
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    x = torch.empty(tuple(shape), dtype=first.dtype, device="meta")
     try:
-        shapes = shapes_of(captured.graph, model, [x])
-    except Exception as error:
-        name = type(model).__name__
+        graph_module, inputs = graph_of(other, torch.empty(tuple(shape), dtype=first.dtype, device="meta"))
+    except TorchRuntimeError as error:
         raise InvalidInputError(f"{name} does not run on an input of shape {tuple(shape)}: {error}") from error
-    return units_of(captured.graph, model, shapes, dtype.itemsize)
+    chains = units_of(graph_module.graph, facts_of(graph_module, inputs), dtype.itemsize)
+    if len(chains) > 1:
+        raise InvalidModelError(f"{name} returns several tensors that lie on no one path; the traffic model needs one")
+    return [unit for chain in chains for unit in chain]
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    other = tensor.detach().to("meta")
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(other, tensor.requires_grad) if is_parameter else other
+
+
+def _required_arguments(model: nn.Module) -> int:
+    """How many arguments forward must be given."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    arguments = inspect.signature(model.forward).parameters.values()
+    return sum(a.kind in kinds and a.default is a.empty for a in arguments)
 
 
 def traffic_report(

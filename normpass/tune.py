@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from normpass import cost
+from normpass.collect import captured_graphs
 from normpass.environment import device_name
 from normpass.files import write_json
-from normpass.graph import join, key_of
-from normpass.recipe import observed_tags
+from normpass.graph import key_of
+from normpass.liveness import Seconds
+from normpass.pipeline import Request, Rewritten
+from normpass.recipe import materialised, observed_tags, recording
 from normpass.timing import wait_for
-from normpass.untouched import untouched
+from normpass.trial import Arguments
 
 REPEATS = 3
 
@@ -37,9 +42,11 @@ class Timer:
         """key of a step -> seconds"""
         self._cache, self._key = cache, ""
 
-    def run(self, graph: fx.Graph, module: nn.Module, path: str, tensors: Any) -> Any:
-        """What `graph`, of the part at the dotted `path`, returns."""
-        return _Interpreter(self, graph, module, path).run(*tensors)
+    def run(self, rewritten: Rewritten, inputs: Sequence[Any]) -> None:
+        """Run a rewritten graph on copies of `inputs` and time what it notes."""
+        copies = [t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
+        with torch.enable_grad(), recording(), observed_tags(self.time):
+            _Interpreter(self, rewritten.graph_module).run(*copies)
 
     def at(self, key: str) -> None:
         """The node that runs now."""
@@ -47,6 +54,7 @@ class Timer:
 
     def time(self, function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Called for every tag."""
+        args, kwargs = materialised(args), materialised(kwargs)
         signature = _signature(function, args, kwargs)
         if signature not in self._cache:
             self._cache[signature] = _shortest(function, args, kwargs)
@@ -54,24 +62,36 @@ class Timer:
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, timer: Timer, graph: fx.Graph, module: nn.Module, path: str):
-        super().__init__(module, graph=graph)
-        self._timer, self._path = timer, path
+    def __init__(self, timer: Timer, graph_module: fx.GraphModule):
+        super().__init__(graph_module)
+        self._timer = timer
 
     def run_node(self, n: fx.Node) -> Any:
-        self._timer.at(join(self._path, key_of(n)))
+        self._timer.at(key_of(n))
         return super().run_node(n)
 
 
-def measured(
-    call: Callable[[Timer], Any], model: nn.Module, arguments: tuple[tuple, dict], folder: Path | None
-) -> dict:
-    """Seconds by key of whatever is tagged while `call(timer)` runs the model; nothing of the model changes."""
+def measured_seconds(
+    model: nn.Module, arguments: Arguments, request: Request, graphs: Sequence[Rewritten], folder: Path | None = None
+) -> Seconds:
+    """Seconds of a step, measured where it can be rebuilt; nothing of the model changes."""
+    found = measured(model, arguments, _all_rebuilt(request, graphs), folder or cache_folder())
+    return lambda step, facts: found[step.key] if step.key in found else cost.seconds(step, facts)
+
+
+def _all_rebuilt(request: Request, graphs: Sequence[Rewritten]) -> Request:
+    keys = {
+        g.found.facts.steps[g.found.maker[v]].key for g in graphs if g.found is not None for v in g.found.cheap | g.found.dear
+    }
+    return replace(request, decisions=replace(request.decisions, rebuilt=frozenset(keys)))
+
+
+def measured(model: nn.Module, arguments: Arguments, request: Request, folder: Path | None) -> dict[str, float]:
+    """Seconds by key of whatever notes a recipe while the model runs as `request` says."""
     path = None if folder is None else folder / f"{_device_name(model)}.json"
     cache = _read(path)
     timer = Timer(cache)
-    with untouched(model, *arguments), torch.enable_grad(), observed_tags(timer.time):
-        call(timer)
+    captured_graphs(model, arguments, request, timer.run)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(sorted(cache.items())))

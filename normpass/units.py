@@ -1,9 +1,8 @@
-"""A captured graph as a chain of units, each with its footprint and its memory traffic.
+"""A graph as chains of units, each with its footprint and its memory traffic.
 
 A *unit* is a layer with the norm and the activation behind it, or everything between two values through which all
 that follows must pass: a residual block, an inception module, a dense block. In graph terms its ends are successive
-dominators of the graph's output. What follows a global pooling is one unit with it: the head of a classifier. Only
-shapes are needed, so the graph runs on tensors without memory.
+dominators of a result of the graph. What follows a global pooling is one unit with it: the head of a classifier.
 
 What a unit has, in bytes for one sample of the batch (weights: in all):
 
@@ -23,33 +22,19 @@ What a unit has, in bytes for one sample of the batch (weights: in all):
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from normpass.capture import NORM_BASES
-from normpass.cuts import Shapes, cuts_of, variable_nodes
-from normpass.functional import product_as_first, sum_as_first
-from normpass.graph import VIEW_FUNCTIONS, VIEW_METHODS, module_of
-from normpass.sites import activation_of, is_add
+from normpass.cuts import Segment, segments_of, variable_nodes
+from normpass.facts import Facts
+from normpass.graph import key_of, path_of
+from normpass.per_sample import kind_of
 
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
-_WEIGHTED_FUNCTIONS = frozenset(
-    {F.linear, torch.matmul, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-    | {torch.conv1d, torch.conv2d, torch.conv3d}
-)
-_NORM_FUNCTIONS = (F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.instance_norm)
-_MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
-_PRODUCTS = (operator.mul, operator.imul, operator.truediv, torch.mul, product_as_first)
-_SUMS = (operator.sub, operator.isub, torch.sub, operator.add, operator.iadd, torch.add, sum_as_first)
 _HEAD = 16
 """A unit whose output is so many times smaller than its input ends in a global pooling."""
-_ONE_BIT = ("relu", "leaky_relu", "hardtanh")
 
 
 @dataclass(frozen=True)
@@ -77,39 +62,36 @@ class Unit:
         return self.nodes[-1]
 
 
-def units_of(graph: fx.Graph, root: nn.Module, shapes: Shapes, item_bytes: int | None = None) -> list[Unit]:
-    """The chain of units from the first cut on.
+def units_of(graph: fx.Graph, facts: Facts, item_bytes: int | None = None) -> list[list[Unit]]:
+    """The chains of units, one a result of the graph; each unit reads what the one before it returns.
 
     Args:
-        shapes: from `shapes_of`; its batch is the size of the first dimension of the first cut.
+        facts: of the graph; its batch is the size of the first dimension of the first cut.
         item_bytes: bytes of a value of any floating tensor; None: by its dtype.
     """
-    cuts = cuts_of(graph)
-    accountant = Accountant(graph, root, shapes, item_bytes)
+    accountant = Accountant(graph, facts, item_bytes)
+    return [_units(segments, accountant) for segments in segments_of(graph, facts.results)]
+
+
+def _units(segments: Sequence[Segment], accountant: Accountant) -> list[Unit]:
     units: list[Unit] = []
-    begin, members = 0, _between(graph, cuts)
-    for index in range(1, len(cuts)):
-        following = cuts[index + 1 :][:1]
-        if following and len(members[index + 1]) == 1 and accountant.layer(following[0]).writes_over:
-            continue  # a norm or an activation: part of the layer before it
-        nodes = [node for segment in members[begin + 1 : index + 1] for node in segment]
-        if following and accountant.of(cuts[index]) * _HEAD <= accountant.of(cuts[begin]):
+    start, nodes = segments[0].start, list[fx.Node]()
+    for index, segment in enumerate(segments):
+        nodes += segment.nodes
+        if index + 1 < len(segments) and _continues(start, segments[index + 1], accountant):
             continue
-        units.append(accountant.unit(cuts[begin], nodes))
-        begin = index
+        units.append(accountant.unit(start, nodes))
+        start, nodes = nodes[-1], []
     return units
 
 
-def _between(graph: fx.Graph, cuts: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """For each cut the nodes behind the cut before it, up to itself."""
-    place = {node: index for index, node in enumerate(cuts)}
-    found: list[list[fx.Node]] = [[] for _ in cuts]
-    segment: dict[fx.Node, int] = {}
-    for node in variable_nodes(graph):
-        before = [place[s] + 1 if s in place else segment[s] for s in node.all_input_nodes if s in segment]
-        segment[node] = place[node] if node in place else max(before, default=0)
-        found[segment[node]].append(node)
-    return found
+def _continues(start: fx.Node, following: Segment, accountant: Accountant) -> bool:
+    """Whether a unit that begins behind `start` goes on with `following`, which alone reads what it has made."""
+    cut = following.start
+    if not set(cut.users) <= set(following.nodes):
+        return False
+    is_head = accountant.of(cut) * _HEAD <= accountant.of(start)
+    return is_head or (len(following.nodes) == 1 and accountant.layer(following.nodes[0]).writes_over)
 
 
 @dataclass(frozen=True)
@@ -126,11 +108,10 @@ class Layer:
 class Accountant:
     """Bytes of nodes and units of one graph."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, shapes: Shapes, item_bytes: int | None):
-        self.root = root
-        self.shapes = shapes
+    def __init__(self, graph: fx.Graph, facts: Facts, item_bytes: int | None):
+        self.results, self.steps = facts.results, facts.step_of()
         self.item_bytes = item_bytes
-        self.variable = set(variable_nodes(graph))
+        self.variable = set(variable_nodes(graph, facts.results))
 
     def bytes_of(self, value: Any) -> int:
         if isinstance(value, (tuple, list)):
@@ -141,75 +122,63 @@ class Accountant:
         return value.numel() * size
 
     def of(self, node: fx.Node) -> int:
-        return self.bytes_of(self.shapes[node])
+        return self.bytes_of(self.results[node])
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
         return [source for source in node.all_input_nodes if source in self.variable]
 
     def layer(self, node: fx.Node) -> Layer:
         """What `node` moves if it reads its operands from memory and writes its result there."""
-        module = module_of(node, self.root)
-        read, made = sum(self.of(s) for s in self.operands(node)), self.of(node)
-        weights = self._weights(node, module)
-        if isinstance(module, _WEIGHTED) or node.target in _WEIGHTED_FUNCTIONS:
+        kind, step = kind_of(node), self.steps[node]
+        operands, weights = self.operands(node), self._weights(node)
+        read, made = sum(self.of(s) for s in operands), self.of(node)
+        if kind == "weighted":
             return Layer(3 * (read + made), read, weights)
-        if isinstance(module, NORM_BASES) or node.target in _NORM_FUNCTIONS:
+        if kind == "norm":
             return Layer(8 * read, read, weights, writes_over=True)
-        if self._is_view(node):
+        if step.passes and not step.writes:  # a view
             return Layer(writes_over=True)
-        if is_add(node) or node.target in _SUMS:
-            return Layer(read + made if len(self.operands(node)) > 1 else 4 * made, writes_over=True)
-        return self._other(node, module, read, made)
+        if kind == "sum":
+            return Layer(read + made if len(operands) > 1 else 4 * made, writes_over=True)
+        if kind == "product" and len(operands) == 1:
+            return Layer(4 * made, read if weights else 0, writes_over=True)
+        return self._other(kind, read, made, weights, self._bits(operands))
 
-    def _other(self, node: fx.Node, module: nn.Module | None, read: int, made: int) -> Layer:
-        activation = activation_of(node, self.root)
-        name = str(getattr(node.target, "__name__", node.target)) if module is None else type(module).__name__.lower()
-        if activation is not None or "dropout" in name:
-            bits = activation is None or activation.name in _ONE_BIT
-            saved = read / self._bits(node) if bits else read
+    def _other(self, kind: str, read: int, made: int, weights: int, bits: int) -> Layer:
+        if kind in ("one bit", "activation"):
+            saved = read / bits if kind == "one bit" else read
             return Layer(4 * read + 2 * saved, saved, writes_over=True)
-        if isinstance(module, _MAX_POOLS) or "max_pool" in name:
-            indices = made / (self._bits(node) / 8)
+        if kind == "max pool":
+            indices = made / (bits / 8)
             return Layer(2 * (read + made) + 2 * indices, indices)
-        if isinstance(module, nn.Module) and "avgpool" in name or "avg_pool" in name or "mean" in name or name == "cat":
+        if kind in ("average", "mean", "cat"):
             return Layer(2 * (read + made))
-        if node.target in _PRODUCTS and len(self.operands(node)) == 1:
-            return Layer(4 * made, self._saved_of_scale(node, read), writes_over=True)
-        return Layer(2 * (read + made) + 2 * read, read, self._weights(node, module))
+        return Layer(2 * (read + made) + 2 * read, read, weights)
 
-    def _bits(self, node: fx.Node) -> int:
-        """Bits of one value."""
-        value = self.shapes[self.operands(node)[0]]
-        return 8 * (self.item_bytes or value.element_size())
+    def _bits(self, operands: Sequence[fx.Node]) -> int:
+        """Bits of one value of the first."""
+        value = self.results[operands[0]]
+        return 8 * (self.item_bytes or (value.element_size() if isinstance(value, Tensor) else 1))
 
-    def _saved_of_scale(self, node: fx.Node, read: int) -> int:
-        """A product with a constant saves its operand only where the constant has a gradient."""
-        constants = [s for s in node.all_input_nodes if s not in self.variable and s.op == "get_attr"]
-        return read if any(isinstance(_attribute(self.root, s), nn.Parameter) for s in constants) else 0
-
-    def _is_view(self, node: fx.Node) -> bool:
-        if isinstance(module_of(node, self.root), (nn.Flatten, nn.Unflatten, nn.Identity)):
-            return True
-        return node.target in VIEW_FUNCTIONS or (node.op == "call_method" and node.target in VIEW_METHODS)
-
-    def _weights(self, node: fx.Node, module: nn.Module | None) -> int:
-        tensors = list(module.parameters()) if module is not None else []
-        tensors += [_attribute(self.root, s) for s in node.all_input_nodes if s.op == "get_attr"]
-        return sum(self.bytes_of(t) for t in tensors if isinstance(t, nn.Parameter))
+    def _weights(self, node: fx.Node) -> int:
+        """Bytes of the constants with a gradient that it reads."""
+        constants = [self.results[s] for s in node.all_input_nodes if s not in self.variable]
+        return sum(self.bytes_of(c) for c in constants if isinstance(c, Tensor) and c.requires_grad)
 
     # --- units ---
 
     def unit(self, start: fx.Node, nodes: Sequence[fx.Node]) -> Unit:
         """The unit of `nodes`, which reads the value of `start` alone."""
-        batch = self.shapes[start].shape[0]
+        value = self.results[start]
+        batch = max(1, value.shape[0]) if isinstance(value, Tensor) and value.dim() else 1
         layers = [self.layer(node) for node in nodes]
         readers = self._further_readers(start, nodes)
         fan_out = sum(3 * self.of(node) * count for node, count in readers.items())
         joined = sum(4 * self._joined(node) for node in nodes)
         together, apart = self._footprints(start, nodes)
         return Unit(
-            name=_common_path(nodes) or _path(nodes[0]),
-            last=_common_path(nodes) or _path(nodes[-1]),
+            name=_common_path(nodes) or _name(nodes[0]),
+            last=_common_path(nodes) or _name(nodes[-1]),
             nodes=tuple(nodes),
             input=start,
             input_bytes=self.of(start) // batch,
@@ -255,25 +224,13 @@ class Accountant:
         return together, apart
 
 
-def _attribute(root: nn.Module, node: fx.Node) -> Any:
-    value: Any = root
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    return value
-
-
 def _common_path(nodes: Sequence[fx.Node]) -> str:
     """The dotted path that all nodes lie below; empty where there is none."""
-    paths = [_path(node).split(".") for node in nodes]
-    common = paths[0]
-    for path in paths[1:]:
+    common, *paths = (path_of(node).split(".") for node in nodes)
+    for path in paths:
         common = [a for a, b in zip(common, path, strict=False) if a == b][: len(common)]
     return ".".join(common)
 
 
-def _path(node: fx.Node) -> str:
-    """The path of the layer that `node` calls; of anything else that of the module around it, or its own name."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = [path for path in node.meta.get("nn_module_stack", {}) if path]
-    return str(stack[-1]) if stack else node.name
+def _name(node: fx.Node) -> str:
+    return path_of(node) or key_of(node)

@@ -1,37 +1,35 @@
-"""The rewrites, in the order in which they are tried: the first that matches a site is taken.
+"""The passes over a captured graph, and their order: `normpass.pipeline` runs them.
 
-Adding one: a file here, its test, a line in `ORDER` (or in `CHANGES`, if it changes the model).
+Adding one: a file here, its test, a line below.
 """
 
 from __future__ import annotations
 
 from normpass.passes.convolution_kernels import ConvolutionKernels
-from normpass.passes.derive_recipes import DeriveRecipes
 from normpass.passes.fuse_norm_act import FuseNormAct
 from normpass.passes.fuse_norm_convolution import FuseNormConvolution
 from normpass.passes.group_norm import GroupNorm
 from normpass.passes.inplace_abn import InplaceABN
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
-from normpass.passes.recompute_region import RecomputeRegion, Regions
+from normpass.passes.normal_form import NormalForm
+from normpass.passes.rebuild_values import RebuildValues
 from normpass.passes.serialize_minibatch import SerializeMinibatch
 from normpass.passes.serialize_norms import SerializeNorms
 from normpass.passes.share_statistics import ShareStatistics
 from normpass.passes.sparse_switchable import SparseSwitchable
-from normpass.passes.specialise_switchable import SpecialiseSwitchable
 from normpass.passes.split_bn import SplitBN
 from normpass.rewrite import Rewrite
 
-ORDER: tuple[Rewrite, ...] = (
+NORMAL_FORM = NormalForm()  # first: what comes after knows one spelling of each thing
+SITES: tuple[Rewrite, ...] = (  # the first that matches a site is taken
     InplaceABN(),  # keeps one tensor and rebuilds nothing; lossy, so tried only when that is allowed
     ShareStatistics(),  # as SplitBN, without the concatenation and its moments
     SplitBN(),  # keeps one tensor exactly
     FuseNormAct(),  # where z cannot be rebuilt: still one tensor fewer than separate layers keep
 )
-SPECIALISE = SpecialiseSwitchable()  # before the sites: it makes other nodes of some norms
-AFTER_SITES = DeriveRecipes()  # needs to know which tensors the sites rebuild
 CONVOLUTIONS = ConvolutionKernels()
-REGIONS = RecomputeRegion()  # last, and only what a plan asks for
+REBUILD = RebuildValues()  # after all that makes nodes: a plan says what is made again
 JOINS = FuseNormConvolution()  # of what runs: what is planned and reported is the graph before
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
@@ -41,27 +39,24 @@ CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
 }
 
 __all__ = [
-    "AFTER_SITES",
     "CHANGES",
     "CONVOLUTIONS",
     "JOINS",
-    "ORDER",
-    "REGIONS",
-    "SPECIALISE",
+    "NORMAL_FORM",
+    "REBUILD",
+    "SITES",
     "ConvolutionKernels",
-    "DeriveRecipes",
     "FuseNormAct",
     "FuseNormConvolution",
     "GroupNorm",
     "InplaceABN",
     "Kalman",
     "LeakyReLU",
-    "RecomputeRegion",
-    "Regions",
-    "ShareStatistics",
+    "NormalForm",
+    "RebuildValues",
     "SerializeMinibatch",
     "SerializeNorms",
+    "ShareStatistics",
     "SparseSwitchable",
-    "SpecialiseSwitchable",
     "SplitBN",
 ]

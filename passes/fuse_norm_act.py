@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from normpass.functional import fused_norm_act
-from normpass.rewrite import Match, Refusal, Semantics, replace_site
+from normpass.rewrite import Match, Refusal, Semantics, refused, replace_site
 from normpass.sites import Site
 
 
@@ -27,7 +27,7 @@ class FuseNormAct:
 
     def match(self, site: Site) -> Match | Refusal:
         if site.refused is not None:
-            return Refusal(self.name, site.path, site.refused)
+            return refused(self.name, site)
         return Match(self.name, site, kept="x and z")
 
     def apply(self, graph: fx.Graph, match: Match) -> None:

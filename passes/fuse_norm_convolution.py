@@ -13,12 +13,14 @@ Refuses: a z with other readers; one that a residual is added to. Changes nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx
 
-from normpass.convolution import convolution_layer, is_depthwise, norm_act_convolution
+from normpass.convolution import convolution_function, is_depthwise, norm_act_convolution
+from normpass.facts import Facts
 from normpass.functional import fused_norm_act, split_norm_act
-from normpass.graph import called_on, replace_node
+from normpass.graph import bound, called_on, replace_node
 
 _NORMS = (split_norm_act, fused_norm_act)
 
@@ -27,25 +29,29 @@ _NORMS = (split_norm_act, fused_norm_act)
 class FuseNormConvolution:
     name: str = "fuse_norm_convolution"
 
-    def apply(self, graph: fx.Graph, root: nn.Module) -> set[str]:
+    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
         """Rewrite `graph` in place; the names of the new nodes."""
         names = set()
         for node in list(graph.nodes):
-            norm = node.args[1] if node.target is convolution_layer else None
+            arguments = bound(convolution_function, node) if node.target is convolution_function else None
+            norm = None if arguments is None else arguments["input"]
             if not isinstance(norm, fx.Node) or norm.target not in _NORMS or list(norm.users) != [node]:
                 continue
-            x, residual, *activation = norm.args[1:5]
-            if residual is not None or not _is_depthwise(root.get_submodule(str(node.args[0].target))):
+            call, x, residual, *activation = norm.args[:5]
+            if residual is not None or not _is_depthwise(arguments, facts):
                 continue
+            assert arguments is not None
+            options = [arguments[name] for name in ("weight", "bias", "stride", "padding", "dilation", "groups")]
             with graph.inserting_before(node):
                 function = called_on(norm_act_convolution, norm.target)
-                new = graph.call_function(function, (norm.args[0], node.args[0], x, *activation))
+                new = graph.call_function(function, (call, x, *activation, *options))
             names.add(replace_node(graph, node, new).name)
             graph.erase_node(norm)
         return names
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.Conv2d):
+def _is_depthwise(arguments: Any, facts: Facts) -> bool:
+    weight = facts.results.get(arguments["weight"])
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
         return False
-    return is_depthwise(layer.kernel_size, layer.stride, layer.groups, layer.in_channels)
+    return is_depthwise(weight.shape[2:], arguments["stride"], arguments["groups"], weight.shape[0])

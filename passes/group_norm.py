@@ -14,12 +14,12 @@ Refuses (leaves as it is): norms of another class, with hooks or a parametrisati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx, nn
 
-from normpass.capture import reason_to_keep_whole
 from normpass.graph import replace_layers
-from normpass.nn.norm import dimension_of, options_of
+from normpass.nn.norm import is_replaceable, options_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class GroupNorm:
     """groups of channels; where they do not divide a norm's channels, the largest divisor below. A group has two
     channels at least (of a norm over one channel: one), or on a 1×1 map it would be one value, its own mean"""
 
+    applies_to_graph: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if isinstance(self.num_groups, bool) or not isinstance(self.num_groups, int) or self.num_groups < 1:
             raise ValueError(f"`num_groups` must be an integer of at least 1, it is {self.num_groups!r}")
@@ -38,13 +40,13 @@ class GroupNorm:
         """Replace every BatchNorm of `model`; returns path -> the layer that stood there."""
 
         def new(layer: nn.Module) -> nn.Module | None:
-            if dimension_of(layer) is None or reason_to_keep_whole(layer) is not None:
+            if not is_replaceable(layer):
                 return None
             return group_norm_from(layer, self.num_groups)
 
         return replace_layers(model, new)
 
-    def change_graph(self, graph: fx.Graph, root: nn.Module) -> None:
+    def change_graph(self, graph: fx.Graph) -> None:
         """Nothing: the layers are called as the norms were."""
 
 

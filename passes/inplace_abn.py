@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from normpass.functional import inplace_abn
-from normpass.rewrite import Match, Refusal, Semantics, replace_site
+from normpass.rewrite import Match, Refusal, Semantics, refused, replace_site, written_later
 from normpass.sites import Site
 
 
@@ -31,18 +31,18 @@ class InplaceABN:
     semantics: Semantics = Semantics.LOSSY
 
     def match(self, site: Site) -> Match | Refusal:
-        reason = site.refused or self._reason(site)
+        if site.refused is not None:
+            return refused(self.name, site)
+        reason = self._reason(site)
         if reason is not None:
             return Refusal(self.name, site.path, reason)
-        return Match(self.name, site, kept="z")
+        return written_later(self.name, site) or Match(self.name, site, kept="z")
 
     def _reason(self, site: Site) -> str | None:
         if site.residual is not None:
             return "a residual is added before the activation"
         if not site.activation.invertible:
             return f"{site.activation.name} has no inverse"
-        if site.written is not None:
-            return f"its result is changed in place later, by `{site.written}`"
         gamma = site.gamma
         if gamma is None:
             return None

@@ -2,15 +2,15 @@
 
     (y₁, e₁) = norm₁(x₁)      e₂⁻ = predicted(conv, activated(e₁))      (y₂, e₂) = norm₂(x₂, e₂⁻)
 
-Batch Kalman normalisation (arXiv 1802.03133), for small batches; only by name: `changes=("kalman",)`. From every
-norm the estimate is followed along the graph's edges through activations, convolutions, linear layers, additions,
-concatenations, pooling, dropout, flattening and zero padding; it is lost where one of several operands has none, or
-at any other operation. A norm that it reaches becomes a `normpass.nn.KalmanNorm`; one that none reaches stays a
-BatchNorm (with micro-batches: a Kalman norm without a prediction). `normpass.nn.estimate` has the algebra,
-`normpass.nn.kalman` the norm's.
+Batch Kalman normalisation (arXiv 1802.03133), for small batches; only by name: `changes=("kalman",)`. Every BatchNorm
+becomes a `normpass.nn.KalmanNorm`. From each of them the estimate is followed along the captured graph's edges through
+activations, convolutions, linear layers, additions, concatenations, pooling, dropout, flattening and zero padding; it
+is lost where one of several operands has none, at any other operation, and where the graph breaks. A norm that none
+reaches is the batch norm that it was, and one that passes nothing on either (and has no micro-batches) is one for every
+other rewrite too. `normpass.nn.estimate` has the algebra, `normpass.nn.kalman` the norm's.
 
-Refuses (leaves as it is): a norm that is called twice, has hooks or a parametrisation, or is of another class, and
-the norms of modules that cannot be traced. In eval mode nothing of it is computed.
+Refuses (leaves as it is): a norm that has hooks or a parametrisation, or is of another class. One that is called twice
+in a graph takes and gives no estimate there. In eval mode nothing of it is computed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import fx, nn
 
-from normpass.capture import find_parts, reason_to_keep_whole
-from normpass.graph import module_of, replace_layers
+from normpass.graph import bound, path_of, replace_layers
 from normpass.nn.estimate import activated, concatenated, padded, predicted, predicted_by_sample, summed, through_norm
-from normpass.nn.kalman import KALMAN_NORMS, batch_norm_with_estimate, check_options, kalman_from
-from normpass.nn.norm import dimension_of
-from normpass.passes.estimates import Activated, Estimates, Expression, Joined, Padded, Predicted, Source
+from normpass.nn.kalman import check_options, kalman_from, kalman_norm
+from normpass.nn.norm import is_replaceable
+from normpass.ops import Activation
+from normpass.passes.estimates import (
+    Activated,
+    Estimates,
+    Expression,
+    Joined,
+    Layer,
+    Padded,
+    Predicted,
+    Source,
+)
 
 SEVERAL = {"sum": summed, "cat": concatenated}
 
@@ -40,7 +50,8 @@ class Kalman:
     """weight of the prediction against the batch's own statistics, in [0, 1]; 0 is batch norm. The authors take
     0.9 for micro-batches of 2 samples and 0.05 for large batches"""
     learn_weight: bool = False
-    """learn the weight, a parameter of each norm that starts at `prediction_weight`"""
+    """learn the weight, a parameter of every norm that starts at `prediction_weight`. Where no prediction arrives its
+    gradient is None"""
     transition: str = "closed_form"
     """how an estimate passes activations and convolutions: `"closed_form"`, deterministic, or `"sampled"`, the
     authors': by a random draw"""
@@ -54,6 +65,9 @@ class Kalman:
     """a norm uses no prediction whose variance is so many times the observed one, averaged over the channels; with
     few values a channel, as in maps of 1×1, take `math.inf`, which uses all"""
 
+    applies_to_graph: ClassVar[bool] = True
+    """in training; in eval mode the changed layers are batch norms by themselves"""
+
     def __post_init__(self) -> None:
         check_options(self.prediction_weight, self.learn_weight, self.micro_batches, self.largest_ratio)
         if self.transition not in ("closed_form", "sampled"):
@@ -62,79 +76,89 @@ class Kalman:
             raise ValueError(f'`state` must be "input" or "output", it is "{self.state}"')
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Put a Kalman norm where an estimate arrives; returns path -> the BatchNorm that stood there."""
+        """Put a Kalman norm in the place of every BatchNorm; returns path -> the layer that stood there."""
         if self.prediction_weight == 0 and self.micro_batches == 1:
             return {}  # it is batch norm
         options = {
             "prediction_weight": self.prediction_weight,
             "learn_weight": self.learn_weight,
+            "micro_batches": self.micro_batches,
             "largest_ratio": self.largest_ratio,
         }
-        new: dict[int, nn.Module] = {}
-        for captured in find_parts(model).captures.values():
-            estimates = _estimates(captured.graph, captured.root)
-            for node in estimates.norms:
-                norm = module_of(node, captured.root)
-                if norm is None or dimension_of(norm) is None:
-                    continue  # a Kalman norm already
-                if node in estimates.predictions:
-                    new[id(norm)] = kalman_from(norm, micro_batches=self.micro_batches, **options)
-                elif self.micro_batches > 1:
-                    new[id(norm)] = kalman_from(norm, micro_batches=self.micro_batches, prediction_weight=0.0)
-        return replace_layers(model, lambda layer: new.get(id(layer)))
+        return replace_layers(model, lambda layer: kalman_from(layer, **options) if is_replaceable(layer) else None)
 
-    def change_graph(self, graph: fx.Graph, root: nn.Module) -> None:
+    def change_graph(self, graph: fx.Graph) -> None:
         """Wire the estimates along the edges of `graph`."""
-        estimates = _estimates(graph, root)
-        kalman = [n for n in estimates.norms if isinstance(module_of(n, root), KALMAN_NORMS)]
-        predicted_for = {n: estimates.predictions[n] for n in kalman if n in estimates.predictions}
-        sources = {source for expression in predicted_for.values() for source in expression.sources()}
-        if self.prediction_weight == 0:
-            return  # nothing would read them
+        calls = [node for node in graph.nodes if node.op == "call_function" and node.target is kalman_norm]
+        if self.prediction_weight != 0:  # else nothing would read them
+            self._wire(graph, Estimates(graph, _filters(calls).__contains__))
+        for node in calls:
+            _as_batch_norm(graph, node)
+
+    def _wire(self, graph: fx.Graph, estimates: Estimates) -> None:
+        sources = {source for expression in estimates.predictions.values() for source in expression.sources()}
         values = _Values(graph, self.transition == "sampled")
         for node in estimates.norms:
-            if node not in predicted_for and node not in sources:
-                continue
-            prediction = values.of(predicted_for[node]) if node in predicted_for else None
-            estimate = _wire(graph, root, node, prediction, node in sources)
-            if self.state == "output" and estimate is not None:
-                estimate = _behind_norm(graph, str(node.target), estimate)
-            values.sources[node] = estimate
+            if node in estimates.predictions:
+                node.update_arg(_PREDICTION, values.of(estimates.predictions[node]))
+            if node in sources:
+                estimate = _estimate_of(graph, node)
+                values.sources[node] = _behind_norm(graph, node, estimate) if self.state == "output" else estimate
 
 
-def _estimates(graph: fx.Graph, root: nn.Module) -> Estimates:
-    calls = Counter(id(module_of(n, root)) for n in graph.nodes if n.op == "call_module")
-
-    def is_filter(node: fx.Node) -> bool:
-        module = module_of(node, root)
-        if module is None or (dimension_of(module) is None and not isinstance(module, KALMAN_NORMS)):
-            return False
-        once = calls[id(module)] == 1 and len(node.args) + len(node.kwargs) == 1
-        return once and reason_to_keep_whole(module) is None
-
-    return Estimates(graph, root, is_filter)
+_PREDICTION, _WITH_ESTIMATE = 1, 13
+"""places among the arguments of `kalman_norm`, which its layer gives by position"""
 
 
-def _wire(graph: fx.Graph, root: nn.Module, node: fx.Node, prediction: fx.Node | None, feeds: bool) -> fx.Node | None:
-    """Let the norm `node` read its prediction and, if it `feeds` others, return its estimate: that node."""
-    x = node.all_input_nodes[0]
-    with graph.inserting_before(node):
-        if isinstance(module_of(node, root), KALMAN_NORMS):
-            call = graph.call_module(str(node.target), (x, prediction, feeds))
-        else:
-            call = graph.call_function(batch_norm_with_estimate, (graph.get_attr(str(node.target)), x))
-        y = graph.call_function(operator.getitem, (call, 0)) if feeds else call
-        estimate = graph.call_function(operator.getitem, (call, 1)) if feeds else None
-    node.replace_all_uses_with(y)
-    graph.erase_node(node)
+def _filters(calls: list[fx.Node]) -> set[fx.Node]:
+    """The calls of norms that nobody has given a prediction by hand, and that run once."""
+    times = Counter(_norm_of(node) for node in calls)
+    free = [node for node in calls if node.args[_PREDICTION] is None and not node.args[_WITH_ESTIMATE]]
+    return {node for node in free if times[_norm_of(node)] == 1}
+
+
+def _norm_of(node: fx.Node) -> Any:
+    """What tells the norm that `node` calls from others: a tensor of its own, or its path."""
+    arguments = bound(kalman_norm, node) or {}
+    tensors = (arguments.get(name) for name in ("running_mean", "weight"))
+    return next((t for t in tensors if t is not None), path_of(node) or node)
+
+
+def _estimate_of(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Let the norm `node` return its estimate beside its result: that estimate."""
+    with graph.inserting_after(node):
+        estimate = graph.call_function(operator.getitem, (node, 1))
+        y = graph.call_function(operator.getitem, (node, 0))
+    y.meta = {name: value for name, value in node.meta.items() if name != "key"}
+    node.replace_all_uses_with(y, lambda user: user not in (y, estimate))
+    node.update_arg(_WITH_ESTIMATE, True)
+    node.meta.pop("example_value", None)  # it was that of y
     return estimate
 
 
-def _behind_norm(graph: fx.Graph, path: str, estimate: fx.Node) -> fx.Node:
+def _behind_norm(graph: fx.Graph, node: fx.Node, estimate: fx.Node) -> fx.Node:
+    norm = bound(kalman_norm, node)
+    assert norm is not None  # it is called by its layer
     with graph.inserting_after(estimate):
-        norm = graph.get_attr(path)
-    with graph.inserting_after(norm):
-        return graph.call_function(through_norm, (norm, estimate))
+        return graph.call_function(through_norm, (estimate, norm["weight"], norm["bias"], norm["eps"]))
+
+
+def _as_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+    """Make an ordinary batch norm of a Kalman norm that reads no prediction and passes on no estimate.
+
+    The cumulative average (`momentum=None`) stays: its share is no constant.
+    """
+    norm = bound(kalman_norm, node)
+    assert norm is not None  # it is called by its layer
+    if norm["prediction"] is not None or norm["with_estimate"] or norm["micro_batches"] > 1 or norm["momentum"] is None:
+        return
+    batches = norm["num_batches_tracked"]
+    if batches is not None:
+        with graph.inserting_before(node):
+            graph.call_method("add_", (batches, 1)).meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    running = norm["running_mean"], norm["running_var"]
+    node.target, node.kwargs = F.batch_norm, {}
+    node.args = (norm["x"], *running, norm["weight"], norm["bias"], True, norm["momentum"], norm["eps"])
 
 
 class _Values:
@@ -143,21 +167,20 @@ class _Values:
     def __init__(self, graph: fx.Graph, sampled: bool):
         self.graph = graph
         self.sampled = sampled
-        self.sources: dict[fx.Node, fx.Node | None] = {}
+        self.sources: dict[fx.Node, fx.Node] = {}
         self._made: dict[Any, fx.Node] = {}
 
     def of(self, expression: Expression) -> fx.Node:
         if isinstance(expression, Source):
-            estimate = self.sources[expression.norm]
-            assert estimate is not None  # whoever is read was wired to give it
-            return estimate
+            return self.sources[expression.norm]
         if expression not in self._made:
             self._made[expression] = self._make(expression)
         return self._made[expression]
 
     def _make(self, expression: Expression) -> fx.Node:
         function, args, kwargs = self._call(expression)
-        with self.graph.inserting_after(self._last(expression.at, args)):
+        behind = max(expression.at, *(a for a in args if isinstance(a, fx.Node)))
+        with self.graph.inserting_after(behind):
             return self.graph.call_function(function, args, kwargs)
 
     def _call(self, expression: Expression) -> tuple[Any, tuple, dict]:
@@ -169,29 +192,13 @@ class _Values:
         if isinstance(expression, Padded):
             return padded, (self.of(expression.source), expression.before, expression.after), {}
         assert isinstance(expression, Predicted)
-        layer = self._layer(expression.at)
+        return self._predicted(expression.source, expression.layer)
+
+    def _predicted(self, source: Expression, layer: Layer) -> tuple[Any, tuple, dict]:
         if not self.sampled:
-            return predicted, (layer, self.of(expression.source)), {}
-        source, x = expression.source, expression.at.all_input_nodes[0]
-        if not isinstance(source, Activated):
-            return predicted_by_sample, (layer, self.of(source), x), {}
-        activation = source.activation  # the draw itself goes through it
-        args = (layer, self.of(source.source), x, activation.name, list(activation.args))
-        return predicted_by_sample, args, {}
-
-    def _layer(self, call: fx.Node) -> fx.Node:
-        with self.graph.inserting_before(call):
-            return self.graph.get_attr(str(call.target))
-
-    def _last(self, at: fx.Node, args: tuple) -> fx.Node:
-        """The later of `at` and the nodes among `args`; `at` itself may have been replaced."""
-        candidates = [at, *(a for a in args if isinstance(a, fx.Node))]
-        return max(candidates, key=_position)
-
-
-def _position(node: fx.Node) -> int:
-    position = 0
-    while node.op != "root":
-        node = node.prev
-        position += 1
-    return position
+            return predicted, (self.of(source), layer.weight, layer.bias, layer.groups), {}
+        activation = source.activation if isinstance(source, Activated) else Activation("identity")
+        drawn = source.source if isinstance(source, Activated) else source  # the draw itself goes through it
+        tensors = self.of(drawn), layer.x, layer.weight, layer.bias
+        options = layer.stride, layer.dilation, layer.groups, activation.name, list(activation.args)
+        return predicted_by_sample, (*tensors, *options), {}

@@ -3,20 +3,20 @@
     max(y, 0)  ⇒  max(y, 0.01·y)
 
 What the in-place ABN paper (arXiv 1712.02616) does to make the activation invertible. Only by name:
-`changes=("leaky_relu",)`. Layers (`nn.ReLU`) are replaced in the optimised model, so that every part of it
-agrees; functional spellings are replaced in the graph. A functional ReLU in a module that cannot be traced
-stays as it is, and the report says so.
+`changes=("leaky_relu",)`. Layers (`nn.ReLU`) are replaced in the optimised model, so that whoever looks at it sees
+them; functional spellings are replaced in every captured graph.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normpass.graph import is_in_place_call, replace_layers, replace_node
+from normpass.graph import hooks_of, is_in_place_call, name_of, replace_layers
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
 _RELU_METHODS = ("relu", "relu_")
@@ -29,6 +29,8 @@ class LeakyReLU:
     negative_slope: float = 0.01
     """slope for negative input, > 0"""
 
+    applies_to_graph: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not self.negative_slope > 0:
             raise ValueError(f"`negative_slope` must be > 0, it is {self.negative_slope}")
@@ -37,21 +39,20 @@ class LeakyReLU:
         """Replace every `nn.ReLU` of `model`; returns path -> the layer that stood there."""
 
         def new(layer: nn.Module) -> nn.Module | None:
-            if type(layer) is not nn.ReLU:
-                return None
+            if type(layer) is not nn.ReLU or any(hooks_of(layer)):
+                return None  # with hooks it stays, and is replaced in the graph
             return nn.LeakyReLU(self.negative_slope, layer.inplace).train(layer.training)
 
         return replace_layers(model, new)
 
-    def change_graph(self, graph: fx.Graph, root: nn.Module) -> None:
+    def change_graph(self, graph: fx.Graph) -> None:
         """Replace every functional ReLU of `graph`."""
-        for node in list(graph.nodes):
+        for node in graph.nodes:
             if not _is_functional_relu(node):
                 continue
-            in_place = str(getattr(node.target, "__name__", node.target)).endswith("_") or is_in_place_call(node)
-            with graph.inserting_before(node):
-                new = graph.call_function(F.leaky_relu, (node.all_input_nodes[0], self.negative_slope, in_place))
-            replace_node(graph, node, new)
+            in_place = name_of(node.target).endswith("_") or is_in_place_call(node)
+            node.args = (node.all_input_nodes[0], self.negative_slope, in_place)
+            node.op, node.target, node.kwargs = "call_function", F.leaky_relu, {}
 
 
 def _is_functional_relu(node: fx.Node) -> bool:

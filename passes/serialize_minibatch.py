@@ -8,27 +8,30 @@ itself: norms are GroupNorm, LayerNorm, InstanceNorm, a frozen batch norm or one
 input of each region, is kept; backward runs every sub-batch again. Where a chain is cut into regions, and their
 sub-batches, come from the traffic model (`normpass.traffic`): the cuts with the least traffic.
 
-Refuses a unit that holds: a batch norm in train mode, a dropout, a layer with hooks or a parametrisation, an
-operation not known to work sample by sample, something that writes to its input. A norm that goes into train mode
-later makes its region run whole, as plain layers do. Changes nothing but rounding.
+Refuses a unit that holds: a batch norm in train mode, a dropout in train mode, an operation not known to work sample
+by sample, something that writes to its input or to a constant, a switch of grad mode or autocast, a value that is
+read elsewhere too. Changes nothing but rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from normpass.cuts import Shapes, shapes_of, variable_nodes
+from normpass.cuts import inputs_of, variable_nodes
 from normpass.environment import last_level_cache
 from normpass.errors import InvalidInputError
-from normpass.graph import Storage, called
-from normpass.per_sample import WITH_TENSORS, reason_not_per_sample
+from normpass.facts import Facts
+from normpass.graph import called, inherit
+from normpass.per_sample import reason_not_per_sample
 from normpass.rewrite import Refusal, Semantics
-from normpass.serialised import Region, call_layer, run_layer, run_region, tensor_names
+from normpass.serialised import Region, run_region
 from normpass.traffic import Group, make_group, serialise
 from normpass.units import Unit, units_of
 
@@ -56,92 +59,117 @@ class SerializeMinibatch:
             if value is not None and value < 1:
                 raise InvalidInputError(f"`{option}` must be at least 1, it is {value}")
 
-    def match(self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> Regions:
-        """The regions that apply to `graph` for inputs of these shapes; changes nothing.
-
-        Args:
-            inputs: a tensor for each placeholder, on any device; `meta` takes no memory.
-        """
-        if not inputs or inputs[0].dim() == 0 or inputs[0].shape[0] == 0:
+    def match(self, graph: fx.Graph, facts: Facts) -> Regions:
+        """The regions that apply to `graph` for inputs of the shapes it was captured with; changes nothing."""
+        batches = {facts.results[node].shape[:1] for node in inputs_of(graph, facts.results)}
+        if not any(batch and batch[0] > 0 for batch in batches):
             return Regions((), (Refusal(self.name, "", "there is no batch to divide"),))
-        try:
-            shapes = shapes_of(graph, root, inputs)
-        except Exception as error:  # whatever the model's own layers raise on such inputs
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            return Regions((), (Refusal(self.name, "", f"its shapes are not known: {reason[0]}"),))
-        chains, refusals = _chains(graph, root, shapes, self.name)
-        buffer_bytes = self.buffer_bytes or last_level_cache(_device_of(root, inputs))
-        groups = [group for units in chains for group in self._groups(units, shapes, buffer_bytes)]
+        chains, refusals = _chains(graph, facts, self.name)
+        buffer_bytes = self.buffer_bytes or last_level_cache(torch.device(facts.device))
+        groups = [group for units in chains for group in self._groups(units, facts, buffer_bytes)]
         return Regions(tuple(groups), tuple(refusals))
 
-    def apply(self, graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> Regions:
+    def apply(self, graph: fx.Graph, facts: Facts) -> Regions:
         """Replace every region that `match` finds by one call."""
-        found = self.match(graph, root, inputs)
+        found = self.match(graph, facts)
         calls: dict[fx.Node, fx.Node] = {}
         for group in found.groups:
             start = group.units[0].input
-            calls[group.units[-1].output] = _replace(graph, root, group, calls.get(start, start))
+            calls[group.units[-1].output] = _replace(graph, group, calls.get(start, start))
         return found
 
-    def _groups(self, units: Sequence[Unit], shapes: Shapes, buffer_bytes: int) -> list[Group]:
-        batch = shapes[units[0].input].shape[0]
+    def _groups(self, units: Sequence[Unit], facts: Facts, buffer_bytes: int) -> list[Group]:
+        batch = facts.results[units[0].input].shape[0]
         if self.sub_batch is None:
             groups = serialise(units, batch, buffer_bytes).groups
         else:
             footprint = max(unit.footprint for unit in units)
             groups = (make_group(units, batch, self.sub_batch * footprint),)
-        return [group for group in groups if group.iterations > 1]
+        return [group for group in groups if group.iterations > 1 and not _is_view(group, facts)]
 
 
-def _device_of(root: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
-    return next((t.device for t in (*root.parameters(), *inputs) if t.device.type != "meta"), torch.device("cpu"))
+def _is_view(group: Group, facts: Facts) -> bool:
+    """Whether the result lies in the memory of the input, where the caller may expect it."""
+    ends = (facts.storages[group.units[0].input], facts.storages[group.units[-1].output])
+    return not ends[0].isdisjoint(ends[1])
 
 
-def _chains(graph: fx.Graph, root: nn.Module, shapes: Shapes, name: str) -> tuple[list[list[Unit]], list[Refusal]]:
+def _chains(graph: fx.Graph, facts: Facts, name: str) -> tuple[list[list[Unit]], list[Refusal]]:
     """The longest runs of units that may be divided, and why the others may not."""
-    storage, variable = Storage(graph, root), set(variable_nodes(graph))
-    chains: list[list[Unit]] = [[]]
+    judge = _Judge(graph, facts)
+    chains: list[list[Unit]] = []
     refusals: list[Refusal] = []
-    for unit in units_of(graph, root, shapes):
-        reason = _refusal(unit, root, shapes, storage, variable)
-        if reason is None:
-            chains[-1].append(unit)
-        else:
-            refusals.append(Refusal(name, unit.name, reason))
-        if reason is not None or any(user not in variable and user.op != "output" for user in unit.output.users):
-            chains.append([])
+    for units in units_of(graph, facts):
+        reasons = [judge.reason_against(unit) for unit in units]
+        refusals += [Refusal(name, u.name, reason) for u, reason in zip(units, reasons, strict=True) if reason]
+        chains.append([])
+        for index, unit in enumerate(units):
+            if index == 0 or reasons[index - 1] or not judge.may_join(units[index - 1], unit):
+                chains.append([])
+            chains[-1] += [] if reasons[index] else [unit]
     return [chain for chain in chains if chain], refusals
 
 
-def _refusal(unit: Unit, root: nn.Module, shapes: Shapes, storage: Storage, variable: set) -> str | None:
-    inside = set(unit.nodes)
-    for node in unit.nodes:
-        reason = reason_not_per_sample(node, root, shapes, variable)
+class _Judge:
+    """Says of the units of one graph which may be divided, and which run together."""
+
+    def __init__(self, graph: fx.Graph, facts: Facts):
+        self.facts, self.steps = facts, facts.step_of()
+        self.variable = set(variable_nodes(graph, facts.results))
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+        switches = accumulate(_is_switch(node, facts.results.get(node)) for node in graph.nodes)
+        self.switched = dict(zip(graph.nodes, switches, strict=True))
+
+    def reason_against(self, unit: Unit) -> str | None:
+        """Why the unit may not run on a part of the batch; None where it may."""
+        inside = set(unit.nodes)
+        for node in unit.nodes:
+            reason = self._reason_against_node(node, inside)
+            if reason is not None:
+                return f"`{called(node)}`: {reason}"
+            if node is not unit.output and any(user not in inside for user in node.users):
+                return f"`{called(node)}` is read outside"
+        writer = self._writer_after(unit.input, unit.input)
+        if writer is not None:
+            return f"its input is changed in place, by `{called(writer)}`"
+        are_switched = self.switched[unit.nodes[0]] != self.switched[unit.output]
+        return "grad mode or autocast is switched in it" if are_switched else None
+
+    def may_join(self, unit: Unit, following: Unit) -> bool:
+        """Whether what `unit` returns is read by `following` alone, as things stand when it is made."""
+        is_read_elsewhere = any(user not in following.nodes for user in unit.output.users)
+        return not is_read_elsewhere and self.switched[unit.output] == self.switched[following.output]
+
+    def _reason_against_node(self, node: fx.Node, inside: set[fx.Node]) -> str | None:
+        facts = self.facts
+        reason = reason_not_per_sample(self.steps[node], facts.results, facts.storages, self.variable)
         if reason is not None:
-            return f"`{called(node)}`: {reason}"
-        if node is not unit.output and any(user not in inside for user in node.users):
-            return f"`{called(node)}` is read outside"
-    writer = storage.writer_after(unit.input, unit.input)
-    return f"its input is changed in place, by `{called(writer)}`" if writer is not None else None
+            return reason
+        constants = [source for source in node.all_input_nodes if source not in self.variable]
+        writer = next((w for c in constants if (w := self._writer_after(c, node)) is not None), None)
+        return f"`{called(writer)}` changes what it reads" if writer is not None else None
+
+    def _writer_after(self, node: fx.Node, after: fx.Node) -> fx.Node | None:
+        """The first node behind `after` that writes where the value of `node` lies."""
+        mine, begin = self.facts.storages.get(node, frozenset()), self.position[after]
+        writers = (s.node for s in self.facts.steps if not mine.isdisjoint(s.writes))
+        return next((writer for writer in writers if self.position[writer] > begin), None)
 
 
-def _replace(graph: fx.Graph, root: nn.Module, group: Group, start: fx.Node) -> fx.Node:
-    """Put one call, which reads `start`, where the nodes of the group stood."""
+def _is_switch(node: fx.Node, result: Any) -> bool:
+    """Whether a call is there for what it does to the calls behind it: it makes no value."""
+    return node.op == "call_function" and not isinstance(result, (Tensor, tuple, list, int, float))
+
+
+def _replace(graph: fx.Graph, group: Group, start: fx.Node) -> fx.Node:
+    """Put one call, which reads `start`, where the last of the group's nodes stood."""
     nodes = [node for unit in group.units for node in unit.nodes]
-    inside = set(nodes)
-    paths = list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
-    extras = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside and s is not start))
-    held = tuple(
-        (index, name)
-        for index, layer in enumerate(map(root.get_submodule, paths))
-        if type(layer) in WITH_TENSORS
-        for name in tensor_names(layer)
-    )
-    whole, part = (_body(nodes, root, start, paths, extras, tensors) for tensors in ((), held))
-    region = Region(whole, part, len(paths), held, group.sub_batch)
+    inside = {start, *nodes}
+    extras = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+    region = Region(_body(nodes, start, extras), group.sub_batch)
     with graph.inserting_before(nodes[-1]):
-        layers = [graph.get_attr(path) for path in paths]
-        call = graph.call_function(region_function(region), (start, *layers, *extras))
+        call = graph.call_function(region_function(region), (start, *extras))
+    inherit(call, nodes[-1])
     nodes[-1].replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)
@@ -151,34 +179,19 @@ def _replace(graph: fx.Graph, root: nn.Module, group: Group, start: fx.Node) -> 
 def region_function(region: Region) -> Any:
     """`run_region` with its first argument fixed: fx prints calls of a function by its name."""
 
-    def serialised(x: Tensor, *operands: Any) -> Tensor:
-        return run_region(region, x, *operands)
+    def serialised(x: Tensor, *extras: Any) -> Tensor:
+        return run_region(region, x, *extras)
 
     return serialised
 
 
-def _body(
-    nodes: Sequence[fx.Node],
-    root: nn.Module,
-    start: fx.Node,
-    paths: Sequence[str],
-    extras: Sequence[fx.Node],
-    held: Sequence[tuple[int, str]],
-) -> Any:
-    """The nodes as a function of the input, the layers, the tensors in `held` and the extra ones."""
+def _body(nodes: Sequence[fx.Node], start: fx.Node, extras: Sequence[fx.Node]) -> Any:
+    """The nodes as a function of what they read."""
     body = fx.Graph()
     values = {start: body.placeholder("x")}
-    layers = {path: body.placeholder(f"layer_{index}") for index, path in enumerate(paths)}
-    tensors: dict[str, list[fx.Node]] = {path: [] for path in paths}
-    for index, name in held:
-        tensors[paths[index]].append(body.placeholder(f"layer_{index}_{name}"))
     for index, node in enumerate(extras):
         values[node] = body.placeholder(f"extra_{index}")
     for node in nodes:
         values[node] = body.node_copy(node, values.__getitem__)
-        if node.op == "call_module":
-            copied, path = values[node], str(node.target)
-            copied.op, copied.target = "call_function", run_layer if tensors[path] else call_layer
-            copied.args = (layers[path], *copied.args, *tensors[path])
     body.output(values[nodes[-1]])
-    return type(fx.GraphModule(nn.Module(), body)).forward
+    return partial(type(fx.GraphModule({}, body)).forward, None)

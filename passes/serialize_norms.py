@@ -12,8 +12,8 @@ whole and the blocked form at the real shapes and says which block wins, or none
 a CPU with a last-level cache of 32 MiB the blocked form took 0.9 to 1.4 times as long at ResNet-50's shapes, batch
 16, float32 (`tests/bench/results/bench_serialised_cpu_torch-2.15.0.json`); on a GPU it has not been measured yet.
 
-Refuses: a norm with a residual, a result that something else reads too, a convolution of another class, with padding
-other than zeros or with hooks, and a convolution that no train-mode batch norm follows. Changes nothing but rounding.
+Refuses: a norm with a residual, a result that something else reads too, a convolution with another padding than
+numbers, and one that no batch norm follows. Changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from normpass.capture import reason_to_keep_whole
-from normpass.convolution import convolution_layer
-from normpass.functional import split_norm_act
-from normpass.graph import module_of
+from normpass.convolution import convolution_function
+from normpass.functional import FunctionalBatchNorm, split_norm_act
+from normpass.graph import bound, inherit, key_of
 from normpass.kernels import kernels_for
 from normpass.ops.moments import moments_with_update
-from normpass.per_sample import CONVOLUTIONS
 from normpass.recipe import recording
 from normpass.rewrite import Refusal, Semantics
 from normpass.serial_norm import norm_act_with_moments, serial_norm_act_conv
 from normpass.timing import wait_for
 
+_CONVOLUTIONS = frozenset(
+    {convolution_function, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+)
 BLOCKS = tuple(2**20 * mib for mib in (1, 2, 4, 8, 16, 32, 64))
 """What `tuned` tries, in bytes."""
 
@@ -55,91 +57,78 @@ class SerializeNorms:
     name: str = "serialize_norms"
     semantics: Semantics = Semantics.EXACT
 
-    def match(self, graph: fx.Graph, root: nn.Module) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
-        """Paths of the convolutions between two norms that may be run so, and why others behind a norm may not."""
+    def match(self, graph: fx.Graph) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
+        """Names of the convolutions between two norms that may be run so, and why others behind a norm may not."""
         found: list[str] = []
         refusals: list[Refusal] = []
         for node in graph.nodes:
-            conv = _convolution_behind(node, root)
+            conv = _convolution_behind(node)
             if conv is None:
                 continue
-            reason = _reason_against(node, conv, root)
+            reason = _reason_against(node, conv)
             if reason is None:
-                found.append(_path(conv))
+                found.append(key_of(conv))
             else:
-                refusals.append(Refusal(self.name, _path(conv), reason))
+                refusals.append(Refusal(self.name, key_of(conv), reason))
         return tuple(found), tuple(refusals)
 
-    def apply(self, graph: fx.Graph, root: nn.Module) -> tuple[str, ...]:
-        """Rewrite those of the matches that `paths` names; returns their paths."""
-        matches = set(self.match(graph, root)[0]) & set(self.paths)
-        done = []
-        for node in list(graph.nodes):
-            path = _path(node)
-            if path in matches:
-                _replace(graph, node, self.block_bytes)
-                done.append(path)
-        return tuple(done)
+    def apply(self, graph: fx.Graph) -> tuple[str, ...]:
+        """Rewrite those of the matches that `paths` names; returns their names."""
+        wanted = set(self.match(graph)[0]) & set(self.paths)
+        chosen = [node for node in graph.nodes if node.target in _CONVOLUTIONS and key_of(node) in wanted]
+        for node in chosen:
+            _replace(graph, node, self.block_bytes)
+        return tuple(key_of(node) for node in chosen)
 
 
-def _convolution_behind(node: fx.Node, root: nn.Module) -> fx.Node | None:
+def _convolution_behind(node: fx.Node) -> fx.Node | None:
     """The convolution that reads what the rewritten norm `node` returns, if there is one."""
     if node.target is not split_norm_act:
         return None
-    return next((user for user in node.users if isinstance(_layer_of(user, root), CONVOLUTIONS)), None)
+    return next((user for user in node.users if user.target in _CONVOLUTIONS), None)
 
 
-def _layer_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    """The module that `node` runs, itself or through one of our kernels."""
-    if node.target is convolution_layer:
-        return root.get_submodule(_path(node))
-    return module_of(node, root)
-
-
-def _path(node: fx.Node) -> str:
-    """Of the module that `node` runs; "" where it runs none."""
-    if node.target is convolution_layer:
-        return str(node.args[0].target)
-    return str(node.target) if node.op == "call_module" else ""
-
-
-def _reason_against(norm: fx.Node, conv: fx.Node, root: nn.Module) -> str | None:
+def _reason_against(norm: fx.Node, conv: fx.Node) -> str | None:
     if norm.args[2] is not None:
         return "a residual is added behind the norm"
     if len(norm.users) != 1:
         return "the norm's result has other readers"
-    layer: Any = _layer_of(conv, root)
-    whole = reason_to_keep_whole(layer)
-    if whole is not None:
-        return whole
-    if type(layer) not in CONVOLUTIONS or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return f"{type(layer).__name__} with padding {layer.padding!r}, {layer.padding_mode}, is not one that is known"
+    arguments = bound(convolution_function, conv)
+    if arguments is None or arguments["input"] is not norm:
+        return "it reads the norm's result as something other than its input"
+    if not all(_are_numbers(arguments[name]) for name in ("stride", "padding", "dilation", "groups")):
+        return f"its padding {arguments['padding']!r} is no number, or its stride or dilation is computed"
     readers = list(conv.users)
     if len(readers) != 1 or readers[0].target is not split_norm_act or readers[0].args[1] is not conv:
         return "no batch norm alone reads its result"
     return None
 
 
+def _are_numbers(value: Any) -> bool:
+    return all(isinstance(v, int) for v in (value if isinstance(value, (tuple, list)) else (value,)))
+
+
 def _replace(graph: fx.Graph, conv: fx.Node, block_bytes: int) -> None:
     """Put the blocked form where the norm, the convolution and the next norm's moments stood."""
-    norm = conv.args[-1]
-    assert isinstance(norm, fx.Node)
+    convolution = bound(convolution_function, conv)
+    assert convolution is not None  # `_reason_against` has looked
+    norm = convolution.pop("input")
     (behind,) = conv.users
     if norm.target is norm_act_with_moments:  # the convolution before it is run block by block as well
-        layer, x, moments, _, activation, activation_args, _ = norm.args
+        arguments, x, moments, _, activation, activation_args, _ = norm.args
     else:
-        layer, x, _, activation, activation_args, _ = norm.args
+        arguments, x, _, activation, activation_args, _ = norm.args
         moments = None
     with graph.inserting_before(conv):
-        module = graph.get_attr(_path(conv))
-        args = layer, module, x, moments, activation, activation_args, block_bytes
+        args = arguments, x, moments, activation, activation_args, block_bytes, *convolution.values()
         call = graph.call_function(serial_norm_act_conv, args)
         c = graph.call_function(operator.getitem, (call, 0))
         of_c = graph.call_function(operator.getitem, (call, 1))
     next_norm, _, residual, *others = behind.args
     with graph.inserting_before(behind):
         end = graph.call_function(norm_act_with_moments, (next_norm, c, of_c, residual, *others))
-    end.meta = dict(behind.meta)
+    inherit(call, conv)
+    inherit(end, behind)
     behind.replace_all_uses_with(end)
     for node in (behind, conv, norm):
         graph.erase_node(node)
@@ -189,11 +178,22 @@ def _seconds(norm: Any, conv: Any, x: Tensor, activation: str, args: list[float]
     start = time.perf_counter()
     with recording():
         if block:
-            c, moments = serial_norm_act_conv(norm, conv, x, None, activation, args, block)
+            c, moments = serial_norm_act_conv(as_function(norm), x, None, activation, args, block, *_arguments(conv))
         else:
-            c, moments = conv(split_norm_act(norm, x, None, activation, args)), None
+            z = split_norm_act(as_function(norm), x, None, activation, args)
+            c, moments = convolution_function(z, *_arguments(conv)), None
         if moments is None:
             moments_with_update(kernels_for(c.device.type), c, None)
     torch.autograd.grad(c, [x, *conv.parameters(), *norm.parameters()], torch.ones_like(c))
     wait_for(x.device)
     return time.perf_counter() - start
+
+
+def as_function(norm: Any) -> FunctionalBatchNorm:
+    """The arguments of the call that a batch norm makes."""
+    mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return FunctionalBatchNorm(mean, var, weight, bias, norm.training, norm.momentum or 0.0, norm.eps)
+
+
+def _arguments(conv: Any) -> tuple[Any, ...]:
+    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups

@@ -10,7 +10,7 @@ DenseNet-121 has 62 such norms, which read 62 tensors: plain BatchNorm computes 
 times. The concatenation is neither kept nor stored; what is kept are the pieces, which it would keep as well.
 
 Refuses: what the site refuses; an input that is no concatenation along the channels, or one that anything but such
-norms reads; a residual; a z, or a piece, that is changed in place later; a tensor that is twice in the concatenation.
+norms reads; a residual; a piece that is changed in place later; a tensor that is twice in the concatenation.
 Changes nothing but rounding.
 """
 
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from normpass.concatenation import pieces_of
-from normpass.graph import bound
-from normpass.rewrite import Match, Refusal, Semantics, norm_node
+from normpass.graph import bound, inherit
+from normpass.rewrite import Match, Refusal, Semantics, norm_node, refused
 from normpass.sharing import producer_statistics, shared_norm_act
 from normpass.sites import Site, input_of
 
@@ -35,13 +35,12 @@ class ShareStatistics:
     semantics: Semantics = Semantics.EXACT
 
     def match(self, site: Site) -> Match | Refusal:
-        reason = site.refused or site.not_shared
-        if reason is not None:
-            return Refusal(self.name, site.path, reason)
+        if site.refused is not None:
+            return refused(self.name, site)
+        if site.not_shared is not None:
+            return Refusal(self.name, site.path, site.not_shared)
         if site.residual is not None:
             return Refusal(self.name, site.path, "a residual is added before the activation")
-        if site.written is not None:
-            return Refusal(self.name, site.path, f"its result is changed in place later, by `{site.written}`")
         return Match(self.name, site, kept="x")
 
     def apply(self, graph: fx.Graph, match: Match) -> None:
@@ -54,7 +53,7 @@ class ShareStatistics:
             module = norm_node(graph, site)
             args: Any = (module, site.activation.name, site.activation.args, *producers)
             shared = graph.call_function(shared_norm_act, args)
-        shared.meta["site"] = site.path
+        inherit(shared, norm)
         site.out.replace_all_uses_with(shared)
         for node in dict.fromkeys((site.out, norm)):
             graph.erase_node(node)
@@ -64,17 +63,14 @@ class ShareStatistics:
 
 
 def _producer(graph: fx.Graph, piece: fx.Node, norm: fx.Node) -> fx.Node:
-    """The node with the moments of `piece`, behind it, which is told the first and the last of the norms."""
+    """The node with the moments of `piece`, behind it: for all norms that read it."""
     found = next((user for user in piece.users if user.target is producer_statistics), None)
     if found is None:
         with graph.inserting_after(_last_placeholder(piece)):
-            found = graph.call_function(producer_statistics, (piece,))
-    first, last = found.args[1:2], found.args[2:]
-    with graph.inserting_before(found):
-        found.args = (piece, *first, _norm_or_training(graph, norm))
-    for before in last:
-        if isinstance(before, fx.Node):
-            graph.erase_node(before)
+            found = graph.call_function(producer_statistics, (piece, False))
+        inherit(found, piece)
+        found.meta["key"] += ".statistics"
+    found.args = (piece, found.args[1] or _uses_batch(norm))
     return found
 
 
@@ -86,10 +82,8 @@ def _last_placeholder(piece: fx.Node) -> fx.Node:
     return node
 
 
-def _norm_or_training(graph: fx.Graph, norm: fx.Node) -> fx.Node | bool:
-    """The norm's module; of an `F.batch_norm` call, whether it normalises with the batch's statistics."""
-    if norm.op == "call_module":
-        return graph.get_attr(str(norm.target))
+def _uses_batch(norm: fx.Node) -> bool:
+    """Whether a norm normalises with the batch's statistics."""
     arguments = bound(F.batch_norm, norm)
     assert arguments is not None  # a site has been made of it
     return bool(arguments["training"]) or arguments["running_mean"] is None

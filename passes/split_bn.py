@@ -7,8 +7,9 @@ This is the memory side of BN fission and fusion (arXiv 1807.01702): the statist
 producer's output, normalisation and activation to the consumer's input. What a consumer would save of z
 is replaced by a recipe (`normpass.recipe`); a residual is part of the recipe, and may be a recipe itself.
 
-Refuses: what the site refuses; a z that is changed in place later (the consumer would read the changed
-one). Changes nothing but rounding.
+Whether z is made again or kept after all is what the plan says (`normpass.minimum_cut`, or a budget).
+
+Refuses: what the site refuses. Changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from normpass.functional import split_norm_act
-from normpass.rewrite import Match, Refusal, Semantics, replace_site
+from normpass.rewrite import Match, Refusal, Semantics, refused, replace_site
 from normpass.sites import Site
 
 
@@ -29,9 +30,7 @@ class SplitBN:
 
     def match(self, site: Site) -> Match | Refusal:
         if site.refused is not None:
-            return Refusal(self.name, site.path, site.refused)
-        if site.written is not None:
-            return Refusal(self.name, site.path, f"its result is changed in place later, by `{site.written}`")
+            return refused(self.name, site)
         return Match(self.name, site, kept="x")
 
     def apply(self, graph: fx.Graph, match: Match) -> None:

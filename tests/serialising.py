@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from normpass.capture import capture, required_arguments
+from normpass.facts import facts_of
 from normpass.passes.serialize_minibatch import SerializeMinibatch
+from normpass.traffic import graph_of
 
 
 class Serial(nn.Module):
@@ -15,15 +16,20 @@ class Serial(nn.Module):
 
     def __init__(self, model: nn.Module, *inputs: Tensor, **options: int) -> None:
         super().__init__()
-        captured = capture(model, required_arguments(model))
         self.model = model
-        self.found = SerializeMinibatch(**options).apply(captured.graph, model, inputs)
-        captured.graph.lint()
-        self.graph = captured.graph
-        self._run = type(fx.GraphModule(model, captured.graph)).forward
+        program, values = graph_of(model, *inputs)
+        self.graph = program.graph
+        self.found = SerializeMinibatch(**options).apply(self.graph, facts_of(program, values))
+        self.graph.lint()
+        self._run, self._values = fx.GraphModule(program, self.graph).forward, values
+        self._places = [next(i for i, v in enumerate(values) if v is given) for given in inputs]
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self._run(self.model, *inputs)
+    def forward(self, *inputs: Tensor):
+        values = list(self._values)
+        for place, given in zip(self._places, inputs, strict=True):
+            values[place] = given
+        results = self._run(*values)
+        return results[0] if len(results) == 1 else results
 
     @property
     def groups(self) -> list[tuple[str, int, int]]:

@@ -5,10 +5,13 @@ import pickle
 
 import pytest
 import torch
+from serialising import small_resnet
 from torch import nn
+from training import assert_equal, image, spread, train
 
 import normpass
 from normpass.measure import forward_peak_bytes
+from normpass.optimized import state_of
 from normpass.passes import SerializeMinibatch
 
 X = torch.randn(12, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -74,22 +77,81 @@ def test_the_report_names_regions_and_what_runs_whole():
     assert report.to_json()["regions"] == report.regions
 
 
+def regions_of(model, x):
+    """What `SerializeMinibatch` finds in each graph of one call of an optimised model."""
+    found = []
+    state_of(model).observers.append(lambda rewritten, inputs: found.append(rewritten.regions))
+    model(x)
+    return found
+
+
 def test_copies_and_pickles_are_serialised_too():
     optimised = normpass.optimize(Net(), X, serialize=SMALL)
     for again in (copy.deepcopy(optimised), pickle.loads(pickle.dumps(optimised))):
-        assert normpass.module.part_of(again).programs[0][1].regions.groups
+        (regions,) = regions_of(again, X)
+        assert regions.groups
         torch.testing.assert_close(again(X), optimised(X))
 
 
 def test_the_default_buffer_is_the_devices_cache():
-    optimised = normpass.optimize(Net(), X, serialize=True)  # which holds all of so small a batch
-    assert normpass.module.part_of(optimised).programs[0][1].regions.groups == ()
+    (regions,) = regions_of(normpass.optimize(Net(), X, serialize=True), X)  # which holds all of so small a batch
+    assert regions.groups == ()
+
+
+class TwoResults(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h), h
+
+
+class FineTuned(nn.Module):
+    """Frozen layers below, trained ones above; a batch norm in train mode between two regions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.below = nn.Conv2d(3, 8, 1), small_resnet("eval").layer1
+        self.conv, self.bn, self.act = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()
+        self.above = small_resnet("group").layer2
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.below.eval()
+        return self
+
+    def forward(self, x):
+        h = self.act(self.bn(self.conv(self.below(self.first(x)))))
+        return self.above(h).mean((2, 3))
+
+
+@pytest.mark.parametrize("make, groups", [(TwoResults, ["a", "b"]), (FineTuned, ["first to below", "above to mean"])])
+def test_trains_alike_beside_the_other_rewrites(make, groups):
+    """Steps, then a forward in eval mode, whose graph is another, and another size of the batch."""
+    plain, x = spread(make()).train(), image(6, 3, 12, 12, requires_grad=True)
+    optimised = normpass.optimize(copy.deepcopy(plain), x.detach(), serialize=SerializeMinibatch(sub_batch=2))
+    found = regions_of(copy.deepcopy(optimised), x)
+    assert [group.name for group in found[0].groups] == groups
+    assert_equal(train(plain, (x,)), train(optimised, (x,)))
+    for batch in (7, 2, 9):
+        torch.testing.assert_close(optimised(image(batch, 3, 12, 12)), plain(image(batch, 3, 12, 12)))
+
+
+def test_a_norm_put_into_train_mode_later_sees_the_whole_batch():
+    model = spread(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))).eval()
+    optimised = normpass.optimize(copy.deepcopy(model), image(6, 3, 8, 8), serialize=SerializeMinibatch(sub_batch=2))
+    for mode in (False, True, False):
+        for each in (model, optimised):
+            each[1].train(mode)
+        torch.testing.assert_close(optimised(image(6, 3, 8, 8)), model(image(6, 3, 8, 8)))
+    assert_equal(*({name: b for name, b in each.named_buffers()} for each in (model, optimised)))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"serialize": True}, "`serialize` needs `example_inputs`"),
         ({"serialize": True, "example_inputs": X, "memory_budget": 0.5}, "either `serialize` or `memory_budget`"),
         ({"serialize": 3, "example_inputs": X}, "is True, False or a SerializeMinibatch, not 3"),
     ],

@@ -89,7 +89,28 @@ def test_errors_say_what_is_wrong():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(InvalidModelError, match="cannot be traced"):
+    with pytest.raises(InvalidModelError, match="cannot be captured"):
         units_of_model(Branching(), (2, 5))
     with pytest.raises(InvalidModelError, match="takes 2 tensors"):
         units_of_model(nn.Bilinear(2, 2, 2), (2, 2))
+
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    with pytest.raises(InvalidModelError, match="returns several tensors"):
+        units_of_model(Apart(), (2, 3))
+
+
+def test_the_model_stays_as_it_is():
+    """Its running statistics and counters do not move, and torch.compile captures it as if nothing had been."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert len(units_of_model(model, (2, 3, 8, 8))) == 1
+    assert all(torch.equal(before[key], value) and not value.is_meta for key, value in model.state_dict().items())
+    for _ in range(20):  # more often than torch.compile captures one function
+        assert len(units_of_model(model, (2, 3, 8, 8))) == 1

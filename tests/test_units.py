@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from normpass.graph import key_of
 from normpass.traffic import units_of_model
 
 KIB = 1024
@@ -44,7 +45,7 @@ def units_by_name(model, *shape, dtype=torch.float32):
 def test_a_layer_with_its_norm_a_block_and_the_head_are_units():
     units = units_by_name(Net(), 2, 3, 16, 16)
     assert list(units) == ["stem", "pool", "block", "mean"]
-    assert [n.name for n in units["block"].nodes][0] == "block_conv1" and units["mean"].last == "head"
+    assert key_of(units["block"].nodes[0]) == "block.conv1" and units["mean"].last == "head"
     assert units["stem"].input_bytes == 3 * KIB and units["stem"].output_bytes == 8 * KIB
     assert units["mean"].output_bytes == 16
 

@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from normpass.nn.gaussian import SMALLEST_VARIANCE, activated_moments
 from normpass.ops import activate, instance_moments, merged_moments
 
 
 class Estimate(NamedTuple):
-    """Mean and variance, each (micro-batches, C), float32 or float64."""
+    """Mean and variance, each (micro-batches, C), float32 or float64. A plain tuple of the two does as well."""
 
     mean: Tensor
     var: Tensor
@@ -38,7 +38,8 @@ class Estimate(NamedTuple):
 FEWEST_POSITIONS = 64
 """A draw has at least so many positions, though the map may have fewer."""
 
-_CONVOLUTIONS: dict[type, Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+"""By how many positions a weight reaches over."""
 
 
 def activated(estimate: Estimate | None, name: str, args: Sequence[float], sampled: bool = False) -> Estimate | None:
@@ -48,39 +49,49 @@ def activated(estimate: Estimate | None, name: str, args: Sequence[float], sampl
     if sampled:
         mean, var = instance_moments(activate(_drawn(estimate, (FEWEST_POSITIONS,)), name, args))
         return Estimate(mean, var)
-    mean, var = activated_moments(*estimate, name, args)
-    return Estimate(mean.to(estimate.mean.dtype), var.to(estimate.var.dtype))
+    mean, var = estimate
+    new_mean, new_var = activated_moments(mean, var, name, args)
+    return Estimate(new_mean.to(mean.dtype), new_var.to(var.dtype))
 
 
-def through_norm(norm: Any, estimate: Estimate | None) -> Estimate | None:
+def through_norm(
+    estimate: Estimate | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Estimate | None:
     """The estimate behind a norm that normalises with it: mean bias, variance weight²·var/(var + eps)."""
     if estimate is None:
         return None
     mean, var = estimate
-    var = var / (var + norm.eps)
-    if norm.weight is None:
-        return Estimate(torch.zeros_like(mean), var)
-    weight, bias = (v.to(mean.dtype) for v in (norm.weight, norm.bias))
-    return Estimate(bias.expand_as(mean), weight.square() * var)
+    var = var / (var + eps)
+    if weight is not None:
+        var = weight.to(var.dtype).square() * var
+    return Estimate(torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean), var)
 
 
-def predicted(layer: Any, estimate: Estimate | None) -> Estimate | None:
-    """The estimate behind a convolution or linear layer, in closed form."""
+def predicted(estimate: Estimate | None, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Estimate | None:
+    """The estimate behind a convolution or linear layer, in closed form. weight: (C', C/groups, *)."""
     if estimate is None:
         return None
-    dtype = estimate.mean.dtype
-    with torch.autocast(estimate.mean.device.type, enabled=False):
-        weight = layer.weight.to(dtype)
+    mean, var = estimate
+    dtype = mean.dtype
+    with torch.autocast(mean.device.type, enabled=False):
+        weight = weight.to(dtype)
         taps = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(-1)
-        groups = getattr(layer, "groups", 1)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        mean = F.conv1d(estimate.mean.unsqueeze(-1), taps.sum(2, keepdim=True), bias, groups=groups)
-        var = F.conv1d(estimate.var.unsqueeze(-1), taps.square().sum(2, keepdim=True), groups=groups)
+        bias = None if bias is None else bias.to(dtype)
+        mean = F.conv1d(mean.unsqueeze(-1), taps.sum(2, keepdim=True), bias, groups=groups)
+        var = F.conv1d(var.unsqueeze(-1), taps.square().sum(2, keepdim=True), groups=groups)
     return Estimate(mean.squeeze(-1), var.squeeze(-1))
 
 
 def predicted_by_sample(
-    layer: Any, estimate: Estimate | None, x: Tensor, name: str = "identity", args: Sequence[float] = ()
+    estimate: Estimate | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    name: str = "identity",
+    args: Sequence[float] = (),
 ) -> Estimate | None:
     """The estimate behind an activation and a convolution or linear layer, from one draw of the size of `x`.
 
@@ -88,13 +99,16 @@ def predicted_by_sample(
     """
     if estimate is None:
         return None
+    estimate = Estimate(*estimate)
+    dtype = estimate.mean.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(estimate.mean.device.type, enabled=False):
-        if isinstance(layer, nn.Linear):
+        if weight.dim() == 2:
             draw = activate(_drawn(estimate, (FEWEST_POSITIONS,)), name, args).transpose(1, 2)
-            bias = None if layer.bias is None else layer.bias.to(draw.dtype)
-            result = F.linear(draw, layer.weight.to(draw.dtype), bias).transpose(1, 2)
+            result = F.linear(draw, weight, bias).transpose(1, 2)
         else:
-            result = _convolved(layer, estimate, x, name, args)
+            draw = activate(_drawn_for(estimate, x, weight, stride, dilation), name, args)
+            result = _LAYERS[weight.dim() - 2](draw, weight, bias, stride, 0, dilation, groups)
     count = estimate.mean.shape[0]
     mean, var = instance_moments(result)
     mean, var = (v.unflatten(0, (count, -1)) for v in (mean, var))  # several draws of each micro-batch
@@ -102,27 +116,33 @@ def predicted_by_sample(
     return Estimate(mean.squeeze(1), var.squeeze(1))
 
 
-def _convolved(layer: Any, estimate: Estimate, x: Tensor, name: str, args: Sequence[float]) -> Tensor:
+def _drawn_for(
+    estimate: Estimate, x: Tensor, weight: Tensor, stride: int | Sequence[int], dilation: int | Sequence[int]
+) -> Tensor:
+    """What a convolution of `x` is to read, as often as it takes to have enough results."""
+    positions = x.shape[2:]
+    strides, dilations = (_for_each(v, len(positions)) for v in (stride, dilation))
     sizes = [
-        size + (kernel - 1) * dilation
-        for size, kernel, dilation in zip(x.shape[2:], layer.kernel_size, layer.dilation, strict=True)
+        size + (kernel - 1) * apart for size, kernel, apart in zip(positions, weight.shape[2:], dilations, strict=True)
     ]
-    results = math.prod(-(-size // stride) for size, stride in zip(x.shape[2:], layer.stride, strict=True))
+    results = math.prod(-(-size // step) for size, step in zip(positions, strides, strict=True))
     draws = -(-FEWEST_POSITIONS // results)
-    repeated = Estimate(*(v.repeat_interleave(draws, 0) for v in estimate))
-    draw = activate(_drawn(repeated, sizes), name, args)
-    bias = None if layer.bias is None else layer.bias.to(draw.dtype)
-    convolution = next(f for kind, f in _CONVOLUTIONS.items() if isinstance(layer, kind))
-    result: Tensor = convolution(draw, layer.weight.to(draw.dtype), bias, layer.stride, 0, layer.dilation, layer.groups)
-    return result
+    return _drawn(Estimate(*(v.repeat_interleave(draws, 0) for v in estimate)), sizes)
+
+
+def _for_each(value: int | Sequence[int], count: int) -> Sequence[int]:
+    """As functions of torch read it: one number stands for every dimension."""
+    values = (value,) if isinstance(value, int) else value
+    return values if len(values) == count else (values[0],) * count
 
 
 def _drawn(estimate: Estimate, sizes: Sequence[int]) -> Tensor:
     """Values from N(mean, var), (micro-batches, C, *sizes)."""
-    shape = (*estimate.mean.shape, *[1] * len(sizes))
-    noise = torch.randn(*estimate.mean.shape, *sizes, dtype=estimate.mean.dtype, device=estimate.mean.device)
-    sigma = estimate.var.clamp(min=SMALLEST_VARIANCE).sqrt()
-    return estimate.mean.reshape(shape) + sigma.reshape(shape) * noise
+    mean, var = estimate
+    shape = (*mean.shape, *[1] * len(sizes))
+    noise = torch.randn(*mean.shape, *sizes, dtype=mean.dtype, device=mean.device)
+    sigma = var.clamp(min=SMALLEST_VARIANCE).sqrt()
+    return mean.reshape(shape) + sigma.reshape(shape) * noise
 
 
 def summed(*estimates: Estimate | None) -> Estimate | None:
@@ -130,10 +150,10 @@ def summed(*estimates: Estimate | None) -> Estimate | None:
     known = [e for e in estimates if e is not None]
     if len(known) < len(estimates):
         return None
-    total = known[0]
-    for other in known[1:]:
-        total = Estimate(total.mean + other.mean, total.var + other.var)
-    return total
+    mean, var = known[0]
+    for other_mean, other_var in known[1:]:
+        mean, var = mean + other_mean, var + other_var
+    return Estimate(mean, var)
 
 
 def concatenated(*estimates: Estimate | None) -> Estimate | None:
@@ -141,7 +161,8 @@ def concatenated(*estimates: Estimate | None) -> Estimate | None:
     known = [e for e in estimates if e is not None]
     if len(known) < len(estimates):
         return None
-    return Estimate(torch.cat([e.mean for e in known], 1), torch.cat([e.var for e in known], 1))
+    means, variances = zip(*known, strict=True)
+    return Estimate(torch.cat(means, 1), torch.cat(variances, 1))
 
 
 def padded(estimate: Estimate | None, before: int, after: int) -> Estimate | None:

@@ -15,7 +15,7 @@ that of a norm's *input*, and it passes the norm's own scale and shift as it is:
 Without a prediction, or with p = 0, it is batch norm. With `micro_batches` each equal part of the batch has
 statistics and an estimate of its own. Running averages move towards the smoothed statistics, the mean over the
 micro-batches; as in `nn.BatchNorm` the batch's part of the variance is corrected by m/(m − 1). Eval mode is batch
-norm with the running averages.
+norm, with whatever statistics `nn.BatchNorm` would take.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normpass.nn.estimate import Estimate, batch_estimate
 from normpass.nn.norm import (
     BatchNormLike,
+    Buffers,
     adopt,
     batch_norm,
+    buffers_of,
     check_count,
     dimension_of,
     normalise,
     options_of,
     update_running,
-    uses_batch,
 )
+from normpass.ops.eager import is_plain_eager
 
 
 class _KalmanNorm(BatchNormLike):
@@ -69,8 +72,12 @@ class _KalmanNorm(BatchNormLike):
     def forward(self, x: Tensor, prediction: Estimate | None = None, with_estimate: bool = False) -> Any:
         """Normalise `x` (N, C, *); with `with_estimate` also return the `Estimate` to pass on (None in eval mode)."""
         self._check_input_dim(x)
-        y, estimate = kalman_norm(self, x, prediction, with_estimate)
-        return (y, estimate) if with_estimate else y
+        if not self.training:
+            y = batch_norm(self, x)
+            return (y, None) if with_estimate else y
+        tensors = self.weight, self.bias, *buffers_of(self), self.weight_logit
+        options = self.momentum, self.eps, self.prediction_weight, self.micro_batches, self.largest_ratio
+        return kalman_norm(x, prediction, *tensors, *options, with_estimate)
 
     def extra_repr(self) -> str:
         learned = ", learned" if self.weight_logit is not None else ""
@@ -133,46 +140,70 @@ def kalman_from(norm: nn.Module, **options: Any) -> _KalmanNorm:
 
 
 def kalman_norm(
-    norm: Any, x: Tensor, prediction: Estimate | None, with_estimate: bool
-) -> tuple[Tensor, Estimate | None]:
-    """One step of the filter at `norm`, a `KalmanNorm` or a BatchNorm, and the estimate to pass on.
+    x: Tensor,
+    prediction: Estimate | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight_logit: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    prediction_weight: float,
+    micro_batches: int,
+    largest_ratio: float,
+    with_estimate: bool,
+) -> Any:
+    """One step of the filter, in training: the node of a captured graph.
 
-    A BatchNorm takes no prediction. Statistics that are not the batch's (eval mode) give no estimate.
+    Returns y, or with `with_estimate` y and the `Estimate` to pass on. The running statistics move.
     """
-    micro_batches = getattr(norm, "micro_batches", 1)
-    if not uses_batch(norm):
-        return batch_norm(norm, x), None
-    if getattr(norm, "prediction_weight", 0.0) == 0.0:
+    buffers = Buffers(running_mean, running_var, num_batches_tracked)
+    if prediction_weight == 0.0:
         prediction = None
-    if prediction is None and micro_batches == 1 and not with_estimate:
-        return batch_norm(norm, x), None
+    alone = prediction is None and micro_batches == 1 and not with_estimate
+    if alone and (momentum is not None or is_plain_eager()):
+        return _batch_norm(x, weight, bias, buffers, momentum, eps)
     observed = batch_estimate(x, micro_batches)
     count = x.numel() // x.shape[1] // micro_batches
-    check_count(norm, x, count)
-    if prediction is None:
-        estimate, unbiased = observed, observed.var
-    else:
-        estimate, unbiased = _smoothed(norm, observed, prediction, count)
-    update_running(norm, estimate.mean.mean(0), unbiased.mean(0), count)
+    check_count("KalmanNorm", x, count)
+    estimate, unbiased = observed, observed.var
+    if prediction is not None:
+        p = prediction_weight if weight_logit is None else weight_logit.to(observed.mean.dtype).sigmoid()
+        estimate, unbiased = _smoothed(p, largest_ratio, observed, Estimate(*prediction), count)
+    update_running(buffers, momentum, estimate.mean.mean(0), unbiased.mean(0), count)
     mean, var = estimate
     if micro_batches > 1:
         mean, var = (v.repeat_interleave(x.shape[0] // micro_batches, 0) for v in estimate)
-    return normalise(norm, x, mean, var), estimate if with_estimate else None
+    y = normalise(x, mean, var, weight, bias, eps)
+    return (y, estimate) if with_estimate else y
 
 
-def _smoothed(norm: Any, observed: Estimate, prediction: Estimate, count: int) -> tuple[Estimate, Tensor]:
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, buffers: Buffers, momentum: float | None, eps: float
+) -> Tensor:
+    """What `nn.BatchNorm` computes in training, bit for bit."""
+    running_mean, running_var, batches = buffers
+    if batches is not None:
+        batches.add_(1)
+    if momentum is None:
+        momentum = 0.0 if batches is None else 1.0 / float(batches)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+
+
+def _smoothed(
+    p: Any, largest_ratio: float, observed: Estimate, prediction: Estimate, count: int
+) -> tuple[Estimate, Tensor]:
     """The smoothed statistics; and their variance such that ·m/(m − 1) corrects the batch's part alone."""
-    p = norm.prediction_weight
-    if norm.weight_logit is not None:
-        p = norm.weight_logit.to(observed.mean.dtype).sigmoid()
     mean = p * prediction.mean + (1 - p) * observed.mean
     of_batch = (1 - p) * observed.var
     of_prediction = p * prediction.var + p * (1 - p) * (observed.mean - prediction.mean).square()
-    if norm.largest_ratio == math.inf:
+    if largest_ratio == math.inf:
         with torch.no_grad():
             unbiased = of_batch + of_prediction * ((count - 1) / count)
         return Estimate(mean, of_batch + of_prediction), unbiased
-    usable = (prediction.var / observed.var).mean() < norm.largest_ratio  # False for NaN
+    usable = (prediction.var / observed.var).mean() < largest_ratio  # False for NaN
     estimate = Estimate(
         torch.where(usable, mean, observed.mean),
         torch.where(usable, of_batch + of_prediction, observed.var),
@@ -180,11 +211,3 @@ def _smoothed(norm: Any, observed: Estimate, prediction: Estimate, count: int) -
     with torch.no_grad():
         unbiased = torch.where(usable, of_batch + of_prediction * ((count - 1) / count), observed.var)
     return estimate, unbiased
-
-
-def batch_norm_with_estimate(norm: nn.Module, x: Tensor) -> tuple[Tensor, Estimate | None]:
-    """A BatchNorm at the head of a chain: what it computes, and the batch's moments as an estimate."""
-    if dimension_of(norm) is None or any(norm._forward_hooks) or any(norm._forward_pre_hooks):
-        y = norm(x)  # somebody changed or watches it: it is called as it is
-        return y, batch_estimate(x, 1) if norm.training else None
-    return kalman_norm(norm, x, None, True)

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normpass.graph import hooks_of
 from normpass.nn.norm import (
     BatchNormLike,
+    Buffers,
     adopt,
     batch_norm,
+    buffers_of,
     check_count,
     dimension_of,
     normalise,
+    notes_recipes,
     options_of,
     running_statistics,
     update_running,
@@ -65,8 +67,7 @@ class _SparseSwitchableNorm(BatchNormLike):
     @property
     def logits(self) -> Tensor:
         """(2, 3): those of the mean, those of the variance; at least float32."""
-        logits = torch.stack((self.mean_logits, self.var_logits))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return _stacked(self.mean_logits, self.var_logits)
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         """p and q, each (3,), in the order of `NORMS`."""
@@ -77,41 +78,17 @@ class _SparseSwitchableNorm(BatchNormLike):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *) -> the same shape, dtype and layout."""
         self._check_input_dim(x)
+        if self.chosen == ("batch", "batch"):
+            return batch_norm(self, x)
+        if self.chosen == ("instance", "instance"):
+            return instance_norm(x, self.weight, self.bias, self.eps)
+        if self.chosen == ("layer", "layer"):
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        tensors = self.weight, self.bias, *buffers_of(self)
+        options = uses_batch(self), self.momentum, self.eps
         if self.chosen is not None:
-            return self._as_chosen(x, *self.chosen)
-        mean, var = instance_moments(x)
-        means, variances = zip((mean, var), merged_moments(mean, var, 1), self._batch(x, mean, var), strict=True)
-        dtype = statistics_dtype(x)
-        p, q = (ratios.to(dtype) for ratios in self.ratios())
-        return normalise(self, x, _weighted(p, means), _weighted(q, variances))
-
-    def _batch(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (1, C) of the batch from those of its instances, or the running ones."""
-        if not uses_batch(self):
-            return running_statistics(self, x)
-        count = x.numel() // x.shape[1]
-        check_count(self, x, count)
-        batch_mean, batch_var = merged_moments(mean, var, 0)
-        update_running(self, batch_mean[0], batch_var[0], count)
-        return batch_mean, batch_var
-
-    # --- decided layers ---
-
-    def _as_chosen(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
-        if mean_of == var_of:
-            return _PLAIN[mean_of](self, x)
-        return self.by_moments(x, mean_of, var_of)
-
-    def by_moments(self, x: Tensor, mean_of: str, var_of: str) -> Tensor:
-        """One norm's mean and one norm's variance, from one pass over x; keeps x alone."""
-        mean, var = instance_moments(x)
-        found = {"instance": (mean, var)}
-        if "layer" in (mean_of, var_of):
-            found["layer"] = merged_moments(mean, var, 1)
-        if "batch" in (mean_of, var_of):
-            found["batch"] = self._batch(x, mean, var)
-        chosen_mean, chosen_var, _ = torch.broadcast_tensors(found[mean_of][0], found[var_of][1], mean)
-        return normalise(self, x, chosen_mean, chosen_var)
+            return mixed_norm(x, *self.chosen, *tensors, *options)
+        return switchable_norm(x, self.mean_logits, self.var_logits, self.radius, *tensors, *options)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -124,49 +101,96 @@ class _SparseSwitchableNorm(BatchNormLike):
         return super().extra_repr() + chosen
 
 
-def _weighted(ratios: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    instance, layer, batch = parts
-    return ratios[0] * instance + ratios[1] * layer + ratios[2] * batch
+# What the layers call: the nodes of a captured graph.
 
 
-def _instance_norm(norm: Any, x: Tensor) -> Tensor:
+def switchable_norm(
+    x: Tensor,
+    mean_logits: Tensor,
+    var_logits: Tensor,
+    radius: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    use_batch: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """The norm that has not chosen yet. With `use_batch` the running statistics move, else they are the batch's."""
+    mean, var = instance_moments(x)
+    buffers = Buffers(running_mean, running_var, num_batches_tracked)
+    batch = _batch_moments(x, mean, var, buffers, use_batch, momentum)
+    means, variances = zip((mean, var), merged_moments(mean, var, 1), batch, strict=True)
+    logits = _stacked(mean_logits, var_logits)
+    p, q = sparsest_max(logits, radius.to(logits.dtype)).to(statistics_dtype(x)).unbind(0)
+    return normalise(x, _weighted(p, means), _weighted(q, variances), weight, bias, eps)
+
+
+def mixed_norm(
+    x: Tensor,
+    mean_of: str,
+    var_of: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    use_batch: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """The mean of one norm and the variance of one, from one pass over x; keeps x alone."""
+    mean, var = instance_moments(x)
+    found = {"instance": (mean, var)}
+    if "layer" in (mean_of, var_of):
+        found["layer"] = merged_moments(mean, var, 1)
+    if "batch" in (mean_of, var_of):
+        buffers = Buffers(running_mean, running_var, num_batches_tracked)
+        found["batch"] = _batch_moments(x, mean, var, buffers, use_batch, momentum)
+    chosen_mean, chosen_var, _ = torch.broadcast_tensors(found[mean_of][0], found[var_of][1], mean)
+    return normalise(x, chosen_mean, chosen_var, weight, bias, eps)
+
+
+def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """A layer that has chosen instance norm twice; in an optimised model it keeps x alone."""
+    if notes_recipes():
+        return mixed_norm(x, "instance", "instance", weight, bias, None, None, None, False, None, eps)
     wide = x.unsqueeze(-1) if x.dim() == 2 else x
-    y = torch.instance_norm(wide, norm.weight, norm.bias, None, None, True, 0.0, norm.eps, False)
+    y = torch.instance_norm(wide, weight, bias, None, None, True, 0.0, eps, False)
     return y.reshape(x.shape)
 
 
-def _layer_norm(norm: Any, x: Tensor) -> Tensor:
-    return torch.group_norm(x, 1, norm.weight, norm.bias, norm.eps)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """A layer that has chosen layer norm twice; in an optimised model it keeps x alone."""
+    if notes_recipes():
+        return mixed_norm(x, "layer", "layer", weight, bias, None, None, None, False, None, eps)
+    return torch.group_norm(x, 1, weight, bias, eps)
 
 
-_PLAIN = {"instance": _instance_norm, "layer": _layer_norm, "batch": batch_norm}
+def _batch_moments(
+    x: Tensor, mean: Tensor, var: Tensor, buffers: Buffers, use_batch: bool, momentum: float | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (1, C) of the batch from those of its instances, or the running ones."""
+    if not use_batch:
+        return running_statistics(buffers, x)
+    count = x.numel() // x.shape[1]
+    check_count("SparseSwitchableNorm", x, count)
+    batch_mean, batch_var = merged_moments(mean, var, 0)
+    update_running(buffers, momentum, batch_mean[0], batch_var[0], count)
+    return batch_mean, batch_var
 
 
-# What an optimised graph calls where a layer stood that has chosen. Each reads the choice when it runs: where other
-# weights were loaded, or somebody watches the layer, the layer itself runs.
+def _stacked(mean_logits: Tensor, var_logits: Tensor) -> Tensor:
+    """(2, 3), at least float32."""
+    logits = torch.stack((mean_logits, var_logits))
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def instance_norm(norm: Any, x: Tensor) -> Tensor:
-    """A switchable layer that has chosen instance norm twice; keeps x alone."""
-    return _specialised(norm, x)
-
-
-def layer_norm(norm: Any, x: Tensor) -> Tensor:
-    """A switchable layer that has chosen layer norm twice; keeps x alone."""
-    return _specialised(norm, x)
-
-
-def mixed_norm(norm: Any, x: Tensor) -> Tensor:
-    """A switchable layer that has chosen two norms; keeps x alone."""
-    return _specialised(norm, x)
-
-
-def _specialised(norm: Any, x: Tensor) -> Tensor:
-    chosen = getattr(norm, "chosen", None)
-    if chosen is None or chosen == ("batch", "batch") or any(hooks_of(norm)):
-        return norm(x)
-    norm._check_input_dim(x)
-    return norm.by_moments(x, *chosen)
+def _weighted(ratios: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    instance, layer, batch = parts
+    return ratios[0] * instance + ratios[1] * layer + ratios[2] * batch
 
 
 class SparseSwitchableNorm1d(_SparseSwitchableNorm):
@@ -197,11 +221,6 @@ def switchable_from(norm: nn.Module) -> _SparseSwitchableNorm:
         raise TypeError(f"`norm` must be an nn.BatchNorm1d, 2d or 3d, it is a {type(norm).__name__}")
     layer: _SparseSwitchableNorm = adopt(SWITCHABLE_NORMS[dimension - 1](**options_of(norm)), norm)
     return layer
-
-
-def is_batch_norm_by_choice(norm: Any) -> bool:
-    """Whether `norm` is a switchable layer that has chosen batch norm for its mean and its variance."""
-    return isinstance(norm, SWITCHABLE_NORMS) and norm.chosen == ("batch", "batch")
 
 
 def switchable_layers(model: nn.Module) -> dict[str, _SparseSwitchableNorm]:

@@ -37,7 +37,7 @@ def is_plain_eager() -> bool:
     if torch.compiler.is_compiling() or _dispatch_modes() or under_other_derivatives() or _is_traced():
         return False
     modes = _function_modes()
-    return modes == 0 or (modes == 1 and _only_default_device())
+    return modes == 0 or (modes == 1 and is_only_default_device())
 
 
 def eager_device(x: Tensor, *others: Tensor | None) -> str | None:
@@ -67,6 +67,6 @@ def _device(keys: Any) -> str | None:
     return _device_of_keys[raw]
 
 
-def _only_default_device() -> bool:
+def is_only_default_device() -> bool:
     """Whether the one function mode is that of `torch.set_default_device`: it changes factories alone."""
     return isinstance(torch._C._get_function_stack_at(0), DeviceContext)

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 from normpass.bench_serialised import SerialisedModel
 from normpass.measure import peak_bytes
+from normpass.passes.serialize_norms import as_function
 from normpass.serial_norm import norm_act_with_moments, serial_norm_act_conv
 
 
@@ -54,9 +55,10 @@ def test_exact_regions(kernel, dtype, bound):
     x = torch.randn(12, 32, 20, 20, device="cuda", dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     other = copy.deepcopy(layers)
     y = torch.relu(layers[2](layers[1](torch.relu(layers[0](x)))))
-    c, moments = serial_norm_act_conv(other[0], other[1], x, None, "relu", [], 2**20)
+    conv = other[1].weight, other[1].bias, other[1].stride, other[1].padding
+    c, moments = serial_norm_act_conv(as_function(other[0]), x, None, "relu", [], 2**20, *conv)
     assert moments is not None
-    z = norm_act_with_moments(other[2], c, moments, None, "relu", [], "")
+    z = norm_act_with_moments(as_function(other[2]), c, moments, None, "relu", [], "")
     grad = torch.randn_like(y)
     expected = torch.autograd.grad(y, [x, *layers.parameters()], grad)
     found = torch.autograd.grad(z, [x, *other.parameters()], grad)

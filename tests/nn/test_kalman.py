@@ -172,6 +172,17 @@ def test_options_out_of_range(options, message):
         KalmanNorm2d(4, **options)
 
 
+@pytest.mark.parametrize("track", [True, False])
+def test_eval_mode_is_batch_norm_whatever_is_predicted(track):
+    options = {"track_running_stats": track}
+    norm = layer(micro_batches=2, **options)
+    batch_norm, x = nn.BatchNorm2d(4, **options).double(), values(6, 4, 3, 2)
+    norm(x, prediction(2))
+    batch_norm.load_state_dict(norm.state_dict())
+    y, estimate = norm.eval()(x, prediction(2), True)
+    assert estimate is None and torch.equal(y, batch_norm.eval()(x))
+
+
 def test_wrong_inputs():
     with pytest.raises(ValueError, match=r"KalmanNorm2d: expected 4-d input, got shape \(2, 4\)"):
         KalmanNorm2d(4)(torch.zeros(2, 4))
@@ -197,6 +208,16 @@ CONVOLUTIONS = [
 ]
 
 
+def arguments_of(module):
+    return module.weight, module.bias, getattr(module, "groups", 1)
+
+
+def by_sample(module, estimate, x, *activation):
+    """`predicted_by_sample` with the options of `module`."""
+    options = (getattr(module, name, 1) for name in ("stride", "dilation", "groups"))
+    return predicted_by_sample(estimate, x, module.weight, module.bias, *options, *activation)
+
+
 def input_of(module):
     dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.Linear: 0}[type(module)]
     return torch.zeros(2, 4, *[8] * dims, dtype=torch.float64)
@@ -206,7 +227,7 @@ def input_of(module):
 def test_closed_form_is_exact_for_independent_values(module):
     """One value of the result, without a border: its mean and variance are sums over the weights."""
     module, before = copy.deepcopy(module).double(), prediction()
-    mean, var = predicted(module, before)
+    mean, var = predicted(before, *arguments_of(module))
     groups = getattr(module, "groups", 1)
     each = 4 // groups
     for channel in range(mean.shape[1]):
@@ -226,9 +247,9 @@ def test_sampled_agrees_with_the_closed_form_within_sampling_error(module, activ
     torch.manual_seed(0)
     module, before, draws = copy.deepcopy(module).double(), prediction(), 60
     many = Estimate(*(v.expand(draws, -1) for v in before))
-    exact = predicted(module, activated(before, *activation))
+    exact = predicted(activated(before, *activation), *arguments_of(module))
     with torch.no_grad():
-        mean, var = predicted_by_sample(module, many, input_of(module), *activation)
+        mean, var = by_sample(module, many, input_of(module), *activation)
     assert_means_agree(mean, exact.mean)
     # the variance of a finite draw misses what the draw's own mean took: at most 1 in 64 positions, correlated
     # over a kernel's reach
@@ -256,18 +277,27 @@ def assert_means_agree(found, expected):
 def test_a_draw_has_many_positions_however_small_the_map_is():
     torch.manual_seed(0)
     module, before = nn.Conv2d(4, 6, 3, padding=1).double(), prediction()
-    small = predicted_by_sample(module, before, torch.zeros(1, 4, 1, 1))
-    exact = predicted(module, before)
+    small = by_sample(module, before, torch.zeros(1, 4, 1, 1))
+    exact = predicted(before, *arguments_of(module))
     assert ((small.var - exact.var).abs() < 0.5 * exact.var).all()
+
+
+def test_one_number_stands_for_every_dimension():
+    before, x = prediction(), torch.zeros(1, 4, 8, 8)
+    module = nn.Conv2d(4, 6, 3, stride=2, dilation=2).double()
+    torch.manual_seed(0)
+    expected = by_sample(module, before, x)
+    for two in (2, (2,)):
+        torch.manual_seed(0)
+        found = predicted_by_sample(before, x, module.weight, module.bias, two, two)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_gradients_of_the_transition():
     module, before = nn.Conv2d(4, 6, 3, groups=2).double(), prediction()
 
     def run(mean, var, weight, bias):
-        moved = copy.copy(module)
-        moved._parameters = {"weight": weight, "bias": bias}
-        return tuple(predicted(moved, activated(Estimate(mean, var), "relu", ())))
+        return tuple(predicted(activated(Estimate(mean, var), "relu", ()), weight, bias, module.groups))
 
     args = (before.mean.requires_grad_(), before.var.requires_grad_(), module.weight, module.bias)
     assert torch.autograd.gradcheck(run, args)
@@ -276,6 +306,6 @@ def test_gradients_of_the_transition():
 def test_autocast_leaves_the_transition_alone():
     module, before = nn.Conv2d(4, 6, 3), Estimate(*(v.float() for v in prediction()))
     with torch.autocast("cpu", torch.bfloat16):
-        inside = predicted(module, before)
-    assert all(torch.equal(a, b) for a, b in zip(inside, predicted(module, before), strict=True))
+        inside = predicted(before, *arguments_of(module))
+    assert all(torch.equal(a, b) for a, b in zip(inside, predicted(before, *arguments_of(module)), strict=True))
     assert F.relu(inside.mean).dtype == torch.float32

@@ -6,13 +6,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from captured import dynamo_graph, dynamo_graphs, targets, with_changes
+from timm.layers.drop import drop_path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import stochastic_depth
 
 import normpass
+from normpass.graph import path_of
 from normpass.nn import KalmanNorm1d, KalmanNorm2d
-from normpass.nn.kalman import KALMAN_NORMS
-from normpass.passes import Kalman
+from normpass.nn.kalman import KALMAN_NORMS, kalman_norm
+from normpass.passes import Kalman, LeakyReLU
 
 P = 0.7
 
@@ -168,17 +172,46 @@ def gradients(model, x, function):
     return y, torch.autograd.grad(y, [x, *(p for p in model.parameters())], cotangent)
 
 
+def assert_computes(model, x, recursion, change):
+    """The changed graph by itself, and the optimised model: outputs and every gradient."""
+    expected, expected_grads = gradients(model, x, recursion)
+    changed, run = with_changes(model, change)
+    optimised = normpass.optimize(model, changes=(change,))
+    for other, function in ((changed, lambda m, x: run(x)), (optimised, lambda m, x: m(x))):
+        found, grads = gradients(other, x, function)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+        for a, b in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    for a, b in zip(optimised.buffers(), changed.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind, recursion", RECURSIONS, ids=[k.__name__ for k, _ in RECURSIONS])
 def test_computes_the_recursion(kind, recursion):
     model, x = prepared(kind)
+    assert_computes(model, x, recursion, Kalman(prediction_weight=P))
     optimised = normpass.optimize(model, changes=(Kalman(prediction_weight=P),))
-    expected, expected_grads = gradients(model, x, recursion)
-    found, grads = gradients(optimised, x, lambda m, x: m(x))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-    for a, b in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    assert type(optimised.norms[0]) is nn.BatchNorm2d  # the first of the chain
-    assert all(type(norm) is KalmanNorm2d for norm in optimised.norms[1:])
+    assert all(type(norm) is KalmanNorm2d for norm in optimised.norms)
+
+
+def test_running_averages_of_the_recursion():
+    """Of the smoothed statistics, where the batch's part of the variance alone is corrected by m/(m − 1)."""
+    model, x = prepared(Chain)
+    changed, run = with_changes(model, Kalman(prediction_weight=P))
+    run(x)
+    before = None
+    for index, (conv_, norm) in enumerate(zip(changed.convs, changed.norms, strict=True)):
+        x = conv_(x)
+        prediction = conv_moments(conv_, *relu_moments(*before)) if index else None
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=1)
+        if prediction is not None:
+            var = P * prediction[1] + (1 - P) * var + P * (1 - P) * (mean - prediction[0]) ** 2
+            mean = P * prediction[0] + (1 - P) * mean
+        torch.testing.assert_close(norm.running_mean, 0.1 * mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * var, rtol=0, atol=1e-12)
+        assert norm.num_batches_tracked == 1
+        x, before = filtered(norm, x, prediction)
+        x = F.relu(x)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -248,7 +281,6 @@ def test_eval_is_batch_norm_with_the_running_averages():
 def test_the_state_behind_the_norm():
     """With `state="output"` the estimate of the first norm arrives as N(bias, weight²·var/(var + eps))."""
     model, x = prepared(Chain)
-    optimised = normpass.optimize(model, changes=(Kalman(prediction_weight=P, state="output"),))
 
     def recursion(m, x):
         prediction = estimate = None
@@ -262,18 +294,14 @@ def test_the_state_behind_the_norm():
             x = F.relu(x)
         return x
 
-    expected, expected_grads = gradients(model, x, recursion)
-    found, grads = gradients(optimised, x, lambda m, x: m(x))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-    for a, b in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    assert_computes(model, x, recursion, Kalman(prediction_weight=P, state="output"))
 
 
 def test_sampled_approaches_the_closed_form():
     """One step of training by draws: outputs lie around those of the closed form, and are reproducible."""
     model, x = prepared(Chain)
-    exact = normpass.optimize(copy.deepcopy(model), changes=(Kalman(prediction_weight=0.3),))(x)
-    sampled = normpass.optimize(model, changes=(Kalman(prediction_weight=0.3, transition="sampled"),))
+    exact = with_changes(model, Kalman(prediction_weight=0.3))[1](x)
+    _, sampled = with_changes(model, Kalman(prediction_weight=0.3, transition="sampled"))
     draws = []
     for seed in range(40):
         torch.manual_seed(seed)
@@ -289,9 +317,14 @@ def test_sampled_approaches_the_closed_form():
 # --- where estimates go -----------------------------------------------------------------------------
 
 
-def kalman_paths(model):
-    optimised = normpass.optimize(model, changes=("kalman",))
-    return sorted(path for path, m in optimised.named_modules() if isinstance(m, KALMAN_NORMS))
+def wired(model, x, change=Kalman(learn_weight=True)):
+    """The graph of `model` in train mode with the estimates, and the paths of the norms that read a prediction."""
+    changed = copy.deepcopy(model)
+    change.change_modules(changed)
+    graph = dynamo_graph(changed, x)
+    change.change_graph(graph)
+    graph.lint()
+    return graph, sorted(path_of(n) for n in graph.nodes if n.target is kalman_norm and n.args[1] is not None)
 
 
 def test_resnet_every_norm_but_the_first():
@@ -299,7 +332,9 @@ def test_resnet_every_norm_but_the_first():
 
     model = resnet18(num_classes=4)
     norms = sorted(path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
-    assert kalman_paths(model) == [path for path in norms if path != "bn1"]
+    graph, found = wired(model, torch.randn(2, 3, 64, 64))
+    assert found == [path for path in norms if path != "bn1"]
+    assert targets(graph).count(kalman_norm) == 20
 
 
 class Loose(nn.Module):
@@ -317,6 +352,21 @@ class Loose(nn.Module):
         return self.bn(self.last(self.between(self, F.relu(self.norm(self.first(x))))))
 
 
+def activated_in_place(z):
+    F.silu(z, inplace=True)
+    return z
+
+
+def with_zeros(z):
+    z[:, 0] = 0
+    return z
+
+
+def broken(z):
+    torch._dynamo.graph_break()
+    return z
+
+
 PASSING = {
     "dropout": lambda m, z: F.dropout(z, 0.1, m.training),
     "pooling": lambda m, z: F.avg_pool2d(z, 2),
@@ -327,6 +377,11 @@ PASSING = {
     "a sum": lambda m, z: z + m.gate(z),
     "a concatenation": lambda m, z: torch.cat((z, m.gate(z)), 1),
     "channels of zeros": lambda m, z: F.pad(z, (0, 0, 0, 0, 2, 2)),
+    "an activation in place": lambda m, z: F.relu_(F.avg_pool2d(z, 1)),
+    "in place, by its old name": lambda m, z: activated_in_place(F.avg_pool2d(z, 1)),
+    "stochastic depth": lambda m, z: stochastic_depth(z, 0.2, "row"),
+    "drop path": lambda m, z: drop_path(z, 0.2, True),
+    "a function for a layer": lambda m, z: F.conv2d(z, m.gate.weight),
 }
 STOPPING = {
     "a gate": lambda m, z: z * m.gate(z).sigmoid(),
@@ -334,39 +389,82 @@ STOPPING = {
     "some of the channels": lambda m, z: z[:, :2],
     "twice itself": lambda m, z: z + z,
     "an unknown function": lambda m, z: z.exp(),
+    "an unknown function in place": lambda m, z: (z.exp_(), z)[1],
+    "some values set": lambda m, z: with_zeros(z),
+    "channels of ones": lambda m, z: F.pad(z, (0, 0, 0, 0, 2, 2), value=1.0),
+    "a drop that is not scaled": lambda m, z: z * torch.empty(z.shape[0], 1, 1, 1).bernoulli_(0.8),
+    "a break of the graph": lambda m, z: broken(z),
 }
-CHANNELS = {"a concatenation": 8, "channels of zeros": 8, "some of the channels": 2}
+CHANNELS = {"a concatenation": 8, "channels of zeros": 8, "channels of ones": 8, "some of the channels": 2}
 
 
 @pytest.mark.parametrize("what", PASSING)
 def test_estimates_pass(what):
-    model = Loose(PASSING[what], CHANNELS.get(what, 4))
-    assert kalman_paths(model) == ["bn"]
-    optimised = normpass.optimize(model, changes=("kalman",))
-    optimised(torch.randn(4, 3, 8, 8)).square().mean().backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() for n, p in optimised.named_parameters() if "gate" not in n
-    )
+    model, x = Loose(PASSING[what], CHANNELS.get(what, 4)), torch.randn(4, 3, 8, 8)
+    assert wired(model, x)[1] == ["bn"]
+    changed, run = with_changes(model, Kalman())
+    run(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in changed.named_parameters() if "gate" not in n)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo, where the graph breaks
 @pytest.mark.parametrize("what", STOPPING)
 def test_estimates_stop(what):
-    assert kalman_paths(Loose(STOPPING[what], CHANNELS.get(what, 4))) == []
+    model, x = Loose(STOPPING[what], CHANNELS.get(what, 4)).double(), torch.randn(4, 3, 8, 8).double()
+    changed, run = with_changes(model, Kalman(learn_weight=True))
+    torch.manual_seed(0)
+    found = run(x)
+    torch.manual_seed(0)
+    assert torch.equal(found, model(x))
+    for graph in dynamo_graphs(with_changes(model, Kalman())[0], x):
+        Kalman().change_graph(graph)
+        assert kalman_norm not in targets(graph)
+
+
+def test_two_dimensions_where_a_channel_is_padded_elsewhere():
+    """Four widths pad positions of an image, but channels of a signal."""
+
+    class Signal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv, self.bn = nn.BatchNorm1d(4), nn.Conv1d(6, 4, 1), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(F.pad(self.norm(x), (0, 0, 1, 1))))
+
+    model, x = Signal().double(), torch.randn(4, 4, 8, dtype=torch.float64)
+    assert wired(model, x)[1] == ["bn"]
+    found = with_changes(model, Kalman(prediction_weight=P, largest_ratio=math.inf))[1](x)
+    var, mean = torch.var_mean(x, (0, 2), correction=0)
+    padded = F.pad(mean, (1, 1)), F.pad(var, (1, 1))
+    before, before_var = conv_moments(model.conv, *padded)
+    y = model.conv(F.pad(model.norm(x), (0, 0, 1, 1)))
+    var, mean = torch.var_mean(y, (0, 2), correction=0)
+    var = P * before_var + (1 - P) * var + P * (1 - P) * (mean - before) ** 2
+    mean = P * before + (1 - P) * mean
+    expected = (y - mean[:, None]) / torch.sqrt(var + 1e-5)[:, None]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 def test_through_global_pooling_to_a_linear_layer():
     for between in (lambda m, z: z.mean((2, 3)), lambda m, z: torch.flatten(F.adaptive_avg_pool2d(z, 1), 1)):
-        model = Loose(between, last=nn.Linear(4, 4))
-        optimised = normpass.optimize(model, changes=("kalman",))
-        assert type(optimised.bn) is KalmanNorm1d
-        assert optimised(torch.randn(4, 3, 8, 8)).isfinite().all()
+        model, x = Loose(between, last=nn.Linear(4, 4)), torch.randn(4, 3, 8, 8)
+        assert wired(model, x)[1] == ["bn"]
+        changed, run = with_changes(model, Kalman())
+        assert type(changed.bn) is KalmanNorm1d
+        assert run(x).isfinite().all()
 
 
-def test_norms_with_hooks_or_called_twice_are_left_alone():
-    model = prepared(Chain)[0]
+def test_norms_with_hooks_are_left_alone():
+    model, x = prepared(Chain)
     model.norms[1].register_forward_hook(lambda *_: None)
-    assert kalman_paths(model) == []  # nothing reaches the third norm, whose predecessor is unknown
+    changed, run = with_changes(model, Kalman())
+    assert [type(norm) for norm in changed.norms] == [KalmanNorm2d, nn.BatchNorm2d, KalmanNorm2d]
+    assert wired(model, x)[1] == []  # nothing reaches the third norm, whose predecessor is unknown
+    assert torch.equal(run(x), model(x))
 
+
+def test_a_norm_that_is_called_twice_is_a_batch_norm():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -375,14 +473,73 @@ def test_norms_with_hooks_or_called_twice_are_left_alone():
         def forward(self, x):
             return self.norm(self.conv(F.relu(self.norm(self.conv(x)))))
 
-    assert kalman_paths(Twice()) == []
+    model, x = Twice(), torch.randn(4, 3, 8, 8)
+    graph, found = wired(model, x)
+    assert found == [] and targets(graph).count(kalman_norm) == 0 and targets(graph).count(F.batch_norm) == 2
+    changed, run = with_changes(model, Kalman())
+    assert torch.equal(run(x), model(x))
+    for a, b in zip(changed.buffers(), model.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("track", [True, False])
+def test_a_norm_that_nothing_reaches_is_a_batch_norm(momentum, track):
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, momentum=momentum, track_running_stats=track)).double()
+    x = prepared(Chain)[1]
+    graph, _ = wired(model, x)
+    assert (F.batch_norm in targets(graph)) == (momentum is not None)
+    changed, run = with_changes(model, Kalman(learn_weight=True))
+    for step in range(2):
+        y = run(x + step)
+        assert torch.equal(y, model(x + step))
+        y.square().sum().backward()
+    for a, b in zip(changed.buffers(), model.buffers(), strict=True):
+        assert torch.equal(a, b)
+    assert changed[1].weight_logit.grad is None and changed[1].weight.grad is not None
+
+
+def test_eval_graphs_have_batch_norms():
+    model, x = prepared(Residual)
+    model(x)
+    changed, run = with_changes(model.eval(), Kalman())
+    graph = dynamo_graph(changed, x)
+    before = str(graph)
+    Kalman().change_graph(graph)
+    assert str(graph) == before and targets(graph).count(F.batch_norm) == 4
+    assert torch.equal(run(x), model(x))
+
+
+def test_norms_placed_by_hand_are_wired_with_their_own_options():
+    model, x = prepared(Chain)
+    by_hand = copy.deepcopy(model)
+    Kalman(prediction_weight=P).change_modules(by_hand)
+    _, run = with_changes(by_hand, Kalman(prediction_weight=0.1))
+    torch.testing.assert_close(run(x), chain_recursion(model, x), rtol=0, atol=1e-11)
+
+
+def test_after_another_change():
+    model, x = prepared(Chain)
+    _, run = with_changes(model, LeakyReLU(0.1), Kalman(prediction_weight=P))
+
+    def recursion(m, x):
+        prediction = estimate = None
+        for index, (conv_, norm) in enumerate(zip(m.convs, m.norms, strict=True)):
+            x = conv_(x)
+            if index:
+                prediction = conv_moments(conv_, *relu_moments(*estimate, 0.1))
+            x, estimate = filtered(norm, x, prediction)
+            x = F.leaky_relu(x, 0.1)
+        return x
+
+    torch.testing.assert_close(run(x), recursion(model, x), rtol=0, atol=1e-11)
 
 
 def test_every_norm_is_reported():
-    report = normpass.explain(prepared(Chain)[0], changes=("kalman",))
+    report = normpass.explain(prepared(Chain)[0], prepared(Chain)[1], changes=("kalman",))
     assert [row.path for row in report.rows] == ["norms.0", "norms.1", "norms.2"]
-    assert "passed on to Kalman norms" in report.rows[0].reason
-    assert "come from the norm before it too" in report.rows[1].reason
+    for row in report.rows:
+        assert "come from the norm before it too, or are passed on to Kalman norms" in row.reason
 
 
 # --- living with it ---------------------------------------------------------------------------------
@@ -437,21 +594,26 @@ def test_under_checkpoint():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_whole():
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_its_graphs_compile(compiler):
     model, x = prepared(Residual)
-    optimised = normpass.optimize(model, changes=(Kalman(learn_weight=True),))
-    eager = copy.deepcopy(optimised)
-    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
-    for step in range(2):
-        for m in (eager, optimised):
-            m.zero_grad()
-        expected, found = eager(x + step), compiled(x + step)
-        expected.square().sum().backward()
-        found.square().sum().backward()
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-        for a, b in zip(eager.parameters(), optimised.parameters(), strict=True):
-            torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-9)
+    change = Kalman(prediction_weight=P, learn_weight=True)
+    plain, run_plainly = with_changes(model, change)
+    expected = [step(plain, lambda: run_plainly(x + n)) for n in range(2)]
+    compiled, run = with_changes(model, change, compiler=compiler)
+    found = [step(compiled, lambda: run(x + n)) for n in range(2)]
+    for a, b in zip(expected[0] + expected[1], found[0] + found[1], strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-9)
     torch.compiler.reset()
+
+
+def step(model, run):
+    """The output, every gradient that there is and the buffers."""
+    model.zero_grad()
+    y = run()
+    y.square().sum().backward()
+    numbers = [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
+    return [t.clone() for t in numbers]
 
 
 @pytest.mark.parametrize(

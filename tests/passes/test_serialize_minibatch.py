@@ -6,28 +6,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from serialising import NORMS, Serial, small_resnet
-from torch import fx, nn
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
-from training import assert_equal, image, spread, train
+from training import assert_equal, image, train
 
-from normpass import measure, passes
-from normpass.apply import rewrite_graph
-from normpass.capture import capture, required_arguments
+from normpass import measure
 from normpass.errors import InvalidInputError
-from normpass.measure import kept_bytes
-from normpass.module import PASSES
+from normpass.facts import facts_of
+from normpass.graph import give_keys
 from normpass.passes.serialize_minibatch import SerializeMinibatch
-from normpass.planner import make_plan
-from normpass.recipe import recording
-from normpass.sites import find_sites
 
 SHAPE = 7, 3, 16, 16
 
 
 def serial(model, *shape, sub_batch=3, **options):
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    x = torch.empty(shape or SHAPE, device="meta", dtype=dtype)
-    return Serial(model, x, sub_batch=sub_batch, **options)
+    generator = torch.Generator().manual_seed(5)
+    return Serial(model, torch.randn(shape or SHAPE, dtype=dtype, generator=generator), sub_batch=sub_batch, **options)
 
 
 def assert_trains_alike(model, x, **options):
@@ -91,10 +87,71 @@ class Mixed(nn.Module):
         return self.linear(self.layer_norm(h)).mean((1, 2))
 
 
+OPERATIONS = {
+    "layouts": (lambda h: h.permute(0, 2, 3, 1).contiguous().mean((1, 2)), (4,)),
+    "a permuted result": (lambda h: h.permute(0, 2, 3, 1), (6, 6, 4)),
+    "flatten": (lambda h: h.flatten(-2), (4, 36)),
+    "softmax": (lambda h: F.log_softmax(torch.softmax(h, -1), dim=1), (4, 6, 6)),
+    "glu": (lambda h: F.glu(h, 1), (2, 6, 6)),
+    "pools": (lambda h: F.max_pool2d(h, 2) + F.adaptive_max_pool2d(h, 3) - F.lp_pool2d(h + 5, 2.0, 2), (4, 3, 3)),
+    "shuffles": (lambda h: F.pixel_unshuffle(F.channel_shuffle(F.pixel_shuffle(h, 2), 1), 3), (9, 4, 4)),
+    "pad and interpolate": (lambda h: F.interpolate(F.pad(h, (1, 0, 2, 1), "reflect"), size=5), (4, 5, 5)),
+    "in place": (lambda h: (h * 2).add_(1).mul_(0.5).clamp(-1, 2), (4, 6, 6)),
+    "numbers": (lambda h: 2 - h / 3 + torch.add(h, h, alpha=3) * torch.tensor(2.0), (4, 6, 6)),
+    "eval dropouts": (lambda h: F.dropout2d(F.alpha_dropout(h, 0.5, False), 0.5, False).exp(), (4, 6, 6)),
+    "norms": (lambda h: F.group_norm(F.instance_norm(h), 2) + F.layer_norm(h, (6, 6)), (4, 6, 6)),
+    "transposed": (lambda h: F.conv_transpose2d(h, torch.ones(4, 3, 2, 2, dtype=h.dtype), stride=2), (3, 12, 12)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_known_operation_is_of_one_sample(name):
+    function, shape = OPERATIONS[name]
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return function(self.conv(x))
+
+    model, x = Around().double(), image(5, 3, 6, 6, requires_grad=True)
+    other = assert_trains_alike(model, x, sub_batch=2)
+    assert not other.reasons and len(other.groups) == 1
+    assert other(x).shape == (5, *shape) and other(x).stride() == model(x).stride()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: F.max_pool2d(h, 2),
+        lambda h: F.conv2d(h, torch.ones(4, 4, 3, 3)),
+        lambda h: F.adaptive_avg_pool2d(h, 2),
+        lambda h: F.pixel_shuffle(h, 1),
+    ],
+)
+def test_what_has_no_batch_is_refused(function):
+    other = serial(Without(function), 4, 6, 6, sub_batch=2)
+    assert any("not known" in reason for reason in other.reasons.values())
+    x = torch.randn(4, 6, 6)
+    torch.testing.assert_close(other(x), other.model(x))
+
+
+class Without(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(torch.tanh(x))
+
+
 def test_other_operations_train_the_same():
     torch.manual_seed(0)
     other = assert_trains_alike(Mixed().double(), image(*SHAPE, requires_grad=True), sub_batch=2)
     assert other.groups == [("a to mean", 2, 4)] and not other.reasons
+    assert other.found.groups[0].norms == [("norm", "GroupNorm"), ("layer_norm", "LayerNorm")]
 
 
 @pytest.mark.parametrize(
@@ -268,54 +325,67 @@ def test_a_channels_last_result_is_allocated_once():
         assert measure.forward_peak_bytes(other, x) < 1.3 * other(x).numel() * 4
 
 
-# --- beside the other rewrites ----------------------------------------------------------------------
+# --- several results --------------------------------------------------------------------------------
 
 
-class FineTuned(nn.Module):
-    """Frozen layers below, trained ones above, whose first norm's result the frozen layers behind it read."""
+class Heads(nn.Module):
+    """A body, what it returns, and two heads behind it."""
 
     def __init__(self):
         super().__init__()
-        self.below = small_resnet("eval").layer1
-        self.conv, self.bn, self.act = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()
-        self.above = small_resnet("group").layer2
-        self.first = nn.Conv2d(3, 8, 1)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.SiLU())
+        self.left = nn.Sequential(nn.Conv2d(8, 4, 1), nn.GroupNorm(2, 4))
+        self.right = nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
 
     def forward(self, x):
-        h = self.act(self.bn(self.conv(self.below(self.first(x)))))
-        return self.above(h).mean((2, 3))
+        h = self.body(x)
+        return self.left(h), h, self.right(h)
 
 
-def test_beside_split_bn():
-    model = spread(FineTuned())
-    other = copy.deepcopy(model)
-    captured = capture(other, required_arguments(other))
-    x = image(6, 3, 12, 12, requires_grad=True)
-    found = SerializeMinibatch(sub_batch=2).apply(captured.graph, other, [x])
-    plan = make_plan(find_sites(captured), passes.ORDER, allow_lossy=False)
-    assert [choice.rewrite for choice in plan.choices] == ["split_bn"]
-    assert [group.name for group in found.groups] == ["first to below", "above to mean"]
-    rewrite_graph(captured.graph, other, plan, PASSES)
-    run = type(fx.GraphModule(other, captured.graph)).forward
+def test_each_result_ends_a_chain():
+    torch.manual_seed(0)
+    other = assert_trains_alike(Heads().double(), image(5, 3, 6, 6, requires_grad=True), sub_batch=2)
+    assert other.groups == [("body", 2, 3), ("left", 2, 3), ("right to right.2", 2, 3)] and not other.reasons
 
-    def forward(_, *inputs):
-        with recording():
-            return run(other, *inputs)
 
-    for m in (model, other):
-        m.below.eval()
-    assert_equal(train(model, (x,)), train(other, (x,), run=forward))
-
-    class Kept(nn.Module):
+def test_a_result_in_the_middle_of_a_chain():
+    class Inner(Heads):
         def forward(self, x):
-            return forward(None, x)
+            h = self.body[0](x)
+            return self.body[1:](h), h
 
-    for m in (model, other):
-        m.train()
-        m.below.eval()
-    # The images' features below (x of the trained convolution and its result); z itself is a recipe.
-    kept = kept_bytes(Kept(), image(6, 3, 12, 12))
-    assert kept < 1.1 * 2 * 6 * 16 * 12 * 12 * 8
+    other = assert_trains_alike(Inner().double(), image(5, 3, 6, 6, requires_grad=True), sub_batch=2)
+    assert other.groups == [("body.0", 2, 3), ("body", 2, 3)] and not other.reasons
+
+
+def test_a_result_inside_a_block_keeps_it_whole():
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            h = self.a(x)
+            inner = self.b(h)
+            return self.c(inner) + h, inner
+
+    other = assert_trains_alike(Inside().double(), image(5, 3, 4, 4, requires_grad=True), sub_batch=2)
+    assert other.groups == [("a", 2, 3), ("b", 2, 3)] and "`b` is read outside" in other.reasons.values()
+
+
+def test_results_of_two_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x, y):
+            return self.c(torch.relu(self.a(x) + self.b(y))), self.b(y)
+
+    model, x, y = Two().double(), image(5, 3, requires_grad=True), image(5, 3, seed=1, requires_grad=True)
+    other = Serial(copy.deepcopy(model), x, y, sub_batch=2)
+    assert [name for name, _, _ in other.groups] == ["relu to c", "b"]
+    assert_equal(train(model, (x, y)), train(other.model, (x, y), run=lambda _, *inputs: other(*inputs)))
 
 
 # --- what is refused --------------------------------------------------------------------------------
@@ -339,19 +409,20 @@ class Forward(nn.Module):
     [
         (nn.BatchNorm2d(4), "statistics of the whole batch"),
         (nn.Dropout(0.1), "draws random numbers"),
-        (nn.Dropout2d(0.1).eval(), "draws random numbers"),
-        (nn.RReLU(), "RReLU is not known"),
+        (nn.Dropout2d(0.1), "draws random numbers"),
+        (nn.RReLU(), "draws random numbers"),
         (nn.FractionalMaxPool2d(2, output_size=2), "draws random numbers"),
-        (nn.InstanceNorm2d(4, track_running_stats=True), "running statistics move"),
-        (nn.Softmax(0), "along the batch"),
-        (nn.SyncBatchNorm(4), "SyncBatchNorm is not known"),
+        (nn.InstanceNorm2d(4, track_running_stats=True), "running statistics"),
+        (nn.BatchNorm2d(4, track_running_stats=False).eval(), "statistics of the whole batch"),
+        (nn.Softmax(0), "softmax is not known"),
+        (nn.LocalResponseNorm(2), "local_response_norm is not known"),
     ],
     ids=lambda v: type(v).__name__,
 )
 def test_layers_that_need_the_batch_are_left_out(layer, reason):
     other = serial(chain(layer), 5, 3, 4, 4, sub_batch=2)
     assert any(reason in words for words in other.reasons.values())
-    assert all("3" not in name or "to" not in name for name, _, _ in other.groups)
+    assert [name for name, _, _ in other.groups][-1] == "3"
     y = other(image(5, 3, 4, 4))
     assert y.shape[:2] == (5, 2)
 
@@ -359,14 +430,17 @@ def test_layers_that_need_the_batch_are_left_out(layer, reason):
 @pytest.mark.parametrize(
     "function, reason",
     [
+        (lambda m, h: h.view(4, -1), "not known"),
+        (lambda m, h: torch.relu(h).detach(), "not known"),
+        (lambda m, h: F.dropout(h, 0.5), "draws random numbers"),
+        (lambda m, h: h + torch.arange(4.0).view(4, 1, 1, 1), "not known"),
         (lambda m, h: h.flatten(0, 1), "batch first"),
         (lambda m, h: h.mean(0, keepdim=True), "batch first"),
         (lambda m, h: h - torch.flip(h, (0,)), "not known"),
         (lambda m, h: torch.softmax(h, 0), "not known"),
         (lambda m, h: torch.cat([h, h]), "batch first"),
-        (lambda m, h: F.dropout(h, 0.5), "not known"),
         (lambda m, h: h.chunk(2, 1)[0], "other than one tensor"),
-        (lambda m, h: F.layer_norm(h, h.shape), "other than one tensor"),
+        (lambda m, h: F.layer_norm(h, h.shape), "not known"),
         (lambda m, h: h.permute(1, 0, 2, 3).permute(1, 0, 2, 3), "not known"),
         (lambda m, h: F.conv2d(h, h), "not known"),
         (lambda m, h: h + h.mean((2, 3)), "not known"),
@@ -388,6 +462,49 @@ def test_an_input_that_is_written_to_is_refused():
     other = serial(model, 5, 3, 4, 4, sub_batch=2)
     assert "changed in place" in other.reasons["0"]
     assert other.groups == [("1", 2, 3)]
+
+
+def test_a_view_of_the_input_stays_one():
+    other = serial(nn.Flatten(), 5, 3, 4)
+    x = torch.randn(5, 3, 4)
+    assert other.groups == [] and other(x).data_ptr() == x.data_ptr()
+
+
+class Switched(Forward):
+    """Grad mode is off, or autocast on, between two convolutions."""
+
+    def forward(self, x):
+        with self.function():
+            x = self.conv(x)
+        return torch.tanh(x) * x
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_switch_ends_a_region(switch):
+    model, x = Switched(switch), torch.randn(4, 3, 5, 5, requires_grad=True)
+    other = Serial(copy.deepcopy(model), x, sub_batch=1)
+    assert [name for name, _, _ in other.groups][0] == "conv" and len(other.groups) == 2
+    y, z = model(x), other(x)
+    assert y.requires_grad == z.requires_grad
+    torch.testing.assert_close(z, y)
+    if y.requires_grad:
+        (a,), (b,) = (torch.autograd.grad(r.square().sum(), x) for r in (y, z))
+        torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-2)
+
+
+def test_a_constant_that_is_written_to_is_refused():
+    def write(model, h):
+        y = h * model.conv.bias.view(4, 1, 1)
+        with torch.no_grad():
+            model.conv.bias.add_(1)
+        return y
+
+    model = Forward(write)
+    other = serial(copy.deepcopy(model), 5, 3, 4, 4, sub_batch=2)
+    assert any("changes what it reads" in reason for reason in other.reasons.values()) and not other.groups
+    x = torch.randn(5, 3, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x))
 
 
 class Aside(nn.Module):
@@ -415,29 +532,11 @@ def test_what_is_read_or_written_aside_stays_between_regions():
             torch.testing.assert_close(other(x), other.model(x))
 
 
-def test_layers_with_hooks_are_refused():
+def test_hooks_are_layers_like_others():
     model = small_resnet("group")
-    model.layer1.conv2.register_forward_hook(lambda *_: None)
-    assert serial(model).reasons == {"layer1": "`layer1.conv2`: it has hooks"}
-
-
-def test_a_hook_registered_later_makes_the_region_run_whole():
-    model = small_resnet("group")
-    other, seen = serial(model), []
-    model.layer1.conv2.register_forward_hook(lambda module, args, result: seen.append(len(result)))
-    x = image(*SHAPE)
-    assert torch.equal(other(x), model(x)) and seen == [7, 7]
-
-
-def test_a_norm_put_into_train_mode_later_makes_the_region_run_whole():
-    model = small_resnet("eval")
-    other, same = serial(model), copy.deepcopy(model)
-    for m in (model, same):
-        m.layer1.bn2.train()
-    x = image(*SHAPE)
-    assert torch.equal(other(x), same(x))
-    assert torch.equal(model.layer1.bn2.running_mean, same.layer1.bn2.running_mean)
-    assert not torch.equal(model.layer1.bn2.running_mean, small_resnet("eval").layer1.bn2.running_mean)
+    model.layer1.conv2.register_forward_hook(lambda module, args, result: result * 2)
+    other = assert_trains_alike(model, image(*SHAPE), sub_batch=3)
+    assert other.groups == [("conv1 to fc", 3, 3)] and not other.reasons
 
 
 def test_train_mode_norms_leave_the_layers_between_alone():
@@ -448,15 +547,43 @@ def test_train_mode_norms_leave_the_layers_between_alone():
     expected = copy.deepcopy(model)
     x = image(*SHAPE)
     torch.testing.assert_close(other(x), expected(x), rtol=0, atol=1e-12)
+    for a, b in zip(expected.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(b, a)
 
 
-def test_shapes_that_do_not_fit():
-    other = serial(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(5, 4, 1)), 5, 3, 4, 4, sub_batch=2)
-    assert not other.groups and "its shapes are not known" in other.reasons[""]
+class Enlarges(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.b(F.interpolate(self.a(x), size=(x.shape[2] * 2, x.shape[3] + 1)))
+
+
+def test_a_symbolic_batch():
+    """The graph that Dynamo makes for a second size: numbers are inputs, and the batch is whatever comes."""
+    model, programs = Enlarges().double(), []
+
+    def backend(program, values):
+        give_keys(program.graph)
+        programs.append(SerializeMinibatch(sub_batch=2).apply(program.graph, facts_of(program, values)))
+        program.recompile()
+        return program.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: model(x), backend=backend, fullgraph=True)
+    for batch, size in ((4, 6), (5, 7), (3, 9), (1, 8)):
+        x = image(batch, 3, size, size, requires_grad=True)
+        y, z = model(x), compiled(x)
+        expected, found = (torch.autograd.grad(r.square().sum(), [x, *model.parameters()]) for r in (y, z))
+        for a, b in zip((y, *expected), (z, *found), strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-10)
+    assert len(programs) <= 3 and all(len(found.groups) == 1 for found in programs[:2])
+    torch.compiler.reset()
 
 
 def test_no_batch():
-    assert serial(nn.Linear(3, 2), 0, 3).reasons == {"": "there is no batch to divide"}
+    assert serial(nn.Conv1d(3, 2, 1), 0, 3, 4).reasons == {"": "there is no batch to divide"}
 
 
 @pytest.mark.parametrize("options", [{"sub_batch": 0}, {"buffer_bytes": 0}])
@@ -489,10 +616,12 @@ def test_under_checkpoint_and_func():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_whole():
+def test_traces_whole():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
     x = image(5, 3, 4, 4, requires_grad=True)
     other = Serial(model, x, sub_batch=2)
     y = torch.compile(other, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(y, model(x), rtol=0, atol=1e-12)
+    traced = make_fx(other, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    assert sum("convolution" in str(node.target) for node in traced.graph.nodes) == 2
     torch.compiler.reset()

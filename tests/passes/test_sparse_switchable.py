@@ -6,22 +6,24 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from captured import dynamo_graph, targets, with_changes
 from torch import nn
 from training import ConvNet, assert_equal, train
 
 import normpass
-from normpass.functional import split_norm_act
 from normpass.measure import kept_bytes
-from normpass.module import part_of
-from normpass.nn import RadiusSchedule, SparseSwitchableNorm2d, freeze_decided, parameter_groups
+from normpass.nn import NORM_NODES, RadiusSchedule, SparseSwitchableNorm2d, freeze_decided, parameter_groups
 from normpass.nn.switchable import (
     NORMS,
     SWITCHABLE_NORMS,
+    decide,
     instance_norm,
     layer_norm,
     mixed_norm,
     switchable_layers,
+    switchable_norm,
 )
+from normpass.passes import SparseSwitchable
 
 PAIRS = list(itertools.product(NORMS, repeat=2))
 
@@ -46,8 +48,11 @@ def choose(layer, mean_of, var_of):
         layer.var_logits[NORMS.index(var_of)] += 1
 
 
-def targets(optimised):
-    return [n.target for n in part_of(optimised).programs[0][1].graph.nodes]
+def decided(model):
+    """A copy whose layers have read their logits, as `optimize` does it."""
+    model = copy.deepcopy(model)
+    decide(list(switchable_layers(model).values()))
+    return model
 
 
 # --- the change -------------------------------------------------------------------------------------
@@ -137,24 +142,27 @@ def test_training_through_the_whole_schedule():
     assert all(p.isfinite().all() for p in optimised.parameters())
 
 
+def test_the_changed_model_has_a_node_for_every_layer():
+    model = ConvNet().double()
+    changed, run = with_changes(model, SparseSwitchable())
+    assert targets(dynamo_graph(changed, image())).count(switchable_norm) == 2
+    assert torch.equal(run(image()), changed(image()))
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_whole():
-    torch.manual_seed(0)
-    optimised = normpass.optimize(ConvNet().double(), changes=("sparse_switchable",))
-    for layer in switchable_layers(optimised).values():
-        layer.radius.fill_(0.3)
-    eager = copy.deepcopy(optimised)
-    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
+def test_its_graphs_compile():
+    changed, run = with_changes(ConvNet().double(), SparseSwitchable(), compiler="aot_eager")
+    eager = copy.deepcopy(changed)
     for step in range(2):
-        for m in (eager, optimised):
+        for m in (eager, changed):
             m.zero_grad()
             for layer in switchable_layers(m).values():
                 layer.radius.fill_(0.3 + 0.2 * step)  # a buffer: nothing is compiled again
-        expected, found = eager(image(seed=step)), compiled(image(seed=step))
+        expected, found = eager(image(seed=step)), run(image(seed=step))
         expected.square().sum().backward()
         found.square().sum().backward()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-        for a, b in zip(eager.parameters(), optimised.parameters(), strict=True):
+        for a, b in zip(eager.parameters(), changed.parameters(), strict=True):
             torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-9)
     torch.compiler.reset()
 
@@ -195,9 +203,10 @@ def test_batch_norm_pairs_go_through_the_ordinary_rewrites():
     plain = ConvNet().double()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
     before = [p.requires_grad for p in model.parameters()]
+    graph = targets(dynamo_graph(decided(model), image()))
+    assert graph.count(F.batch_norm) == 2 and not set(graph) & set(NORM_NODES)
     optimised = normpass.optimize(model)
-    assert targets(optimised).count(split_norm_act) == 2
-    assert [row.rewrite for row in normpass.explain(model).rows] == ["split_bn", "split_bn"]
+    assert [row.rewrite for row in normpass.explain(model, image()).rows] == ["split_bn", "split_bn"]
     assert model.bn.chosen is None and [p.requires_grad for p in model.parameters()] == before  # it is untouched
     expected = train(normpass.optimize(plain), (image(),))
     assert_equal(expected, {k: v for k, v in train(optimised, (image(),)).items() if k in expected})
@@ -212,10 +221,10 @@ def test_other_pairs_become_nodes_of_their_own_and_keep_their_input_alone(pair):
     for layer in (model.stem[1], model.bn):
         choose(layer, *pair)
     node = {("instance", "instance"): instance_norm, ("layer", "layer"): layer_norm}.get(pair, mixed_norm)
+    assert targets(dynamo_graph(decided(model), image().float())).count(node) == 2
     optimised = normpass.optimize(model)
-    assert targets(optimised).count(node) == 2
-    reasons = {row.path: row.reason for row in normpass.explain(model).rows}
-    assert reasons["bn"] == f"it has chosen the mean of {pair[0]} norm and the variance of {pair[1]} norm"
+    reasons = {row.path: row.reason for row in normpass.explain(model, image().float()).rows}
+    assert reasons["bn"] == NORM_NODES[node]
     x = image(4, 3, 32, 32).float()
     plain = ConvNet()
     assert kept_bytes(optimised, x) < 0.75 * kept_bytes(plain, x)
@@ -245,14 +254,15 @@ def test_a_partly_decided_model():
     with torch.no_grad():
         model.stem[1].radius.fill_(0.2)
     optimised = normpass.optimize(copy.deepcopy(model))
-    assert targets(optimised).count(split_norm_act) == 1
-    reasons = {row.path: row.reason for row in normpass.explain(model).rows}
+    graph = targets(dynamo_graph(decided(model), image()))
+    assert graph.count(F.batch_norm) == 1 and graph.count(switchable_norm) == 1
+    reasons = {row.path: row.reason for row in normpass.explain(model, image()).rows}
     assert "it has not chosen yet" in reasons["stem.1"]
     assert_equal(without_logits(train(model, (image(),))), without_logits(train(optimised, (image(),))))
 
 
 def test_loading_another_choice_runs_that_one():
-    """The nodes of a decided layer read its choice when they run."""
+    """A layer's choice is guarded: with another one it is captured again."""
     model, other = switchable_net(), switchable_net()
     choose(model.bn, "batch", "batch")
     choose(other.bn, "layer", "instance")
@@ -267,6 +277,7 @@ def test_specialising_what_was_changed_by_name():
     for layer in switchable_layers(optimised).values():
         choose(layer, "batch", "batch")
     freeze_decided(optimised)
-    again = normpass.optimize(normpass.restore(optimised, keep_changes=True))
-    assert targets(again).count(split_norm_act) == 2
+    restored = normpass.restore(optimised, keep_changes=True)
+    assert targets(dynamo_graph(restored, image())).count(F.batch_norm) == 2
+    again = normpass.optimize(restored)
     torch.testing.assert_close(again(image()), optimised(image()), rtol=0, atol=1e-12)

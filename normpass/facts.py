@@ -1,0 +1,416 @@
+"""What every value of a captured graph is, found out by running the graph once on tensors without memory.
+
+    facts_of(graph_module, inputs) -> Facts
+
+A *value* is the content of one storage between two writes to it: (storage, version). Running the graph under
+`FakeTensorMode` computes no number, but storages are shared, written and saved as they always are: views alias,
+operators announce what they write, autograd saves what it saves. So who aliases, who writes and what is kept follow
+from what torch does, for any operator, and from no list of names.
+
+What a step saves is a value, or its *internals*: statistics, the indices of a pooling, the mask of a dropout.
+Parameters, buffers and inputs of the graph are no values: they exist anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from normpass.graph import key_of, name_of
+from normpass.ops.layout import memory_format_of
+from normpass.untouched import tensors_in
+
+_KNOWN_LIBRARIES = frozenset({"aten", "prim", "prims", "normpass"})
+
+
+@dataclass
+class Step:
+    """One node of the graph that calls something."""
+
+    node: fx.Node
+    key: str
+    """dotted path of the layer that it is, or the path and what it calls"""
+    makes: tuple[int, ...] = ()
+    """values made here"""
+    reads: tuple[int, ...] = ()
+    """values among its arguments"""
+    read_sizes: tuple[int, ...] = ()
+    """bytes of the arguments that lie in them: fewer than the value's where it is read through a view"""
+    reads_outside: tuple[int, ...] = ()
+    """storages of the graph's own inputs among its arguments"""
+    writes: tuple[int, ...] = ()
+    """storages that it writes to in place"""
+    saves: tuple[int, ...] = ()
+    """values that autograd keeps for its backward"""
+    internals: int = 0
+    """bytes that autograd keeps for it beside values"""
+    copies: bool = False
+    """autograd keeps a copy of what it overwrites"""
+    passes: bool = False
+    """its result lies in the storage of an argument (a view, an operation in place)"""
+    differentiable: bool = False
+    is_random: bool = False
+    is_foreign: bool = False
+    """an operator of an unknown library ran: nobody knows what it does besides"""
+    flops: int = 0
+    """multiplications and additions of its matrix products and convolutions, forward"""
+    weights: int = 0
+    """bytes of the parameters that it reads"""
+    scratch: int = 0
+    """bytes that its backward takes for a moment, beside the gradients of its arguments"""
+    groups: int = 1
+    """of a convolution"""
+
+    @property
+    def target(self) -> Any:
+        """What it calls: a function, or the name of a method."""
+        return self.node.target
+
+
+@dataclass
+class Facts:
+    """The steps of one forward in order, and every value."""
+
+    steps: list[Step] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """bytes of each value"""
+    outputs: frozenset[int] = frozenset()
+    """values that the graph returns"""
+    overwritten: frozenset[int] = frozenset()
+    """values whose storage is written to after they were made"""
+    unseen: frozenset[int] = frozenset()
+    """values of storages that are written to behind autograd's back (`.data`)"""
+    saved_outside: frozenset[int] = frozenset()
+    """storages of the graph's inputs, as they are at the start, that autograd keeps"""
+    written_outside: frozenset[int] = frozenset()
+    """storages of the graph's inputs that the graph writes to"""
+    small_outside: frozenset[int] = frozenset()
+    """storages of the graph's inputs that are so small that a copy costs nothing"""
+    device: str = "cpu"
+    results: dict[fx.Node, Any] = field(default_factory=dict)
+    """what each node returns, as tensors without memory"""
+    storages: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    """the storages that the result of each node lies in"""
+    values: dict[fx.Node, int] = field(default_factory=dict)
+    """the value that the result of each node that is one tensor lies in"""
+
+    def maker(self) -> list[int]:
+        """The index of the step that makes each value."""
+        made = [-1] * len(self.sizes)
+        for index, step in enumerate(self.steps):
+            for value in step.makes:
+                made[value] = index
+        return made
+
+    @property
+    def plain_kept(self) -> int:
+        """Bytes that autograd keeps as things stand; outputs are not counted."""
+        saved = {v for step in self.steps for v in step.saves} - self.outputs
+        return sum(self.sizes[v] for v in saved) + sum(step.internals for step in self.steps)
+
+    def value_of(self, node: fx.Node) -> int | None:
+        """The value that the result of `node` lies in as it returns it; None for an input of the graph."""
+        return self.values.get(node)
+
+    def step_of(self) -> dict[fx.Node, Step]:
+        return {step.node: step for step in self.steps}
+
+    def writer_after(self, node: fx.Node, after: fx.Node, until: fx.Node | None = None) -> fx.Node | None:
+        """The first node later than `after` (and earlier than `until`) that writes where the result of `node` lies."""
+        mine = self.storages.get(node, frozenset())
+        return next((s.node for s in self._between(after, until) if not mine.isdisjoint(s.writes)), None)
+
+    def toucher_between(self, nodes: Sequence[fx.Node], after: fx.Node, until: fx.Node) -> fx.Node | None:
+        """The first node between the two that reads or writes where one of `nodes` lies."""
+        mine = frozenset(s for node in nodes for s in self.storages.get(node, ()))
+        for step in self._between(after, until):
+            read = (s for source in step.node.all_input_nodes for s in self.storages.get(source, ()))
+            if not mine.isdisjoint(step.writes) or not mine.isdisjoint(read):
+                return step.node
+        return None
+
+    def _between(self, after: fx.Node, until: fx.Node | None) -> Iterator[Step]:
+        is_later = False
+        for step in self.steps:
+            if step.node is until:
+                return
+            if is_later:
+                yield step
+            is_later = is_later or step.node is after
+
+
+SMALL = 1 << 16
+"""bytes; a vector of a few thousand channels"""
+
+
+def facts_of(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Facts:
+    """One forward of a graph whose parameters and buffers are inputs like the others.
+
+    Runs with gradients, autocast and the like as they are when this is called.
+
+    Args:
+        inputs: for every placeholder a tensor, real or fake, of the shape and layout it is to have, or a number.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fakes = _fakes(inputs)
+        recorder = _Recorder(tensors_in(fakes))
+        with recorder.watching():
+            interpreter = _Interpreter(recorder, graph_module)
+            output = interpreter.run(*fakes)
+    return recorder.finish(output, interpreter.results)
+
+
+def _fakes(inputs: Sequence[Any]) -> list[Any]:
+    """Tensors of the mode that is entered; those that share a storage share one."""
+    bases: dict[int, Tensor] = {}
+    return [_like(value, bases) if isinstance(value, Tensor) else _number(value) for value in inputs]
+
+
+def _like(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    sizes, strides = ([_number(n) for n in values] for values in (tensor.shape, tensor.stride()))
+    result = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    key = tensor.untyped_storage()._cdata
+    if key in bases and bases[key].dtype == tensor.dtype and bases[key].shape == result.shape:
+        result = bases[key].detach()
+    bases.setdefault(key, result)
+    return result.requires_grad_() if tensor.requires_grad else result
+
+
+def _number(value: Any) -> Any:
+    """The number that a symbolic one stands for at the inputs at hand."""
+    node = getattr(value, "node", None)
+    return node.hint if node is not None and hasattr(node, "hint") else value
+
+
+class _Recorder:
+    def __init__(self, outside: Sequence[Tensor]):
+        self.facts = Facts(device=next((t.device.type for t in outside), "cpu"))
+        self.operators = _Operators()
+        self._alive: list[Any] = []  # storages, so that no identity is used twice
+        self._outside = {self.identity(t): t.untyped_storage().nbytes() for t in outside}
+        self._version: dict[int, int] = {}
+        self._value_of: dict[tuple[int, int], int] = {}
+        self._saved: list[tuple[Step, int, int, int]] = []
+        self._packed: list[Tensor] = []
+        self._unseen: set[int] = set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, what autograd saves and what operators do is noted."""
+        with saved_tensors_hooks(self._pack, lambda saved: saved), self.operators:
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._packed.append(tensor)
+        return tensor if tensor.is_leaf else tensor.detach()  # detached: its own node may be what saves it
+
+    def before(self) -> None:
+        self._packed.clear()
+        self.operators.clear()
+
+    def read(self, step: Step, arguments: Any) -> dict[int, int]:
+        """Note what the step reads; the versions its arguments had, by storage."""
+        read: dict[int, int] = {}
+        outside: dict[int, None] = {}
+        versions: dict[int, int] = {}
+        for tensor in tensors_in(arguments):
+            storage = self.identity(tensor)
+            versions[storage] = tensor._version
+            value = self._value(storage)
+            if storage in self._outside:
+                outside[storage] = None
+                step.weights += tensor.nbytes if tensor.requires_grad else 0
+            elif value is not None:
+                read[value] = min(read.get(value, 0) + tensor.nbytes, self.facts.sizes[value])
+        step.reads, step.read_sizes, step.reads_outside = tuple(read), tuple(read.values()), tuple(outside)
+        return versions
+
+    def made(self, step: Step, result: Any, arguments: Any, versions: dict[int, int]) -> None:
+        """Note what the step wrote, saved and returned."""
+        written = {self.identity(t): t for t in tensors_in(arguments) if t._version != versions[self.identity(t)]}
+        announced = {self.identity(t) for t in self.operators.written} & (versions.keys() | self._outside.keys())
+        self._unseen |= announced - written.keys() - self._outside.keys()
+        before = {s: self._value(s) for s in (*written, *announced)}
+        step.writes = tuple(dict.fromkeys((*written, *announced)))
+        makes: list[int] = []
+        for storage in step.writes:
+            self._version[storage] = self._version.get(storage, 0) + 1
+            old = before[storage]
+            if old is not None:
+                makes.append(self._new(storage, self.facts.sizes[old]))
+        for tensor in tensors_in(result):
+            step.differentiable |= tensor.requires_grad
+            storage = self.identity(tensor)
+            if self._value(storage) is None and storage not in self._outside:
+                makes.append(self._new(storage, tensor.untyped_storage().nbytes()))
+            else:
+                step.passes |= self._value(storage) not in makes or storage in before
+        step.makes = tuple(makes)
+        if isinstance(result, Tensor) and (value := self._value(self.identity(result))) is not None:
+            self.facts.values[step.node] = value
+        self._note_saved(step, written)
+        seen = self.operators
+        step.is_random, step.is_foreign, step.flops = seen.random, seen.foreign, seen.flops
+        self.facts.steps.append(step)
+
+    def _new(self, storage: int, size: int) -> int:
+        value = len(self.facts.sizes)
+        self._value_of[storage, self._version.get(storage, 0)] = value
+        self.facts.sizes.append(size)
+        return value
+
+    def _note_saved(self, step: Step, written: dict[int, Tensor]) -> None:
+        overwritten = {(t.shape, t.dtype) for t in written.values()}
+        for tensor in self._packed:
+            storage = self.identity(tensor)
+            known = storage in self._outside or self._value(storage) is not None
+            step.copies |= not known and (tensor.shape, tensor.dtype) in overwritten
+            version = self._version.get(storage, 0)
+            self._saved.append((step, storage, version, tensor.untyped_storage().nbytes()))
+
+    def _value(self, storage: int) -> int | None:
+        return self._value_of.get((storage, self._version.get(storage, 0)))
+
+    def finish(self, output: Any, results: dict[fx.Node, Any]) -> Facts:
+        """Sort what was saved into values and internals."""
+        facts = self.facts
+        returned = {self.identity(t) for t in tensors_in(output)}
+        facts.outputs = frozenset(v for s in returned if (v := self._value(s)) is not None)
+        facts.overwritten = frozenset(v for (s, n), v in self._value_of.items() if n < self._version.get(s, 0))
+        facts.unseen = frozenset(v for (s, _), v in self._value_of.items() if s in self._unseen)
+        facts.written_outside = frozenset(s for s in self._outside if self._version.get(s, 0))
+        facts.small_outside = frozenset(s for s, size in self._outside.items() if size <= SMALL)
+        counted, outside = set(returned), set()
+        for step, storage, version, size in self._saved:
+            value = self._value_of.get((storage, version))
+            if storage in self._outside:
+                outside.add(storage)
+            elif value is not None:
+                step.saves = tuple(dict.fromkeys((*step.saves, value)))
+            elif storage not in counted:
+                counted.add(storage)
+                step.internals += size
+        facts.saved_outside = frozenset(outside)
+        facts.results = results
+        facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
+        return facts
+
+    def identity(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._alive.append(storage)
+        return int(storage._cdata)
+
+
+class _Operators(TorchDispatchMode):
+    """What the operators under one step do: write, draw random numbers, multiply.
+
+    Batch norm of tensors without memory it answers itself, which is faster.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clear()
+
+    def clear(self) -> None:
+        self.written: list[Tensor] = []
+        self.random = self.foreign = False
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        is_norm = func is _native_batch_norm and isinstance(args[0], FakeTensor)
+        result = _fake_batch_norm(*args) if is_norm else func(*args, **kwargs)
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            self.foreign = True
+            return result
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.foreign |= func.namespace not in _KNOWN_LIBRARIES
+        if is_norm and args[5]:  # its schema does not say that the running statistics move
+            self.written += [t for t in args[3:5] if isinstance(t, Tensor)]
+        self._note_writes(func._schema, args, kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=result))
+        return result
+
+    def _note_writes(self, schema: Any, args: tuple, kwargs: dict) -> None:
+        if not schema.is_mutable:
+            return
+        for index, argument in enumerate(schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            self.written += tensors_in(given)
+
+
+_native_batch_norm = torch.ops.aten.native_batch_norm.default
+
+
+def _fake_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *others: Any) -> tuple:
+    """What the operator returns, of tensors without memory; torch finds that out by twenty other operators."""
+    dtype = next((t.dtype for t in (weight, bias, mean, var) if t is not None), x.dtype)
+    statistics = (x.new_empty(x.shape[1] if training else 0, dtype=dtype) for _ in range(2))
+    return torch.empty_like(x, memory_format=memory_format_of(x)), *statistics
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, recorder: _Recorder, graph_module: fx.GraphModule):
+        super().__init__(graph_module, garbage_collect_values=False)
+        self._recorder = recorder
+        self.results: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = self._run(n) if n.op in ("call_function", "call_method") else super().run_node(n)
+        if n.op != "output":
+            self.results[n] = result
+        return result
+
+    def _run(self, n: fx.Node) -> Any:
+        recorder, step = self._recorder, Step(n, key_of(n))
+        arguments = self.fetch_args_kwargs_from_env(n)
+        versions = recorder.read(step, arguments)
+        recorder.before()
+        result = super().run_node(n)
+        recorder.made(step, result, arguments, versions)
+        if name_of(n.target) == "convolution_function" and not step.flops:  # an operator of ours
+            step.flops = 2 * result.numel() * arguments[0][1][0].numel()
+        if step.flops:
+            step.groups = _groups(arguments[0])
+        step.scratch = _scratch(step, arguments[0], result)
+        return result
+
+
+def _groups(args: tuple) -> int:
+    """Of a convolution: the channels of its input over those of its weight."""
+    tensors = tensors_in(args)
+    if len(tensors) < 2 or tensors[1].dim() < 3 or tensors[0].dim() < 2:
+        return 1
+    return max(1, tensors[0].shape[1] // max(1, tensors[1].shape[1]))
+
+
+def _scratch(step: Step, args: tuple, result: Any) -> int:
+    """Gradients of the weights; and what a convolution on the CPU takes to work on its arguments in another layout."""
+    x = next(iter(tensors_in(args)), None)
+    if not step.flops or x is None or x.device.type != "cpu" or not isinstance(result, Tensor):
+        return step.weights
+    weight = next((t for t in tensors_in(args[1:]) if t.dim() > 2), None)
+    if weight is None or all(n == 1 for n in weight.shape[2:]):
+        return step.weights
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return 3 * step.weights
+    return 2 * step.weights + x.nbytes + result.nbytes
+
+
+__all__ = ["Facts", "Step", "facts_of"]

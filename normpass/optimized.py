@@ -1,0 +1,252 @@
+"""The optimised module: an instance of the model's own class whose forward runs rewritten graphs.
+
+`optimise_in_place(copy, request)` gives the copy a class derived from its own: same attributes, same methods, same
+`state_dict`, same children; only `forward` differs. It runs the model's forward through Dynamo, with a backend that
+rewrites every graph (`normpass.pipeline`) and runs it under saved-tensor hooks (`normpass.recipe`).
+
+Pickling and copying store the plain structure and what was asked for, and optimise again when loaded. What is made of
+the class without being optimised (a slice of a Sequential, `type(model)(…)`) is a plain module.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from normpass.capture import Captured, is_raising, reason_to_run_plain
+from normpass.errors import NormpassError, StaleChangeError
+from normpass.graph import copy_graph
+from normpass.nn import register_with_dynamo
+from normpass.nn.norm import BatchNormLike, as_batch_norm, batch_norm_again
+from normpass.nn.switchable import decide, switchable_layers
+from normpass.pipeline import Request, Rewritten, note_recipes, rewrite
+from normpass.recipe import recording
+from normpass.shared_copy import shared_copy
+
+_STATE = "_normpass"
+_log = logging.getLogger(__name__)
+Observer = Callable[[Rewritten, Sequence[Any]], None]
+
+
+@dataclass
+class State:
+    """What an optimised module knows about itself; lives in its `__dict__`, not among its submodules."""
+
+    request: Request
+    replaced: dict[str, nn.Module]
+    """path -> the layer that a change replaced"""
+    call: Captured
+    observers: list[Observer] = field(default_factory=list)
+    """called with every graph that is rewritten, and its inputs"""
+    failures: list[str] = field(default_factory=list)
+    """why graphs run as they were captured"""
+
+    @property
+    def needs_capture(self) -> bool:
+        """Whether the plain forward would not be what was asked for."""
+        return any(change.applies_to_graph for change in self.request.changes)
+
+
+class Optimized:
+    """Marks modules made by `normpass.optimize`; `isinstance(m, normpass.Optimized)`."""
+
+    _normpass_plain_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if _STATE not in self.__dict__:
+            return super().__reduce_ex__(protocol)
+        state = state_of(cast(nn.Module, self))
+        return _optimise_again, (plain_copy(cast(nn.Module, self), keep_changes=True), state.request, state.replaced)
+
+
+def is_optimised(module: object) -> bool:
+    """Whether `module` was made by `optimize`, and not of an optimised module's class by somebody else."""
+    return isinstance(module, Optimized) and _STATE in module.__dict__
+
+
+def state_of(optimised: nn.Module) -> State:
+    """What an optimised module knows about itself."""
+    state: State = optimised.__dict__[_STATE]
+    return state
+
+
+def _optimise_again(plain: nn.Module, request: Request, replaced: Mapping[str, nn.Module]) -> nn.Module:
+    return optimise_in_place(plain, request, replaced)
+
+
+@functools.cache
+def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The class of optimised instances of `plain`, with its name."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            _seen_by_compiler()
+            state = getattr(self, _STATE, None)
+            if state is not None and self.training:
+                _refuse_stale_change(state, "somebody else's torch.compile sees it")
+            return plain.forward(self, *args, **kwargs)
+        state = self.__dict__.get(_STATE)
+        if state is None:
+            return plain.forward(self, *args, **kwargs)
+        return _run(self, state, plain.forward, args, kwargs)
+
+    namespace: dict[str, Any] = {"_normpass_plain_class": plain, "__module__": plain.__module__, "forward": forward}
+    if issubclass(plain, fx.GraphModule):
+        namespace["recompile"] = _recompile
+    return type(plain.__name__, (Optimized, plain), namespace)
+
+
+def _run(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    reason = reason_to_run_plain(args, kwargs)
+    if reason is None:
+        result = state.call(module, *args, **kwargs)
+        if state.needs_capture and module.training and (state.failures or state.call.failures):
+            _refuse_stale_change(state, "a part of it cannot be captured")
+        return result
+    if module.training:
+        _refuse_stale_change(state, reason)
+    return forward(module, *args, **kwargs)
+
+
+def _refuse_stale_change(state: State, reason: str) -> None:
+    if state.needs_capture:
+        raise StaleChangeError(
+            f"this model was optimised with `changes=`, which are made in its captured graph, and {reason}: its plain "
+            "forward would compute something else. Call it as it is, or in eval mode"
+        )
+
+
+def _recompile(self: Any) -> Any:
+    """`GraphModule.recompile` writes the new forward into the class: into the plain one, which ours calls."""
+    optimised, plain = type(self), self._normpass_plain_class
+    self.__class__ = plain
+    try:
+        return plain.recompile(self)
+    finally:
+        self.__class__ = optimised
+
+
+# --- somebody else's compiler -----------------------------------------------------------------------
+
+
+def _seen_by_compiler() -> bool:
+    """Called while somebody's `torch.compile` traces an optimised module, which it sees as the plain one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    backend = getattr(backend, "_torchdynamo_orig_backend", backend)
+    name = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", type(backend).__name__)
+    if name != "normpass":
+        warnings.warn(
+            f"normpass: an optimised model is compiled by `{name}`, which sees the plain model and decides itself what "
+            'is kept for backward; compile the plain model with torch.compile(model, backend="normpass") instead',
+            stacklevel=2,
+        )
+    return True
+
+
+# What `torch.compiler.assume_constant_result` does, which would import Dynamo, for seconds, wherever nobody compiles.
+_seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# --- making and unmaking ----------------------------------------------------------------------------
+
+
+def optimise_in_place(
+    model: nn.Module, request: Request, replaced: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
+    """Turn `model` (a copy that nobody else holds) into its optimised form.
+
+    `replaced` has the layers that changes have replaced in it already.
+    """
+    _register()
+    replaced = dict(replaced or {})
+    for change in request.changes:
+        replaced.update(change.change_modules(model))
+    decide(list(switchable_layers(model).values()))  # what has chosen is rewritten as what it chose
+    plain = type(model)
+    state = State(request, replaced, None)  # type: ignore[arg-type]
+    state.call = Captured(plain.forward, functools.partial(_compile, state))
+    model.__class__ = optimized_class(plain)  # type: ignore[assignment]
+    model.__dict__[_STATE] = state
+    return model
+
+
+def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:
+    """The original structure of an optimised module, sharing its parameters and buffers.
+
+    With `keep_changes` the layers that changes put in stay.
+    """
+    cls, state = type(optimised), optimised.__dict__.pop(_STATE)
+    optimised.__class__ = optimised._normpass_plain_class  # type: ignore[assignment]
+    try:
+        plain = shared_copy(optimised)
+    finally:
+        optimised.__class__ = cls
+        optimised.__dict__[_STATE] = state
+    for path, layer in state.replaced.items() if not keep_changes else ():
+        parent, _, name = path.rpartition(".")
+        owner = plain.get_submodule(parent)
+        current = getattr(owner, name, None)
+        if type(current) is nn.LeakyReLU:
+            setattr(owner, name, copy.deepcopy(layer).train(current.training))
+        elif isinstance(current, BatchNormLike):
+            setattr(owner, name, as_batch_norm(current))
+        elif type(current) is nn.GroupNorm:
+            setattr(owner, name, batch_norm_again(layer, current))
+    return plain
+
+
+# --- the backend of eager mode ----------------------------------------------------------------------
+
+
+def _compile(state: State, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What Dynamo is to run in the place of one graph."""
+    plain = copy_graph(graph_module)
+    try:
+        rewritten = rewrite(graph_module, inputs, state.request)
+        note_recipes(rewritten, state.request.decisions)
+    except NormpassError:
+        raise
+    except Exception as error:
+        if is_raising():
+            raise
+        state.failures.append(f"{type(error).__name__}: {error}")
+        _log.warning("normpass: a graph of %d nodes runs as it is: %s", len(plain.graph.nodes), state.failures[-1])
+        return plain.forward
+    for observer in state.observers:
+        observer(rewritten, inputs)
+    return with_recipes(rewritten.runs) if rewritten.keeps_gradients else rewritten.runs.forward
+
+
+def with_recipes(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as a function that runs under the saved-tensor hooks."""
+    forward = graph_module.forward
+
+    def run(*inputs: Any) -> Any:
+        with recording():
+            return forward(*inputs)
+
+    return run
+
+
+_register = functools.cache(register_with_dynamo)
+
+__all__ = [
+    "Optimized",
+    "State",
+    "is_optimised",
+    "optimise_in_place",
+    "plain_copy",
+    "state_of",
+    "with_recipes",
+]

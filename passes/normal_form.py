@@ -1,0 +1,178 @@
+"""one normal form of what a model spells in several ways; the same numbers
+
+    dropout(x, 0), dropout in eval mode      ⇒  x
+    dropout(x, p)                            ⇒  one node that notes its result: x and the mask make it again
+    a += b, relu_(a), … that keep a copy     ⇒  a + b, relu(a), …: autograd keeps what they read, and no copy of it
+    checkpoint(f, x, …)                      ⇒  torch.utils.checkpoint itself: the region is the user's
+
+An operation in place that autograd can differentiate without a copy stays as it is: it is made again in place
+(`normpass.recipe`), and nothing more is alive in forward than in the plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from normpass.facts import Facts, Step
+from normpass.graph import bound, called_on, function_of, is_in_place_call, name_of, replace_node
+from normpass.recipe import tag
+
+_CHECKPOINT = "tag_activation_checkpoint"
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    name: str = "normal_form"
+
+    def before_facts(self, graph: fx.Graph) -> None:
+        """What needs no facts."""
+        for node in list(graph.nodes):
+            if node.target is F.dropout:
+                _simplify_dropout(graph, node)
+            elif node.op == "call_function" and name_of(node.target) == _CHECKPOINT:
+                with graph.inserting_before(node):
+                    new = graph.call_function(run_checkpoint, node.args, node.kwargs)
+                replace_node(graph, node, new)
+
+    def out_of_place(self, graph: fx.Graph, facts: Facts) -> int:
+        """Write out of place what autograd would copy; how many nodes that were."""
+        found = [step for step in facts.steps if step.copies and _nobody_sees_it(step, facts)]
+        changed = [_write_elsewhere(graph, step.node) for step in found]
+        return sum(changed)
+
+
+# --- dropout ----------------------------------------------------------------------------------------
+
+
+def _simplify_dropout(graph: fx.Graph, node: fx.Node) -> None:
+    arguments = bound(F.dropout, node)
+    if arguments is None or not isinstance(arguments["p"], (int, float)):
+        return
+    x, p, training, inplace = (arguments[name] for name in ("input", "p", "training", "inplace"))
+    if p == 0 or training is False:
+        node.replace_all_uses_with(x)
+        graph.erase_node(node)
+    elif training is True and not inplace and 0 < p < 1:
+        with graph.inserting_before(node):
+            new = graph.call_function(dropout, (x, p))
+        replace_node(graph, node, new)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`F.dropout(x, p)` in training: the same draw and the same numbers; who saves the result keeps the mask."""
+    if x.device.type != "cpu" or x.numel() == 0 or not x.is_floating_point():
+        return _by_torch(x, p)
+    noise = torch.empty_like(x).bernoulli_(1 - p)
+    noise.div_(1 - p)
+    result = x * noise
+    tag(result, torch.mul, (x, noise))
+    return result
+
+
+def _by_torch(x: Tensor, p: float) -> Tensor:
+    if not x.is_cuda or not x.requires_grad or x.numel() == 0:
+        return F.dropout(x, p)
+    result, mask = torch.native_dropout(x, p, True)
+    tag(result, torch.ops.aten.native_dropout_backward.default, (x, mask, 1 / (1 - p)))
+    return result
+
+
+# --- in place ---------------------------------------------------------------------------------------
+
+
+def _nobody_sees_it(step: Step, facts: Facts) -> bool:
+    """Whether what a step overwrites is read afterwards through its result alone."""
+    inside = set(step.writes) - set(step.reads_outside)
+    if len(inside) != 1 or inside != set(step.writes):
+        return False
+    through = {step.node}
+    seen = False
+    for node in facts.results:
+        if node is step.node:
+            seen = True
+        elif seen and _reads(node, inside, facts):
+            there = [n for n in node.all_input_nodes if not inside.isdisjoint(facts.storages.get(n, ()))]
+            if any(n not in through for n in there):
+                return False
+            through.add(node)
+    return not any(n not in through for n in _returned(step.node.graph) if _lies_in(n, inside, facts))
+
+
+def _reads(node: fx.Node, storages: set[int], facts: Facts) -> bool:
+    return any(_lies_in(n, storages, facts) for n in node.all_input_nodes)
+
+
+def _lies_in(node: fx.Node, storages: set[int], facts: Facts) -> bool:
+    return not storages.isdisjoint(facts.storages.get(node, ()))
+
+
+def _returned(graph: fx.Graph) -> Iterator[fx.Node]:
+    return iter(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
+
+
+_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "ipow": "pow"}
+
+
+def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> bool:
+    function = _functional(node)
+    if function is None or not isinstance(node.args[0], fx.Node):
+        return False
+    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    args = node.args
+    if is_in_place_call(node) and "inplace" not in node.kwargs:
+        args = args[:-1]
+    with graph.inserting_before(node):
+        new = graph.call_function(called_on(as_first, function), args, kwargs)
+    replace_node(graph, node, new)
+    return True
+
+
+def _functional(node: fx.Node) -> Callable | None:
+    """The function out of place that computes what `node` writes in place; None if there is none known."""
+    name = name_of(node.target)
+    if is_in_place_call(node):
+        return function_of(node)
+    if name in _OPERATORS:
+        import operator
+
+        found: Callable = getattr(operator, _OPERATORS[name])
+        return found
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    home = {"torch": torch, "torch.nn.functional": F}.get(getattr(node.target, "__module__", ""), torch)
+    return getattr(Tensor if node.op == "call_method" else home, name[:-1], None)
+
+
+def as_first(function: Callable, first: Tensor, *others: Any, **kwargs: Any) -> Tensor:
+    """`function(first, …)` with the dtype of `first`, as in place."""
+    result: Tensor = function(first, *others, **kwargs)
+    return result if result.dtype == first.dtype else result.to(first.dtype)
+
+
+# --- checkpoint -------------------------------------------------------------------------------------
+
+
+def run_checkpoint(body: Any, *args: Any, **options: Any) -> Any:
+    """The region of a `torch.utils.checkpoint` inside the graph, as eager mode runs it.
+
+    What comes from inside the graph are its arguments; parameters, buffers and inputs are in its closure, as they
+    are in a module: a counter among them may move.
+    """
+    positions = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad and not a.is_leaf]
+
+    def region(*tensors: Tensor) -> Any:
+        given = list(args)
+        for position, tensor in zip(positions, tensors, strict=True):
+            given[position] = tensor
+        return body(*given)
+
+    known = ("preserve_rng_state", "determinism_check", "debug", "context_fn")
+    chosen = {name: options[name] for name in known if name in options}
+    return checkpoint(region, *(args[i] for i in positions), use_reentrant=False, **chosen)
