@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from normpass import measure
 from normpass.environment import environment, last_level_cache
 from normpass.extras import needed
-from normpass.facts import facts_of
+from normpass.facts import FakeInputs, facts_of
 from normpass.files import write_json
 from normpass.passes import SerializeMinibatch
 from normpass.passes.serialize_norms import tuned
@@ -88,7 +88,8 @@ class SerialisedModel(nn.Module):
         super().__init__()
         program, values = graph_of(model, x)
         self.model = model
-        self.found = SerializeMinibatch(buffer_bytes=buffer_bytes).apply(program.graph, facts_of(program, values))
+        facts = facts_of(program, FakeInputs(values))
+        self.found = SerializeMinibatch(buffer_bytes=buffer_bytes).apply(program.graph, facts)
         self._run, self._values = fx.GraphModule(program, program.graph).forward, values
         self._place = next(index for index, value in enumerate(values) if value is x)
 

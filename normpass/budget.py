@@ -16,7 +16,7 @@ from normpass import cost, tune
 from normpass.choose import Chosen, Search, Selectable, flip
 from normpass.collect import captured_graphs
 from normpass.errors import InfeasibleBudgetError, InvalidInputError
-from normpass.facts import Facts
+from normpass.facts import Facts, Step
 from normpass.liveness import Demand, Seconds, Walker
 from normpass.measure import format_bytes
 from normpass.minimum_cut import Possible, joined, minimum_cut
@@ -57,9 +57,23 @@ def plan_graphs(
     graphs: Sequence[Rewritten], memory_budget: float | str, given: Decisions = DEFAULT, seconds: Seconds = cost.seconds
 ) -> StepPlan:
     """The plan for the graphs of one forward, one after the other; raises as `plan_step`."""
-    found = joined([g.found for g in graphs if g.found is not None])
-    plain = joined([Possible.nothing(g.plain) for g in graphs if g.plain is not None]).facts
+    found = joined([_until_its_end(g.found, g) for g in graphs if g.found is not None])
+    plain = joined([_until_its_end(Possible.nothing(g.plain), g) for g in graphs if g.plain is not None]).facts
     return plan_facts(plain, found, memory_budget, given, seconds)
+
+
+def _until_its_end(found: Possible, graph: Rewritten) -> Possible:
+    """Where a graph breaks, what it returns is no result of the model: it is kept, by whoever reads it next."""
+    facts = found.facts
+    crossing = tuple(sorted(facts.outputs))
+    if not graph.ends or not crossing:
+        return found
+    end = next(node for node in reversed(graph.graph_module.graph.nodes) if node.op == "output")
+    sizes = tuple(facts.sizes[v] for v in crossing)
+    step = Step(end, graph.ends, reads=crossing, read_sizes=sizes, saves=crossing, differentiable=True)
+    facts = dataclasses.replace(facts, steps=[*facts.steps, step], outputs=frozenset())
+    kinds = (found.cheap - set(crossing), found.dear - set(crossing), found.fixed)
+    return Possible(facts, found.maker, *kinds, found.copied)
 
 
 def plan_facts(
@@ -75,7 +89,7 @@ def plan_facts(
         InvalidInputError, InfeasibleBudgetError: as `plan_step`.
     """
     unchanged = Walker(plain, seconds).walk(())
-    walker = Walker(found.facts, seconds)
+    walker = Walker(found.facts, seconds, found.copied)
     possible = _selectable(found)
     search = Search(walker, possible)
     limit = parse_budget(memory_budget, unchanged.kept)

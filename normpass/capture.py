@@ -5,7 +5,8 @@
 Everything that Python does around the tensors is Dynamo's: attributes, globals, closures, hooks, branches, side effects,
 exceptions. What is ours:
 
-  * each captured function has a code object of its own, so that models of one class do not share a cache;
+  * each captured function has a code object and a name of its own: models of one class share no cache, and a size
+    that changes for one of them is no less fixed for the next;
   * limits on the number of captures are lifted for our frames: a size or a number that changes must not end the saving;
   * where a frame cannot be captured, Python runs it and raises what it raises. A frame that failed, and then ran, is
     left to Python for good; the frames below it are captured on their own;
@@ -18,12 +19,15 @@ forward: `reason_to_run_plain`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from normpass.errors import NormpassError
@@ -38,6 +42,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _is_traced = torch._C._is_tracing
 
+_numbers = itertools.count(1)
+
+OTHER_HOOKS = "saved-tensor hooks of somebody else are active (checkpoint, offloading)"
 MOST_CAPTURES = 512
 """of one piece of code"""
 
@@ -53,7 +60,7 @@ def reason_to_run_plain(args: tuple, kwargs: dict) -> str | None:
     if any(global_hooks()):
         return "hooks are registered for all modules"
     if torch.is_grad_enabled() and (_top_hooks(False) is not None or not _hooks_enabled()):
-        return "saved-tensor hooks of somebody else are active (checkpoint, offloading)"
+        return OTHER_HOOKS
     for value in (*args, *kwargs.values()):
         if isinstance(value, (FakeTensor, fx.Proxy)):
             return "it is called with tensors that have no values"
@@ -72,10 +79,12 @@ class Captured:
         call = self._call
         if call is None:
             call = self._begin()
-        frames = self._frames
-        if frames is None or not frames.failed:
+        try:
             return call(*args, **kwargs)
-        return self._call_after_failure(call, frames, args, kwargs)
+        except Exception:  # perhaps all that was wrong with the frames that could not be captured
+            if self._frames is not None:
+                self._frames.forget()
+            raise
 
     @property
     def failures(self) -> dict[Any, str]:
@@ -88,21 +97,14 @@ class Captured:
         def forward_of(self: Any, *args: Any, **kwargs: Any) -> Any:
             return forward(self, *args, **kwargs)
 
-        forward_of.__code__ = forward_of.__code__.replace()  # Dynamo's cache hangs at the code
+        # Dynamo's cache hangs at the code object; which sizes and numbers change it remembers by the code's name.
+        forward_of.__code__ = forward_of.__code__.replace(co_name=f"forward_of_{next(_numbers)}")
         context: Any = torch._dynamo.optimize(self._backend)
         if hasattr(context, "callback"):  # not where TORCHDYNAMO_DISABLE is set
             self._frames = _Frames(context.callback)
             context.callback = self._frames
         self._call = context(forward_of)
         return self._call
-
-    def _call_after_failure(self, call: Callable, frames: _Frames, args: tuple, kwargs: dict) -> Any:
-        """A frame could not be captured before. If Python raises in it, then that was why."""
-        try:
-            return call(*args, **kwargs)
-        except Exception:
-            frames.failed.clear()
-            raise
 
 
 class _Frames:
@@ -112,24 +114,64 @@ class _Frames:
         self._inner = self._torchdynamo_orig_backend = inner
         self.failed: dict[Any, str] = {}
         """code that could not be captured -> why"""
+        self._given_up: set[Any] = set()
+        """frames that Dynamo leaves to Python"""
 
     def __call__(self, frame: Any, *others: Any) -> Any:
         from torch._dynamo.types import ConvertFrameReturn
 
-        if frame.f_code in self.failed:
-            return ConvertFrameReturn()  # it ran: Python has it from now on, what it calls is captured on its own
+        key, is_shared = _key(frame), frame.f_code is _SEQUENTIAL
+        if key in self.failed or key in self._given_up:
+            # It ran: Python has it from now on, what it calls is captured on its own.
+            return ConvertFrameReturn(apply_to_code=not is_shared)
         try:
-            with _limits():
-                return self._inner(frame, *others)
+            with _limits(), _without_mistakes(), _not_skipping_sequentials(), _without_grad_warning():
+                found = self._inner(frame, *others)
         except Exception as error:
             ours = getattr(error, "inner_exception", None)  # of our backend
             if isinstance(ours, NormpassError):
                 raise ours from None
             if _raises and ours is not None:
                 raise
-            self.failed[frame.f_code] = f"{type(error).__name__}: {_first_line(error)}"
-            _log.info("%s is not captured: %s", frame.f_code.co_qualname, self.failed[frame.f_code])
+            self.failed[key] = f"{type(error).__name__}: {_first_line(error)}"
+            _log.info("%s is not captured: %s", frame.f_code.co_qualname, self.failed[key])
             return _python_once()
+        if found.guarded_code is not None or not found.apply_to_code or _is_skipped(frame.f_code):
+            return found
+        self._given_up.add(key)
+        return ConvertFrameReturn(frame_exec_strategy=found.frame_exec_strategy, apply_to_code=False)
+
+    def forget(self) -> None:
+        """Try again what could not be captured."""
+        self.failed.clear()
+        self._given_up.clear()
+
+
+_SEQUENTIAL = nn.Sequential.forward.__code__
+
+
+def _key(frame: Any) -> Any:
+    """The code that runs; of a Sequential, whose code they all share, the module as well."""
+    return (_SEQUENTIAL, id(frame.f_locals["self"])) if frame.f_code is _SEQUENTIAL else frame.f_code
+
+
+def _is_skipped(code: Any) -> bool:
+    """Whether Dynamo leaves this code to Python without a look."""
+    from torch._dynamo import trace_rules
+
+    return code is not _SEQUENTIAL and bool(trace_rules.check(code))
+
+
+def _not_skipping_sequentials() -> contextlib.AbstractContextManager:
+    """Dynamo leaves frames of torch's own code to Python: a Sequential whose caller cannot be captured, too."""
+    from torch._dynamo import trace_rules
+
+    skips = trace_rules.check
+
+    def check(found: Any, *args: Any, **kwargs: Any) -> bool:
+        return found is not _SEQUENTIAL and skips(found, *args, **kwargs)
+
+    return mock.patch.object(trace_rules, "check", check)
 
 
 def _python_once() -> Any:
@@ -146,6 +188,33 @@ def _limits() -> contextlib.AbstractContextManager:
         accumulated_recompile_limit=64 * MOST_CAPTURES,
         optimize_ddp=False,  # it would cut the graph at its buckets, for a compiler
     )
+
+
+@contextlib.contextmanager
+def _without_grad_warning() -> Iterator[None]:
+    """Dynamo reads `.grad` of every input; where warnings are errors, torch's about that would end the capture."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Dynamo's warnings of graph breaks, which nobody asked about; `explain` has them."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    if log.getEffectiveLevel() == logging.WARNING:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _without_mistakes() -> contextlib.AbstractContextManager:
+    from normpass.dynamo_limits import capturing  # here: an import of torch._dynamo takes as long as one of torch
+
+    return capturing()
 
 
 def _first_line(error: Exception) -> str:

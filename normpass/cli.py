@@ -93,7 +93,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:callable")
     parser.add_argument(
-        "--input", type=_shapes, help="shapes of the inputs, as 2x3x224x224: measure kept and peak bytes too"
+        "--input",
+        type=_shapes,
+        help="shapes of the inputs, as 2x3x224x224 (the default for torchvision and timm; without any, norms are listed)",
     )
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the report here as well")
     parser.add_argument(
@@ -180,16 +182,19 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    model = models.load(options.model).to(dtype)
+    default = models.default_input(options.model, model)
+    if options.input is None and default is not None:
+        options.input = [default]
     if options.plot and options.input is None:
         raise normpass.InvalidInputError("--plot needs --input: memory depends on the shapes")
     if options.traffic and len(options.input or ()) != 1:
         raise normpass.InvalidInputError("--traffic needs --input, the shape of one tensor")
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    model = models.load(options.model).to(dtype)
     inputs = None if options.input is None else tuple(torch.randn(s, dtype=dtype) for s in options.input)
     try:
-        with Console(stderr=True).status("measuring" if inputs else "tracing"):
+        with Console(stderr=True).status("measuring"):
             serialize = passes.SerializeMinibatch(options.buffer) if options.serialize else False
             chosen = {"changes": options.change, "allow_lossy": options.allow_lossy, "serialize": serialize}
             report = normpass.explain(model, inputs, memory_budget=options.budget, tune=options.tune, **chosen)

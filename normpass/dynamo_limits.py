@@ -2,7 +2,7 @@
 
     capturing(): Dynamo traces, but does not guess ──► a guard, or a graph break where no guard can tell
 
-Each was seen with `torch.compile(model, backend="eager")` (torch 2.11.0 and 2.14.1), each has a test:
+Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14), each has a test:
 
 - draws of Python's `random`: a `random.Random()` is frozen, `random.seed`, `random.sample` and draws in a generator
   expression are wrong or raise. Every draw breaks the graph. (numpy's and torch's generators are right.)
@@ -22,7 +22,8 @@ Not mended, all of them changes between two calls: a method, operator or attribu
 is not an `nn.Module`, or `forward` on one of torch's; `OrderedDict.move_to_end`, dict and set entries replaced by equal
 ones of another type; a module global that shadows a builtin; another object under the name in `sys.modules` of an
 `import` in forward; `is` between numbers; `torch.set_autocast_dtype` outside autocast. Objects with a
-`__getattribute__` of their own raise InternalTorchDynamoError.
+`__getattribute__` of their own raise InternalTorchDynamoError. torch 2.11 has no guards on class attributes, on
+defaults of functions, on `requires_grad` of a parameter not computed with, and loses what a `Counter` counts.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ from torch._dynamo.variables.misc import RandomClassVariable, RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
-_COMPILING = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch._dynamo.is_compiling)
+_COMPILING = (
+    *(torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling),
+    *(torch._dynamo.is_compiling, torch._utils.is_compiling),  # older names
+)
 _KNOW_OF_COMPILING = ("torch", "normpass")
+_OLDER_NAMES = ("torch._dynamo.external_utils", "torch._utils")  # frames of their own where a break precedes them
 _PURE_CACHES = ("torch", "einops")
 
 
@@ -51,6 +56,7 @@ _PURE_CACHES = ("torch", "einops")
 def capturing() -> Iterator[None]:
     """Put this around each call of Dynamo's own frame callback."""
     replaced: tuple[tuple[Any, str, Any], ...] = (
+        (torch._dynamo.utils, "warn_once", lambda *args, **kwargs: None),  # of breaks that nobody asked about
         (symbolic_convert, "is_stdlib", lambda module: False),
         (RandomVariable, "is_supported_random_obj", staticmethod(lambda value: False)),
         (UserDefinedObjectVariable, "_supported_random_functions", staticmethod(frozenset)),
@@ -97,7 +103,8 @@ def _guarding_absence(cls: Any) -> Callable[..., Any]:
 
 def _as_plain(original: Callable[..., Any]) -> Callable[..., Any]:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value in _COMPILING and _package(tx.f_globals.get("__name__")) not in _KNOW_OF_COMPILING:
+        asking = tx.f_globals.get("__name__")
+        if self.value in _COMPILING and (asking in _OLDER_NAMES or _package(asking) not in _KNOW_OF_COMPILING):
             return ConstantVariable.create(False)
         return original(self, tx, args, kwargs)
 

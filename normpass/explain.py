@@ -29,13 +29,9 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | N
         return Report(type(model).__name__, tuple(_unknown(model)), plan=plan)
     request = state_of(optimised).request
     found = captured_graphs(model, arguments, request)
-    rows = [row for graph in found.graphs for row in _rows(graph)]
-    rows += _left_out(model, rows, found)
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    rows.sort(key=lambda row: order.get(row.path, len(order)))
     return Report(
         type(model).__name__,
-        tuple(rows),
+        tuple(norm_rows(model, found)),
         graphs=tuple(_graph_row(graph) for graph in found.graphs),
         failures=tuple(found.failures),
         derived=_derived(found),
@@ -48,6 +44,14 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | N
 
 
 # --- norms ------------------------------------------------------------------------------------------
+
+
+def norm_rows(model: nn.Module, found: Collected) -> list[Row]:
+    """Every norm of `model` with what was done to it, in the model's order."""
+    rows = [row for graph in found.graphs for row in _rows(graph)]
+    rows += _left_out(model, rows, found)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return sorted(rows, key=lambda row: order.get(row.path, len(order)))
 
 
 def _rows(graph: Rewritten) -> Iterator[Row]:
@@ -93,8 +97,10 @@ def _left_out(model: nn.Module, rows: list[Row], found: Collected) -> Iterator[R
     """Norms that no captured graph calls."""
     seen = {row.path for row in rows}
     why = "; ".join(dict.fromkeys(found.failures)) or "no captured graph calls it"
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, NORM_BASES) and not any(key == path or key.startswith(f"{path}.") for key in seen):
+    norms = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, NORM_BASES)]
+    called = {id(m) for path, m in norms if any(key == path or key.startswith(f"{path}.") for key in seen)}
+    for path, module in norms:
+        if id(module) not in called:  # nor by another name
             yield Row(path, type(module).__name__, None, None, why)
 
 

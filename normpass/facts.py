@@ -14,19 +14,21 @@ Parameters, buffers and inputs of the graph are no values: they exist anyway.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from normpass.graph import key_of, name_of
 from normpass.ops.layout import memory_format_of
+from normpass.recipe import Copier
 from normpass.untouched import tensors_in
 
 _KNOWN_LIBRARIES = frozenset({"aten", "prim", "prims", "normpass"})
@@ -91,10 +93,12 @@ class Facts:
     """values of storages that are written to behind autograd's back (`.data`)"""
     saved_outside: frozenset[int] = frozenset()
     """storages of the graph's inputs, as they are at the start, that autograd keeps"""
+    copied_outside: frozenset[int] = frozenset()
+    """storages of the graph's inputs that autograd keeps as copies, which are internals of steps"""
     written_outside: frozenset[int] = frozenset()
     """storages of the graph's inputs that the graph writes to"""
-    small_outside: frozenset[int] = frozenset()
-    """storages of the graph's inputs that are so small that a copy costs nothing"""
+    small_outside: dict[int, int] = field(default_factory=dict)
+    """storages of the graph's inputs that are so small that a copy costs next to nothing -> their bytes"""
     device: str = "cpu"
     results: dict[fx.Node, Any] = field(default_factory=dict)
     """what each node returns, as tensors without memory"""
@@ -152,37 +156,61 @@ SMALL = 1 << 16
 """bytes; a vector of a few thousand channels"""
 
 
-def facts_of(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Facts:
+class FakeInputs:
+    """Tensors without memory for the inputs of a graph, to run it on as often as it is changed.
+
+    Args:
+        inputs: for every placeholder a tensor, real or fake, of the shape and layout it is to have, or a number.
+    """
+
+    def __init__(self, inputs: Sequence[Any]):
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode:
+            self.values = _fakes(inputs)
+        self.numbers = {id(f): t for f, t in zip(self.values, inputs, strict=True) if _holds_number(t)}
+        """what stands behind those that are one number: Dynamo hands over a Python float as such a tensor"""
+
+
+def _holds_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
+
+
+def facts_of(
+    graph_module: fx.GraphModule, inputs: FakeInputs, stand_ins: Mapping[Any, Callable[..., Any]] | None = None
+) -> Facts:
     """One forward of a graph whose parameters and buffers are inputs like the others.
 
     Runs with gradients, autocast and the like as they are when this is called.
 
     Args:
-        inputs: for every placeholder a tensor, real or fake, of the shape and layout it is to have, or a number.
+        stand_ins: function -> what gives its result and the tensors it writes to, without computing anything.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        fakes = _fakes(inputs)
-        recorder = _Recorder(tensors_in(fakes))
+    with inputs.mode:
+        recorder = _Recorder(tensors_in(inputs.values))
         with recorder.watching():
-            interpreter = _Interpreter(recorder, graph_module)
-            output = interpreter.run(*fakes)
+            interpreter = _Interpreter(recorder, graph_module, stand_ins or {}, inputs.numbers)
+            output = interpreter.run(*inputs.values)
     return recorder.finish(output, interpreter.results)
 
 
 def _fakes(inputs: Sequence[Any]) -> list[Any]:
     """Tensors of the mode that is entered; those that share a storage share one."""
-    bases: dict[int, Tensor] = {}
-    return [_like(value, bases) if isinstance(value, Tensor) else _number(value) for value in inputs]
+    shared = Counter(t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor))
+    bases: dict[tuple[int, torch.dtype], Tensor] = {}
+    return [_like(value, shared, bases) if isinstance(value, Tensor) else _number(value) for value in inputs]
 
 
-def _like(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:
+def _like(tensor: Tensor, shared: Counter[int], bases: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
     sizes, strides = ([_number(n) for n in values] for values in (tensor.shape, tensor.stride()))
-    result = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
-    key = tensor.untyped_storage()._cdata
-    if key in bases and bases[key].dtype == tensor.dtype and bases[key].shape == result.shape:
-        result = bases[key].detach()
-    bases.setdefault(key, result)
+    storage = tensor.untyped_storage()
+    if shared[storage._cdata] == 1:
+        result = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    else:
+        key = storage._cdata, tensor.dtype
+        if key not in bases:
+            count = storage.nbytes() // tensor.element_size()
+            bases[key] = torch.empty(count, dtype=tensor.dtype, device=tensor.device)
+        result = bases[key].as_strided(sizes, strides, _number(tensor.storage_offset())).detach()
     return result.requires_grad_() if tensor.requires_grad else result
 
 
@@ -192,7 +220,7 @@ def _number(value: Any) -> Any:
     return node.hint if node is not None and hasattr(node, "hint") else value
 
 
-class _Recorder:
+class _Recorder(Copier):
     def __init__(self, outside: Sequence[Tensor]):
         self.facts = Facts(device=next((t.device.type for t in outside), "cpu"))
         self.operators = _Operators()
@@ -202,6 +230,9 @@ class _Recorder:
         self._value_of: dict[tuple[int, int], int] = {}
         self._saved: list[tuple[Step, int, int, int]] = []
         self._packed: list[Tensor] = []
+        self._to_copy: set[int] = set()
+        self._copied: set[int] = set()
+        self._copies = 0
         self._unseen: set[int] = set()
 
     @contextlib.contextmanager
@@ -210,12 +241,23 @@ class _Recorder:
         with saved_tensors_hooks(self._pack, lambda saved: saved), self.operators:
             yield
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self._packed.append(tensor)
-        return tensor if tensor.is_leaf else tensor.detach()  # detached: its own node may be what saves it
+    def _pack(self, tensor: Tensor) -> None:
+        storage = self.identity(tensor)
+        if storage in self._to_copy:
+            self._copied.add(storage)
+            self._copies += tensor.nbytes
+        else:
+            self._packed.append(tensor)  # nothing to keep: there is no backward
+
+    def copy(self, tensor: Tensor) -> None:
+        self._to_copy.add(self.identity(tensor))
+
+    def forget(self, tensor: Tensor) -> None:
+        self._to_copy.discard(self.identity(tensor))
 
     def before(self) -> None:
         self._packed.clear()
+        self._copies = 0
         self.operators.clear()
 
     def read(self, step: Step, arguments: Any) -> dict[int, int]:
@@ -270,6 +312,7 @@ class _Recorder:
         return value
 
     def _note_saved(self, step: Step, written: dict[int, Tensor]) -> None:
+        step.internals += self._copies
         overwritten = {(t.shape, t.dtype) for t in written.values()}
         for tensor in self._packed:
             storage = self.identity(tensor)
@@ -289,7 +332,7 @@ class _Recorder:
         facts.overwritten = frozenset(v for (s, n), v in self._value_of.items() if n < self._version.get(s, 0))
         facts.unseen = frozenset(v for (s, _), v in self._value_of.items() if s in self._unseen)
         facts.written_outside = frozenset(s for s in self._outside if self._version.get(s, 0))
-        facts.small_outside = frozenset(s for s, size in self._outside.items() if size <= SMALL)
+        facts.small_outside = {s: size for s, size in self._outside.items() if size <= SMALL}
         counted, outside = set(returned), set()
         for step, storage, version, size in self._saved:
             value = self._value_of.get((storage, version))
@@ -300,7 +343,7 @@ class _Recorder:
             elif storage not in counted:
                 counted.add(storage)
                 step.internals += size
-        facts.saved_outside = frozenset(outside)
+        facts.saved_outside, facts.copied_outside = frozenset(outside), frozenset(self._copied)
         facts.results = results
         facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
         return facts
@@ -366,9 +409,9 @@ def _fake_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, tra
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, recorder: _Recorder, graph_module: fx.GraphModule):
+    def __init__(self, recorder: _Recorder, graph_module: fx.GraphModule, stand_ins: Mapping, numbers: Mapping):
         super().__init__(graph_module, garbage_collect_values=False)
-        self._recorder = recorder
+        self._recorder, self._stand_ins, self._numbers = recorder, stand_ins, numbers
         self.results: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -382,7 +425,15 @@ class _Interpreter(fx.Interpreter):
         arguments = self.fetch_args_kwargs_from_env(n)
         versions = recorder.read(step, arguments)
         recorder.before()
-        result = super().run_node(n)
+        stand_in = self._stand_ins.get(n.target)
+        found = None if stand_in is None else stand_in(*arguments[0], **arguments[1])
+        if n.target == "item" and id(arguments[0][0]) in self._numbers:
+            with unset_fake_temporarily():
+                result = self._numbers[id(arguments[0][0])].item()
+        elif found is None:
+            result = super().run_node(n)
+        else:
+            result, recorder.operators.written = found
         recorder.made(step, result, arguments, versions)
         if name_of(n.target) == "convolution_function" and not step.flops:  # an operator of ours
             step.flops = 2 * result.numel() * arguments[0][1][0].numel()
@@ -413,4 +464,4 @@ def _scratch(step: Step, args: tuple, result: Any) -> int:
     return 2 * step.weights + x.nbytes + result.nbytes
 
 
-__all__ = ["Facts", "Step", "facts_of"]
+__all__ = ["Facts", "FakeInputs", "Step", "facts_of"]

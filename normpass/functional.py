@@ -85,7 +85,7 @@ def fused_norm_act(norm, x, residual=None, activation="identity", activation_arg
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
     args = op_args(device, norm, x, residual, activation, activation_args)
-    with copying(norm.bias):
+    with copying(None if activation == "identity" else norm.bias):
         return norm_act_on(device, *args)
 
 

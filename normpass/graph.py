@@ -90,9 +90,21 @@ def path_of(node: fx.Node) -> str:
     return module_of(node)[0]
 
 
+def name_from_root(graph: fx.Graph, model: nn.Module | None) -> None:
+    """Give what a piece of forward calls its modules, captured by itself, the names that they have in `model`."""
+    names = {} if model is None else {str(id(module)): name for name, module in model.named_modules()}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        for key, (_, kind) in list(stack.items()):
+            name = names.get(str(key).partition("@")[0])  # of a second call: "id@1"
+            if name is not None:
+                stack[key] = (f"L['self'].{name}".rstrip("."), kind)
+
+
 def is_state(placeholder: fx.Node) -> bool:
-    """Whether an input of the graph is a parameter or a buffer of the model."""
-    return bool(placeholder.meta.get("nn_module_stack"))
+    """Whether an input of the graph is a parameter, a buffer or another tensor of the model."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return source is not None and "NN_MODULE" in str(source.guard_source)
 
 
 def name_of(target: Any) -> str:
@@ -103,17 +115,25 @@ def name_of(target: Any) -> str:
 def give_keys(graph: fx.Graph) -> None:
     """Name every call once and for all, by where it stands: `layer1.0.conv1`, `layer1.0.iadd`, `features.cat.2`.
 
-    A layer of torch.nn is called by its path alone; what stands beside it, and everything else, by its function.
+    A layer of torch.nn or a norm is called by its path alone; what else it calls, and everything else, by its function.
     """
     seen: Counter[str] = Counter()
+    layers: set[str] = set()
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
         path, kind = module_of(node)
-        is_layer = kind is not None and kind.__module__.startswith("torch.nn.modules") and not _is_bookkeeping(node)
+        is_layer = path not in layers and _is_layer(kind) and not _is_bookkeeping(node)
+        layers.update({path} if is_layer else ())
         name = path if is_layer and path else join(path, name_of(node.target))
         seen[name] += 1
         node.meta["key"] = name if seen[name] == 1 else f"{name}.{seen[name]}"
+
+
+def _is_layer(kind: type | None) -> bool:
+    if kind is None:
+        return False
+    return kind.__module__.startswith("torch.nn.modules") or issubclass(kind, nn.modules.batchnorm._NormBase)
 
 
 def _is_bookkeeping(node: fx.Node) -> bool:

@@ -129,6 +129,7 @@ def _empty_module(module: nn.Module, twin: Twin) -> nn.Module:
     if not parametrized and not issubclass(cls, fx.GraphModule):
         return object.__new__(cls)
     names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    names["__qualname__"] = cls.__qualname__  # by which `GraphModule.__new__` knows what is an object's own
     called = names.get("_wrapped_call")  # of `recompile()`: knows the class whose `super()` it calls
     if called is not None:
         names["_wrapped_call"] = called = copy.copy(called)

@@ -1,7 +1,7 @@
 """A recorded step and a set of rebuilt values -> kept bytes, peak and the seconds that rebuilding takes.
 
     kept       what lies between forward and backward: every value that backward reads and that is not rebuilt, every
-               value that a rebuilt one is made from, and the internals of the steps
+               value that a rebuilt one is made from, vectors that are copied for it, and the internals of the steps
     peak       the highest memory of a walk through forward and backward, as torch's allocator would see it
     seconds    every rebuilt value that is needed is computed once
 
@@ -13,7 +13,7 @@ as a whole when its end is read: few bytes are kept, and the peak is high. A val
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from normpass.facts import Facts, Step
@@ -42,8 +42,10 @@ class Use:
 class Walker:
     """Walks through one record; what does not depend on the choice is worked out once."""
 
-    def __init__(self, record: Facts, seconds: Seconds):
+    def __init__(self, record: Facts, seconds: Seconds, copied: Mapping[int, int] | None = None):
         self.record = record
+        self.copied = copied or {}
+        """value -> bytes of what is copied where it is rebuilt"""
         self.maker = record.maker()
         self.seconds = [seconds(step, record) for step in record.steps]
         self.saved = {v for step in record.steps for v in step.saves} - record.outputs
@@ -93,7 +95,7 @@ class Demand:
         self.rebuilt ^= {value}
         if self._asked[value]:
             sign = 1 if value in self.rebuilt else -1
-            self.kept -= sign * self._sizes[value]
+            self.kept -= sign * (self._sizes[value] - self._walker.copied.get(value, 0))
             self._ask(self._walker.made_from[value], sign)
 
     def flip_internals(self, step: int) -> None:
@@ -126,6 +128,7 @@ class Demand:
             if before and self._asked[value]:
                 continue
             if value in self.rebuilt:
+                self.kept += sign * self._walker.copied.get(value, 0)
                 waiting += self._walker.made_from[value]
             else:
                 self.kept += sign * self._sizes[value]

@@ -14,8 +14,8 @@ with autograd, whose error that is. So what is kept is never more than plain kee
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
@@ -43,6 +43,8 @@ class Possible:
     """values that producers make, which may be made again where a budget asks for it"""
     fixed: frozenset[int]
     """values that stay with autograd, or cannot be kept: nothing is made from them"""
+    copied: Mapping[int, int] = field(default_factory=dict)
+    """value -> bytes of small inputs of the graph that are copied where it is made again"""
 
     @classmethod
     def nothing(cls, facts: Facts) -> Possible:
@@ -63,6 +65,7 @@ def possible(facts: Facts, notes_itself: Collection[Any] = ()) -> Possible:
     unkeepable = facts.overwritten | (facts.outputs - watched)
     cheap: set[int] = set()
     dear: set[int] = set()
+    copied: dict[int, int] = {}
     for step in facts.steps:
         values = [v for v in step.makes if v not in stays]
         if not values or not _may_run_again(step, facts, notes_itself):
@@ -71,8 +74,15 @@ def possible(facts: Facts, notes_itself: Collection[Any] = ()) -> Possible:
             continue
         is_dear = step.target not in notes_itself and (step.flops > 0 or is_producer(step.node))
         (dear if is_dear else cheap).update(values)
+        copied.update(dict.fromkeys(values, _copied(step, facts)))
     dear -= unkeepable
-    return Possible(facts, tuple(maker), frozenset(cheap), frozenset(dear), frozenset(stays | unkeepable))
+    return Possible(facts, tuple(maker), frozenset(cheap), frozenset(dear), frozenset(stays | unkeepable), copied)
+
+
+def _copied(step: Step, facts: Facts) -> int:
+    """Bytes of what a step reads from outside, is small, and is not kept by autograd anyway."""
+    there = facts.saved_outside | facts.copied_outside | facts.written_outside
+    return sum(facts.small_outside.get(s, 0) for s in step.reads_outside if s not in there)
 
 
 def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any]) -> bool:
@@ -87,7 +97,7 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any]) -> b
         return False
     if (outside - moves) & facts.written_outside:
         return False
-    return outside - moves <= facts.saved_outside | facts.small_outside and len(set(step.writes) - outside) <= 1
+    return outside - moves <= facts.saved_outside | facts.small_outside.keys() and len(set(step.writes) - outside) <= 1
 
 
 def minimum_cut(found: Possible) -> frozenset[int]:
@@ -158,6 +168,7 @@ def _capacity(value: int, found: Possible, saved: set[int]) -> int | None:
 def joined(graphs: Sequence[Possible]) -> Possible:
     """Graphs that run one after the other, as one."""
     facts = Facts(device=graphs[0].facts.device if graphs else "cpu")
+    copied: dict[int, int] = {}
     sets: dict[str, set[int]] = {"cheap": set(), "dear": set(), "fixed": set(), "outputs": set(), "overwritten": set()}
     for graph in graphs:
         start = len(facts.sizes)
@@ -166,9 +177,10 @@ def joined(graphs: Sequence[Possible]) -> Possible:
         for name, values in sets.items():
             source = graph if name in ("cheap", "dear", "fixed") else graph.facts
             values.update(v + start for v in getattr(source, name))
+        copied.update((v + start, size) for v, size in graph.copied.items())
     facts.outputs, facts.overwritten = frozenset(sets["outputs"]), frozenset(sets["overwritten"])
     kinds = (frozenset(sets[name]) for name in ("cheap", "dear", "fixed"))
-    return Possible(facts, tuple(facts.maker()), *kinds)
+    return Possible(facts, tuple(facts.maker()), *kinds, copied)
 
 
 def _moved(step: Step, by: int) -> Step:

@@ -46,6 +46,19 @@ def load(spec: str) -> nn.Module:
     return _from_callable(spec, source, name)
 
 
+def default_input(spec: str, model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the one input of two samples that a network of torchvision or timm takes; None for any other."""
+    source, _, name = spec.partition(":")
+    if source == "timm":
+        return (2, *getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224)))
+    if source != "torchvision" or ".detection" in type(model).__module__:
+        return None
+    if ".video" in type(model).__module__:
+        return (2, 3, 16, 112, 112)
+    side = 299 if name == "inception_v3" else 224  # at 224 its auxiliary head has less than a kernel to look at
+    return (2, 3, side, side)
+
+
 def parse_input(text: str) -> tuple[int, ...]:
     """`2x3x224x224` as (2, 3, 224, 224): the shape of one input, each size at least 1.
 

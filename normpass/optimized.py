@@ -14,6 +14,7 @@ import copy
 import functools
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,9 +22,9 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from normpass.capture import Captured, is_raising, reason_to_run_plain
+from normpass.capture import OTHER_HOOKS, Captured, is_raising, reason_to_run_plain
 from normpass.errors import NormpassError, StaleChangeError
-from normpass.graph import copy_graph
+from normpass.graph import copy_graph, name_from_root
 from normpass.nn import register_with_dynamo
 from normpass.nn.norm import BatchNormLike, as_batch_norm, batch_norm_again
 from normpass.nn.switchable import decide, switchable_layers
@@ -60,11 +61,16 @@ class Optimized:
 
     _normpass_plain_class: type[nn.Module]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._normpass_plain_class(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if _STATE not in self.__dict__:
-            return super().__reduce_ex__(protocol)
         state = state_of(cast(nn.Module, self))
         return _optimise_again, (plain_copy(cast(nn.Module, self), keep_changes=True), state.request, state.replaced)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        again, arguments = self.__reduce_ex__(4)  # the plain class may have a `__deepcopy__`: that is for the plain copy
+        return again(*copy.deepcopy(arguments, memo))
 
 
 def is_optimised(module: object) -> bool:
@@ -95,7 +101,7 @@ def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
                 _refuse_stale_change(state, "somebody else's torch.compile sees it")
             return plain.forward(self, *args, **kwargs)
         state = self.__dict__.get(_STATE)
-        if state is None:
+        if state is None or "_is_replica" in self.__dict__:  # of DataParallel: another one at every call
             return plain.forward(self, *args, **kwargs)
         return _run(self, state, plain.forward, args, kwargs)
 
@@ -107,7 +113,7 @@ def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 def _run(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs: dict) -> Any:
     reason = reason_to_run_plain(args, kwargs)
-    if reason is None:
+    if reason is None or (reason is OTHER_HOOKS and state.needs_capture):  # it notes no recipes under them
         result = state.call(module, *args, **kwargs)
         if state.needs_capture and module.training and (state.failures or state.call.failures):
             _refuse_stale_change(state, "a part of it cannot be captured")
@@ -133,6 +139,9 @@ def _recompile(self: Any) -> Any:
         return plain.recompile(self)
     finally:
         self.__class__ = optimised
+        state = self.__dict__.get(_STATE)
+        if state is not None:
+            state.call = _captured(plain, self, state)
 
 
 # --- somebody else's compiler -----------------------------------------------------------------------
@@ -142,7 +151,10 @@ def _seen_by_compiler() -> bool:
     """Called while somebody's `torch.compile` traces an optimised module, which it sees as the plain one."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    output = InstructionTranslator.current_tx().output
+    if output.export:
+        return True
+    backend: Any = output.compiler_fn
     backend = getattr(backend, "_torchdynamo_orig_backend", backend)
     name = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", type(backend).__name__)
     if name != "normpass":
@@ -175,10 +187,14 @@ def optimise_in_place(
     decide(list(switchable_layers(model).values()))  # what has chosen is rewritten as what it chose
     plain = type(model)
     state = State(request, replaced, None)  # type: ignore[arg-type]
-    state.call = Captured(plain.forward, functools.partial(_compile, state))
+    state.call = _captured(plain, model, state)
     model.__class__ = optimized_class(plain)  # type: ignore[assignment]
     model.__dict__[_STATE] = state
     return model
+
+
+def _captured(plain: type[nn.Module], model: nn.Module, state: State) -> Captured:
+    return Captured(plain.forward, functools.partial(_compile, state, weakref.ref(model)))
 
 
 def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:
@@ -209,8 +225,11 @@ def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:
 # --- the backend of eager mode ----------------------------------------------------------------------
 
 
-def _compile(state: State, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compile(
+    state: State, model: weakref.ref[nn.Module], graph_module: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
     """What Dynamo is to run in the place of one graph."""
+    name_from_root(graph_module.graph, model())
     plain = copy_graph(graph_module)
     try:
         rewritten = rewrite(graph_module, inputs, state.request)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from normpass import passes
-from normpass.facts import Facts, facts_of
+from normpass.facts import Facts, FakeInputs, facts_of
 from normpass.graph import copy_graph, give_keys
 from normpass.minimum_cut import Possible, minimum_cut, needed_values, possible
 from normpass.nn import NORM_NODES
@@ -22,6 +22,7 @@ from normpass.passes.rebuild_values import writes_one_argument
 from normpass.planner import DEFAULT, Choice, Decisions, choose_rewrites
 from normpass.sharing import WITHOUT_RECIPE
 from normpass.sites import find_sites
+from normpass.stand_ins import STAND_INS
 
 NOTES_ITSELF = frozenset({*WITHOUT_RECIPE, *NORM_NODES, dropout})
 """Functions that note themselves how their result is made again."""
@@ -69,19 +70,20 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     graph = graph_module.graph
     give_keys(graph)
     passes.NORMAL_FORM.before_facts(graph)
-    plain = facts_of(graph_module, inputs)
+    fakes = FakeInputs(inputs)
+    plain = facts_of(graph_module, fakes)
     for change in request.changes:
         change.change_graph(graph)
     has_changed = bool(request.changes) + passes.NORMAL_FORM.out_of_place(graph, plain)
-    facts = facts_of(graph_module, inputs) if has_changed else plain
-    regions = None if request.serialize is None else request.serialize.apply(graph, facts.results)
+    facts = facts_of(graph_module, fakes) if has_changed else plain
+    regions = None if request.serialize is None else request.serialize.apply(graph, facts)
     if regions is not None and regions.groups:
-        facts = facts_of(graph_module, inputs)
+        facts = facts_of(graph_module, fakes)
     decisions = request.decisions
     choices = _rewrite_sites(graph, facts, inputs, request)
     convolutions = set() if decisions.leaves_all else passes.CONVOLUTIONS.apply(graph, facts)
     graph.lint()
-    facts = facts_of(graph_module, inputs)
+    facts = facts_of(graph_module, fakes, STAND_INS)
     found = _possible(facts)
     again = frozenset() if decisions.leaves_all else _again(found, decisions)
     rewritten = Rewritten(graph_module, graph_module, choices, plain, found, again)

@@ -211,7 +211,21 @@ class Recipe:
 # --- noting ---------------------------------------------------------------------------------------
 
 
-class Notes:
+class Copier:
+    """Whoever has a saved-tensor hook as a method and is told which vectors are kept as copies."""
+
+    __slots__ = ()
+
+    def copy(self, tensor: Tensor) -> None:
+        """Who keeps `tensor` from now on keeps a copy of it as it is: until `forget`."""
+        raise NotImplementedError
+
+    def forget(self, tensor: Tensor) -> None:
+        """The storage of `tensor` is kept from now on."""
+        raise NotImplementedError
+
+
+class Notes(Copier):
     """The recipes of one forward of one captured graph, by storage."""
 
     __slots__ = ("_entries", "_recent")
@@ -235,12 +249,12 @@ class Notes:
 
     def _find(self, tensor: Tensor, storage: torch.UntypedStorage) -> Recipe | View | None:
         entry = self._entries.get(storage._cdata)
-        if entry is None or entry[1] != tensor._version:
+        if entry is None or entry[1] != tensor._version or tensor.is_neg() or tensor.is_conj():
             return None
         recipe, geometry = entry[0], _geometry(tensor)
         if geometry == recipe.geometry:
             return recipe
-        if type(recipe) is Copied or geometry[3] is not recipe.geometry[3] or tensor.is_conj() or tensor.is_neg():
+        if type(recipe) is Copied or geometry[3] is not recipe.geometry[3]:
             return None
         return View(recipe, geometry[:3])
 
@@ -262,12 +276,10 @@ class Notes:
                     kept.exchange(source)
 
     def copy(self, tensor: Tensor) -> None:
-        """Who keeps `tensor` from now on keeps a copy of it as it is: until `forget`."""
         storage = tensor.untyped_storage()
         self._entries[storage._cdata] = Copied(tensor), tensor._version, _Reference(storage)
 
     def forget(self, tensor: Tensor) -> None:
-        """The storage of `tensor` is kept from now on."""
         self._entries.pop(tensor.untyped_storage()._cdata, None)
 
     def recipe_of(self, tensor: Tensor) -> Recipe | None:
@@ -314,9 +326,13 @@ def recording() -> Iterator[None]:
 
 def notes_now() -> Notes | None:
     """Where recipes are noted: those of the forward that is running, if its hooks are the innermost ones."""
-    top = _top_hooks(False)
-    notes = None if top is None else getattr(top[0], "__self__", None)
+    notes = _owner_of_hooks()
     return notes if type(notes) is Notes else None
+
+
+def _owner_of_hooks() -> Any:
+    top = _top_hooks(False)
+    return None if top is None else getattr(top[0], "__self__", None)
 
 
 def is_recording() -> bool:
@@ -358,15 +374,15 @@ def copied(tensor: Tensor | None) -> Any:
 @contextmanager
 def copying(tensor: Tensor | None) -> Iterator[None]:
     """Inside, who keeps this vector keeps a copy: for what a plain norm does not keep, so that it may change later."""
-    notes = None if tensor is None else notes_now()
-    if notes is None or tensor is None:
+    copier = None if tensor is None else _owner_of_hooks()
+    if tensor is None or not isinstance(copier, Copier):
         yield
         return
-    notes.copy(tensor)
+    copier.copy(tensor)
     try:
         yield
     finally:
-        notes.forget(tensor)
+        copier.forget(tensor)
 
 
 def call_rebuilt(function: Callable, copies: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
@@ -482,6 +498,8 @@ def _map_tensors(function: Callable, value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[_map_tensors(function, item) for item in value])
     if isinstance(value, (tuple, list)) and type(value) is not torch.Size:
         return tuple([_map_tensors(function, item) for item in value])
     if isinstance(value, slice):
@@ -494,7 +512,7 @@ def _map_tensors(function: Callable, value: Any) -> Any:
 def _add_readers(value: Any) -> None:
     if isinstance(value, _SOURCES):
         value.add_reader()
-    elif type(value) in (tuple, dict):
+    elif isinstance(value, (tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             _add_readers(item)
 
@@ -505,6 +523,8 @@ def materialised(value: Any) -> Any:
         return value
     if isinstance(value, _SOURCES):
         return value.read()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[materialised(item) for item in value])
     if type(value) is tuple:
         return tuple([materialised(item) for item in value])
     if isinstance(value, dict):

@@ -176,7 +176,7 @@ def _prepare(
 ) -> tuple | Tensor:
     """The arguments of `cat_norm_act`, the running statistics moved; or the result, where the norm cannot be fused."""
     xs = [p.x for p in producers]
-    if not are_pieces(xs) or not is_fusible(norm, _whole(xs), None, activation):
+    if not are_pieces(xs) or not is_fusible(norm, whole_of(xs), None, activation):
         return plain_norm_act(norm, torch.cat(xs, 1), None, activation, activation_args, "")
     mean, var, of_batch = _statistics(norm, producers)
     return xs, norm.weight, norm.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
@@ -213,7 +213,7 @@ def _stream(x: Tensor) -> int:
     return int(torch._C._cuda_getCurrentRawStream(x.get_device())) if x.is_cuda else 0
 
 
-def _whole(xs: Sequence[Tensor]) -> Whole:
+def whole_of(xs: Sequence[Tensor]) -> Whole:
     first = xs[0]
     return Whole((first.shape[0], channels_of(xs), *first.shape[2:]), first.dtype, first.device)
 

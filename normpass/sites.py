@@ -103,6 +103,8 @@ class _Finder:
         self, facts: Facts, values: Mapping[fx.Node, Any], layers: Mapping[Any, str], there_anyway: Collection[int]
     ):
         self.facts, self.values, self.layers, self.there_anyway = facts, values, layers, there_anyway
+        saved = frozenset(v for step in facts.steps for v in step.saves)
+        self.doomed = saved & facts.overwritten  # backward is to raise, as it does without us
 
     def site(self, norm: fx.Node) -> Site:
         path, kind = module_of(norm)
@@ -115,10 +117,10 @@ class _Finder:
         if reason is not None:
             return replace(start, refused=reason, refused_at=at)
         add, residual = self._residual(norm)
-        activation, out = _activation(add if add is not None else norm)
+        activation, out = self._activation(add if add is not None else norm)
         if residual is not None and self._would_move(norm, x, out):
             add, residual = None, None
-            activation, out = _activation(norm)
+            activation, out = self._activation(norm)
         written = self.facts.writer_after(out, out)
         arguments = bound(F.batch_norm, norm) or {}
         gamma = self.values.get(arguments.get("weight"))
@@ -154,12 +156,16 @@ class _Finder:
             return "it is not called as F.batch_norm is", ()
         if not isinstance(arguments["training"], bool):
             return "its `training` argument is computed", ()
-        if not all(isinstance(arguments[name], (int, float)) for name in ("eps", "momentum")):
+        if not all(self._is_number(arguments[name]) for name in ("eps", "momentum")):
             return "its `eps` or `momentum` is computed", ()
         writer = self.facts.writer_after(x, norm)
         if writer is not None:
             return f"its input is changed in place later, by `{called(writer)}`", (called(writer),)
         return None, ()
+
+    def _is_number(self, argument: Any) -> bool:
+        """Whether it is a number, or one that has changed between two calls, which the graph reads at each."""
+        return isinstance(self.facts.results.get(argument, argument), (int, float))
 
     # --- what follows ---
 
@@ -178,7 +184,7 @@ class _Finder:
         into_residual = sums_in_place(add) and add.target is not sum_as_first and add.args[0] is not norm
         if into_residual and not (residual.target in BATCH_NORM and len(residual.users) == 1):
             return None, None  # it is the other operand that is written, and somebody else may see it
-        last = _activation(add)[1] if into_residual else add  # what the site itself writes there is no more
+        last = self._activation(add)[1] if into_residual else add  # what the site itself writes there is no more
         if self.facts.writer_after(residual, last) is not None:
             return None, None  # kept as the residual, it must not change later
         value = self.facts.value_of(residual)
@@ -189,6 +195,14 @@ class _Finder:
     def _is_norm_of_another_site(self, node: fx.Node, norm: fx.Node) -> bool:
         """Of two norms added to each other the later one takes the other as its residual."""
         return node.target in BATCH_NORM and len(node.users) == 1 and norm < node
+
+    def _activation(self, last: fx.Node) -> tuple[Activation, fx.Node]:
+        """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
+        user = next(iter(last.users)) if len(last.users) == 1 else None
+        activation = None if user is None else activation_of(user)
+        if user is None or activation is None or self.facts.value_of(user) in self.doomed:
+            return IDENTITY, last
+        return activation, user
 
     def _would_move(self, norm: fx.Node, x: fx.Node | None, out: fx.Node) -> bool:
         """Whether a norm that runs where its residual is added would pass somebody who sees what it reads or moves."""
@@ -205,15 +219,6 @@ def _input_of(norm: fx.Node) -> fx.Node | None:
 
 
 input_of = _input_of
-
-
-def _activation(last: fx.Node) -> tuple[Activation, fx.Node]:
-    """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
-    if len(last.users) != 1:
-        return IDENTITY, last
-    user = next(iter(last.users))
-    activation = activation_of(user)
-    return (activation, user) if activation is not None else (IDENTITY, last)
 
 
 __all__ = ["IDENTITY", "Site", "find_sites", "input_of"]

@@ -16,7 +16,7 @@ from normpass.measure import format_bytes
 from normpass.planner import Decisions
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_VERSION = 1
+_VERSION = 2
 INDICES = " (indices)"
 """what a pooling keeps beside its result is called by its key and this"""
 

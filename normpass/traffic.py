@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchRuntimeError, Unsupported
 
 from normpass.errors import InvalidInputError, InvalidModelError
-from normpass.facts import facts_of
+from normpass.facts import FakeInputs, facts_of
 from normpass.graph import give_keys, key_of, module_of
 from normpass.grouping import Groups, greedy, optimal
 from normpass.per_sample import kind_of, name_of
@@ -186,7 +186,7 @@ def units_of_model(model: nn.Module, shape: Sequence[int], dtype: torch.dtype = 
         graph_module, inputs = graph_of(other, torch.empty(tuple(shape), dtype=first.dtype, device="meta"))
     except TorchRuntimeError as error:
         raise InvalidInputError(f"{name} does not run on an input of shape {tuple(shape)}: {error}") from error
-    chains = units_of(graph_module.graph, facts_of(graph_module, inputs), dtype.itemsize)
+    chains = units_of(graph_module.graph, facts_of(graph_module, FakeInputs(inputs)), dtype.itemsize)
     if len(chains) > 1:
         raise InvalidModelError(f"{name} returns several tensors that lie on no one path; the traffic model needs one")
     return [unit for chain in chains for unit in chain]

@@ -43,7 +43,9 @@ class NormalForm:
 
     def out_of_place(self, graph: fx.Graph, facts: Facts) -> int:
         """Write out of place what autograd would copy; how many nodes that were."""
-        found = [step for step in facts.steps if step.copies and _nobody_sees_it(step, facts)]
+        saved = {v for step in facts.steps for v in step.saves}
+        copying = (step for step in facts.steps if step.copies and not saved & facts.overwritten & set(step.reads))
+        found = [step for step in copying if _nobody_sees_it(step, facts)]
         changed = [_write_elsewhere(graph, step.node) for step in found]
         return sum(changed)
 

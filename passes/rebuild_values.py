@@ -97,7 +97,7 @@ def _is_copied(argument: Any, facts: Facts) -> bool:
     if not isinstance(argument, fx.Node) or argument.op != "placeholder":
         return False
     mine = facts.storages.get(argument, frozenset())
-    return bool(mine) and mine <= facts.small_outside and not mine <= facts.saved_outside
+    return bool(mine) and mine <= facts.small_outside.keys() and not mine <= facts.saved_outside
 
 
 def _call(graph: fx.Graph, node: fx.Node, function: Callable) -> fx.Node:

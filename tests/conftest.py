@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from normpass.capture import raising
+
 PACKAGES = ("torch", "torchvision", "timm")
 
 
@@ -49,3 +51,10 @@ def results(request: pytest.FixtureRequest) -> Iterator[Results]:
     folder: Path | None = request.config.getoption("--results")
     if folder is not None:
         gathered.write(folder)
+
+
+@pytest.fixture(autouse=True)
+def rewriting_errors_are_raised() -> Iterator[None]:
+    """No test passes because a graph that could not be rewritten ran as it was."""
+    with raising():
+        yield

@@ -3,21 +3,25 @@
 import pytest
 
 from normpass.choose import Chosen, Search, Selectable
+from normpass.facts import Facts, Step
 from normpass.liveness import Demand, Walker
-from normpass.record import Record, Step
 
 NONE: frozenset[int] = frozenset()
 
 
-def chain(length: int, size: int = 100) -> Record:
+def step(key: str, makes: int, reads: int, size: int, saves: int) -> Step:
+    return Step(None, key, makes=(makes,), reads=(reads,), read_sizes=(size,), saves=(saves,), differentiable=True)
+
+
+def chain(length: int, size: int = 100) -> Facts:
     """Values 0 … length: each step reads the value before it, saves it, and makes the next one."""
-    steps = [Step("input", None, makes=(0,), differentiable=True)]
+    steps = [Step(None, "input", makes=(0,), differentiable=True)]
     for i in range(length):
-        steps.append(Step(f"s{i}", None, (i + 1,), (i,), (size,), (i,), differentiable=True))
-    return Record(steps, [size] * (length + 1), frozenset({length}))
+        steps.append(step(f"s{i}", makes=i + 1, reads=i, size=size, saves=i))
+    return Facts(steps, [size] * (length + 1), frozenset({length}))
 
 
-def one_second(step: Step, record: Record) -> float:
+def one_second(step: Step, facts: Facts) -> float:
     return 1.0
 
 
@@ -46,17 +50,17 @@ def test_a_chain_comes_back_as_a_whole_and_a_kept_value_cuts_it():
 
 
 def test_a_value_that_nobody_needs_costs_nothing():
-    record = chain(3)
-    record.steps.append(Step("spare", None, makes=(4,), reads=(1,), read_sizes=(100,)))
-    record.sizes.append(100)
-    assert Walker(record, one_second).walk({4}).seconds == 0
+    facts = chain(3)
+    facts.steps.append(Step(None, "spare", makes=(4,), reads=(1,), read_sizes=(100,)))
+    facts.sizes.append(100)
+    assert Walker(facts, one_second).walk({4}).seconds == 0
 
 
 def test_the_cheapest_bytes_go_first_and_the_dearest_come_back():
-    record = chain(3)
-    record.sizes = [10, 100, 100, 100]
+    facts = chain(3)
+    facts.sizes = [10, 100, 100, 100]
     seconds = {"s0": 5.0, "s1": 1.0}
-    search = Search(Walker(record, lambda s, _: seconds.get(s.key, 9.0)), Selectable(frozenset({1, 2}), NONE, NONE))
+    search = Search(Walker(facts, lambda s, _: seconds.get(s.key, 9.0)), Selectable(frozenset({1, 2}), NONE, NONE))
     assert search.within(210) == Chosen(NONE, NONE)
     assert search.within(110) == Chosen(frozenset({2}), NONE)
     assert search.within(10) == Chosen(frozenset({1, 2}), NONE)
@@ -65,9 +69,9 @@ def test_the_cheapest_bytes_go_first_and_the_dearest_come_back():
 
 
 def test_indices_may_be_looked_for_again():
-    record = chain(2)
-    record.steps[1].internals = 500
-    search = Search(Walker(record, one_second), Selectable(NONE, NONE, frozenset({1})))
+    facts = chain(2)
+    facts.steps[1].internals = 500
+    search = Search(Walker(facts, one_second), Selectable(NONE, NONE, frozenset({1})))
     assert search.within(700) == Chosen(NONE, NONE)
     assert search.within(200) == Chosen(NONE, frozenset({1}))
     assert search.use(Chosen(NONE, frozenset({1}))).seconds == 1.0
@@ -75,12 +79,12 @@ def test_indices_may_be_looked_for_again():
 
 def test_the_peak_is_brought_down_by_keeping_a_value_in_the_middle():
     """Side values, cheap to drop, pay for the one that is kept."""
-    record = chain(9)
+    facts = chain(9)
     for i in range(1, 9):
-        record.steps.append(Step(f"side{i}", None, (9 + i,), (i,), (100,), (9 + i,), differentiable=True))
-        record.sizes.append(100)
+        facts.steps.append(step(f"side{i}", makes=9 + i, reads=i, size=100, saves=9 + i))
+        facts.sizes.append(100)
     possible = Selectable(frozenset(range(1, 9)), frozenset(range(10, 18)), NONE)
-    search = Search(Walker(record, lambda s, _: 5.0 if s.key.startswith("side") else 1.0), possible)
+    search = Search(Walker(facts, lambda s, _: 5.0 if s.key.startswith("side") else 1.0), possible)
     high, low = search.within(900), search.within(900, peak=1500)
     assert search.kept(low) <= 900
     assert search.use(low).peak < search.use(high).peak

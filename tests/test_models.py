@@ -117,6 +117,24 @@ def test_several_inputs():
         models.parse_inputs("2x3,")
 
 
+@pytest.mark.parametrize(
+    "spec, shape",
+    [
+        ("torchvision:squeezenet1_1", (2, 3, 224, 224)),
+        ("torchvision:inception_v3", (2, 3, 299, 299)),
+        ("torchvision:r3d_18", (2, 3, 16, 112, 112)),
+        ("torchvision:fasterrcnn_mobilenet_v3_large_fpn", None),
+        ("timm:tinynet_e", (2, 3, 106, 106)),
+        ("timm:test_resnet", (2, 3, 160, 160)),
+        ("torch.nn:Identity", None),
+    ],
+)
+def test_default_input(spec, shape):
+    with torch.device("meta"):
+        model = models.load(spec)
+    assert models.default_input(spec, model) == shape
+
+
 # --- digits -------------------------------------------------------------------------------------------
 
 

@@ -1,118 +1,221 @@
-"""Random graphs of convolutions, norms, activations, joins and in-place operations train like the plain model."""
+"""Random modules train like the plain ones: convolutions, norms, joins, views, writes, Python.
+
+`random_modules` writes them. Each is trained for three steps, plain and optimised, in float64, with what a training loop
+may do in between: outputs, gradients of parameters and inputs, inputs, parameters, buffers and attributes are the same
+after every step, and where one raises, so does the other, with the same class.
+
+A number may differ by 1e-9 of the largest in its tensor, by 1e-13 of the largest of its step, or by 100 times what plain
+differs from itself when its inputs move by one ulp.
+
+By hand, 3000 programs from seed 0, each that fails cut down and printed:
+
+    OMP_NUM_THREADS=1 .venv/bin/python tests/test_random_graphs.py 0 3000
+"""
+
+from __future__ import annotations
 
 import copy
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from nets.nested import leaves as named_leaves
+from random_modules import Program, Step, random_program
+from torch import Tensor, nn
 
 import normpass
+from normpass.capture import raising
 
-CHANNELS = 4
-ACTIVATIONS = (
-    lambda: nn.ReLU(),
-    lambda: nn.ReLU(inplace=True),
-    lambda: nn.SiLU(inplace=True),
-    lambda: nn.LeakyReLU(0.1),
-    lambda: nn.Hardswish(),
-    lambda: nn.ELU(),
-    lambda: nn.Sigmoid(),
-    lambda: nn.Identity(),
-)
-BINARY = {
-    "add": lambda a, b: a + b,
-    "iadd": lambda a, b: a.add_(b),
-    "mul": lambda a, b: a * b,
-    "imul": lambda a, b: a.mul_(b),
-    "gate": lambda a, b: a * F.adaptive_avg_pool2d(b, 1).sigmoid(),
-    "cat": lambda a, b: torch.cat((a, b), 1)[:, 1 : CHANNELS + 1],
-    "swap": lambda a, b: torch.cat((*a.chunk(2, 1)[1:], b.chunk(2, 1)[0]), 1),
-}
-UNARY = {
-    "relu": F.relu,
-    "relu_": lambda a: a.relu_(),
-    "pool": lambda a: F.max_pool2d(a, 3, 1, 1),
-    "average": lambda a: F.avg_pool2d(a, 3, 1, 1),
-    "up": lambda a: F.max_pool2d(F.interpolate(a, scale_factor=2), 2),
-    "pad": lambda a: F.pad(a, (1, 0, 0, 1))[:, :, 1:, :-1],
-    "view": lambda a: a.flatten(2).view(a.shape),
-    "scale": lambda a: a * 0.5,
-    "tanh": torch.tanh,
-}
-LAYERS = ("conv", "norm", "act")
+EXAMPLES = 150
+Numbers = dict[str, Any]
+"""what was found by name: tensors, None, or the name of an exception's class"""
 
 
-@st.composite
-def steps(draw):
-    """(operation, operands, detail), each operand an index into what is there by then."""
-    program = []
-    for there in range(1, draw(st.integers(3, 12)) + 1):
-        index = st.integers(0, there - 1)
-        recent = st.one_of(st.just(there - 1), index)
-        kind = draw(st.sampled_from((*LAYERS, *LAYERS, *LAYERS, *BINARY, *UNARY)))
-        program.append((kind, draw(recent), draw(index), draw(st.integers(0, len(ACTIVATIONS) - 1))))
-    return tuple(program)
+def leaves(value: object) -> list[Tensor]:
+    return [t for _, t in named_leaves(value)]
 
 
-class Random(nn.Module):
-    """Runs a program over a growing list of (N, 4, H, W) tensors."""
-
-    def __init__(self, program):
-        super().__init__()
-        self.program = program
-        self.layers = nn.ModuleList(self._layer(kind, detail) for kind, _, _, detail in program)
-        self.last = nn.Conv2d(CHANNELS, 2, 1)
-
-    @staticmethod
-    def _layer(kind, detail):
-        if kind == "conv":
-            return nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=1 + detail % 2, bias=detail % 3 == 0)
-        if kind == "norm":
-            return nn.BatchNorm2d(CHANNELS, affine=detail % 4 != 0, track_running_stats=detail % 5 != 0)
-        return ACTIVATIONS[detail]() if kind == "act" else nn.Identity()
-
-    def forward(self, x):
-        values = [x]
-        for (kind, first, second, _), layer in zip(self.program, self.layers, strict=True):
-            if kind in LAYERS:
-                values.append(layer(values[first]))
-            elif kind in BINARY:
-                values.append(BINARY[kind](values[first], values[second]))
-            else:
-                values.append(UNARY[kind](values[first]))
-        return self.last(values[-1])
+# --- one training -----------------------------------------------------------------------------------
 
 
-def train(model):
-    """Outputs, gradients and buffers of two steps, then the outputs in eval mode."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    results = []
-    for step in range(2):
-        x = torch.randn(3, CHANNELS, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        y = model(x * 1.0)
-        optimizer.zero_grad()
-        y.square().mean().backward()
-        results += [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-        results += [b.clone() for b in model.buffers()]
-        optimizer.step()
-    model.eval()
-    return [*results, model(x * 1.0).detach()]
+def arguments(step: Step, seed: int, noise: int = 0) -> list[Tensor]:
+    """x and z; with `noise`, moved by one ulp."""
+    generator = torch.Generator().manual_seed(seed)
+    x, z = (torch.randn(step.samples, 4, 8, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    if noise:
+        directions = torch.Generator().manual_seed(noise)
+        x, z = (torch.nextafter(t, t + torch.randn(t.shape, generator=directions)) for t in (x, z))
+    if step.layout != "constant":
+        x, z = x.requires_grad_(), z.requires_grad_()
+    given = x
+    if step.layout in ("contiguous", "channels_last", "transposed"):
+        given = x * 1
+    if step.layout == "channels_last":
+        given = given.contiguous(memory_format=torch.channels_last)
+    if step.layout == "transposed":
+        given = given.transpose(2, 3)
+    seconds = {"other": lambda: z * 1, "same": lambda: given, "view": lambda: given[:], "detached": given.detach}
+    return [given, seconds[step.second](), x, z]
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(steps())
-def test_random_graphs_train_the_same(program):
-    torch.manual_seed(0)
-    plain = Random(program).double()
-    optimised = normpass.optimize(copy.deepcopy(plain))
-    try:
-        expected = train(plain)
-    except RuntimeError as error:
-        assume("modified by an inplace operation" not in str(error) and "leaf Variable" not in str(error))
-        raise
-    actual = train(optimised)
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+def differentiate(way: str, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
+    """One of the ways to run backward; gradients that it returns."""
+    outputs = [t for t in outputs if t.requires_grad]
+    inputs = [t for t in inputs if t.requires_grad]
+    if not outputs or way == "none":
+        return []
+    squares = sum(t.square().sum() for t in outputs)
+    if way == "inputs":
+        return list(torch.autograd.grad(squares, inputs, allow_unused=True)) if inputs else []
+    if way == "second":
+        if not inputs:
+            return []
+        first = torch.autograd.grad(squares, inputs, create_graph=True, allow_unused=True)
+        total = sum(g.square().sum() for g in first if g is not None)
+        if isinstance(total, Tensor) and total.requires_grad:
+            total.backward()
+        return list(first)
+    if way == "squares":
+        squares.backward()
+    if way == "sums":
+        sum(t.sum() for t in outputs).backward()
+    if way == "strided":
+        torch.autograd.backward(outputs, [torch.randn(t.shape[::-1]).double().permute(*range(t.dim())[::-1]) for t in outputs])
+    if way == "each":
+        for index, output in enumerate(outputs):
+            output.sin().sum().backward(retain_graph=index + 1 < len(outputs))
+    if way == "twice":
+        squares.backward(retain_graph=True)
+        squares.backward()
+    return []
+
+
+class Trainer:
+    """Trains one model as a program says and notes every number."""
+
+    def __init__(self, model: nn.Module, noise: int = 0):
+        self.model, self.noise = model, noise
+        self.numbers: Numbers = {}
+
+    def run(self, steps: tuple[Step, ...]) -> Numbers:
+        for index, step in enumerate(steps):
+            self.model.zero_grad()
+            try:
+                self._step(f"{index}", index, step)
+            except Exception as error:
+                self.numbers[f"{index} raised"] = type(error).__name__
+                self.numbers[f"{index} message"] = str(error)
+            self._note_state(f"{index}")
+            self._update()
+        return self.numbers
+
+    def _step(self, name: str, index: int, step: Step) -> None:
+        space = {"model": self.model, "step": step, "leaves": leaves, "arguments": lambda s, n: arguments(s, n, self.noise)[:2], "torch": torch}
+        self._execute(step.before, space)
+        *args, x, z = arguments(step, index, self.noise and self.noise + index)
+        torch.manual_seed(index)
+        self.numbers[f"{name} reached"] = "forward"
+        outputs = leaves(self.model(*args))
+        self.numbers |= {f"{name} output {i}": t.detach().clone() for i, t in enumerate(outputs)}
+        self.numbers |= {f"{name} layout {i}": f"{t.stride()} {t.requires_grad}" for i, t in enumerate(outputs)}
+        space |= {"outputs": outputs, "args": args}
+        self.numbers[f"{name} reached"] = "between"
+        self._execute(step.between, space)
+        self.numbers |= {f"{name} input {i}": t.detach().clone() for i, t in enumerate(args)}
+        self.numbers[f"{name} reached"] = "backward"
+        returned = differentiate(step.backward, outputs, [x, z])
+        self.numbers[f"{name} reached"] = "end"
+        self.numbers |= {f"{name} returned {i}": t for i, t in enumerate(returned)}
+        self.numbers |= {f"{name} input gradient {i}": t.grad for i, t in enumerate((x, z))}
+        self.numbers |= {f"{name} gradient {path}": copy.copy(p.grad) for path, p in self.model.named_parameters()}
+
+    def _execute(self, action: str, space: dict) -> None:
+        with torch.set_grad_enabled(not action.startswith("model.l")):
+            exec(action, space)
+
+    def _note_state(self, name: str) -> None:
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.numbers |= {f"{name} state {path}": t.detach().clone() for path, t in tensors.items()}
+        for attribute in ("seen", "count"):
+            value = getattr(self.model, attribute)
+            self.numbers[f"{name} {attribute}"] = value.detach().clone() if isinstance(value, Tensor) else value
+
+    def _update(self) -> None:
+        with torch.no_grad():
+            for p in self.model.parameters():
+                if p.grad is not None and p.grad.isfinite().all():
+                    p.sub_(0.1 * p.grad / (1 + p.grad.abs().max()))
+
+
+def train(model: nn.Module, program: Program, noise: int = 0) -> Numbers:
+    return Trainer(model, noise).run(program.steps)
+
+
+# --- comparing --------------------------------------------------------------------------------------
+
+
+def difference(expected: Numbers, found: Numbers, noises: Callable[[], list[Numbers]]) -> str | None:
+    """The first thing that differs, in words."""
+    known: list[Numbers] = []
+    for name, value in expected.items():
+        if name.endswith("message"):
+            continue
+        if name not in found:
+            return f"{name}: missing: {found.get(name[0] + ' raised')} {found.get(name[0] + ' message')}"
+        other = found[name]
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+            if value != other:
+                return f"{name}: {value} became {other} ({found.get(name[0] + ' message')})"
+            continue
+        if value.shape != other.shape or value.dtype != other.dtype:
+            return f"{name}: {value.shape} {value.dtype} became {other.shape} {other.dtype}"
+        if not value.isfinite().all() or value.abs().max() > 1e12:
+            return None
+        scale = _largest(expected, name)
+        error = _distance(value, other)
+        if error <= max(1e-9 * float(value.abs().max()), 1e-13 * scale):
+            continue
+        known = known or noises()
+        if error <= 100 * max(_distance(value, n.get(name)) for n in known):
+            continue
+        return f"{name}: differs by {error:.2g}, the largest is {float(value.abs().max()):.2g}, plain's noise {max(_distance(value, n.get(name)) for n in known):.2g}"
+    extra = [name for name in found if name not in expected]
+    return f"{extra[0]}: {found[extra[0]]} where plain has none ({found.get(extra[0][0] + ' message')})" if extra else None
+
+
+def _distance(value: Tensor, other: Any) -> float:
+    if not isinstance(other, Tensor) or other.shape != value.shape:
+        return float("inf")
+    return float((value.double() - other.double()).abs().max()) if value.numel() else 0.0
+
+
+def _largest(numbers: Numbers, name: str) -> float:
+    return max(float(t.abs().max()) for n, t in numbers.items() if isinstance(t, Tensor) and n[0] == name[0] and t.numel())
+
+
+def failure(program: Program) -> str | None:
+    """What differs between a program's module and the optimised one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = program.build()
+        optimised = normpass.optimize(copy.deepcopy(plain))
+        expected = train(plain, program)
+        try:
+            found = train(optimised, program)
+        except Exception as error:  # noqa: BLE001
+            return f"{type(error).__name__}: {error}"
+        return difference(expected, found, lambda: [train(program.build(), program, n) for n in (10, 20, 30)])
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.randoms(use_true_random=False))
+def test_random_modules_train_the_same(rng):
+    program = random_program(rng)
+    found = failure(program)
+    assert found is None, f"{found}\n{program}"

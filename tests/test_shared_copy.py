@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import threading
@@ -204,6 +205,7 @@ def test_a_graph_module_has_its_own_forward(change: str) -> None:
     model = fx.symbolic_trace(nn.Sequential(Net(), nn.ReLU())).double()
     expected, copied = numbers(model, image()), checked_copy(model)
     assert copied.graph.owning_module is copied and model.graph.owning_module is model
+    torch.testing.assert_close(numbers(copy.deepcopy(copied), image()), expected, rtol=0, atol=0)
     if change == "edit":
         relu = next(node for node in copied.graph.nodes if node.target == "1")
         relu.replace_all_uses_with(relu.args[0])
@@ -517,6 +519,6 @@ def test_what_cannot_be_pointed_elsewhere(make: Any, what: str) -> None:
     started = make(model[0].norm)
     model[0].holder = [started]
     before = snapshot(model)
-    with pytest.raises(InvalidModelError, match=f"this Sequential cannot be copied .*module `0` has .* a {what}, which"):
+    with pytest.raises(InvalidModelError, match=f"Sequential cannot be copied .*module `0` has .* a {what}, which"):
         shared_copy(model)
     assert snapshot(model) == before

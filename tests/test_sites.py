@@ -1,77 +1,79 @@
 """Which spellings are recognised as one site, and what surrounds it."""
 
+from __future__ import annotations
+
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from captured import dynamo_graph
+from torch import fx, nn
+from training import collected
 
-from normpass.capture import capture, required_arguments
-from normpass.sites import find_sites
+from normpass.operators import activation_of
+from normpass.sites import Site
 
 
 class Block(nn.Module):
-    """conv → norm → `tail`, where `tail(self, y, x)` is what a test varies."""
+    """conv → norm → `tail` → conv, where `tail(self, y, x)` is what a test varies."""
 
-    def __init__(self, tail, norm=None, **layers):
+    def __init__(self, tail: Callable, norm: nn.Module | None = None, **layers: nn.Module) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
         self.norm = norm if norm is not None else nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 4, 1)
         for name, layer in layers.items():
             setattr(self, name, layer)
         self.tail = tail
 
     def forward(self, x):
-        return self.tail(self, self.norm(self.conv(x)), x)
+        return self.last(self.tail(self, self.norm(self.conv(x)), x))
 
 
-def sites_of(module):
-    return find_sites(capture(module, required_arguments(module)))
+X = torch.randn(2, 4, 5, 5)
 
 
-def only_site(module):
-    (site,) = sites_of(module)
+def sites_of(module: nn.Module, x: torch.Tensor = X) -> list[Site]:
+    return [choice.site for graph in collected(module, x).graphs for choice in graph.choices]
+
+
+def only_site(module: nn.Module, x: torch.Tensor = X) -> Site:
+    (site,) = sites_of(module, x)
     return site
 
 
-ACTIVATIONS = [
-    (lambda m, y, x: torch.relu(y), "relu", ()),
-    (lambda m, y, x: y.relu(), "relu", ()),
-    (lambda m, y, x: y.relu_(), "relu", ()),
-    (lambda m, y, x: F.relu(y, True), "relu", ()),
-    (lambda m, y, x: F.relu_(y), "relu", ()),
-    (lambda m, y, x: torch.relu_(y), "relu", ()),
-    (lambda m, y, x: F.relu6(y, inplace=True), "hardtanh", (0.0, 6.0)),
-    (lambda m, y, x: F.hardtanh(y, -2.0, 2.0), "hardtanh", (-2.0, 2.0)),
-    (lambda m, y, x: F.hardtanh(y), "hardtanh", (-1.0, 1.0)),
-    (lambda m, y, x: F.leaky_relu(y), "leaky_relu", (0.01,)),
-    (lambda m, y, x: F.leaky_relu(y, 0.2, True), "leaky_relu", (0.2,)),
-    (lambda m, y, x: F.elu(y, alpha=0.5), "elu", (0.5,)),
-    (lambda m, y, x: F.selu(y), "selu", ()),
-    (lambda m, y, x: F.celu(y, 2.0), "celu", (2.0,)),
-    (lambda m, y, x: F.silu(y), "silu", ()),
-    (lambda m, y, x: F.gelu(y), "gelu", ()),
-    (lambda m, y, x: F.gelu(y, approximate="tanh"), "gelu_tanh", ()),
-    (lambda m, y, x: F.hardswish(y), "hardswish", ()),
-    (lambda m, y, x: F.hardsigmoid(y), "hardsigmoid", ()),
-    (lambda m, y, x: y.sigmoid(), "sigmoid", ()),
-    (lambda m, y, x: torch.tanh(y), "tanh", ()),
-    (lambda m, y, x: F.softplus(y, 2.0), "softplus", (2.0, 20.0)),
-    (lambda m, y, x: F.mish(y), "mish", ()),
-    (lambda m, y, x: y, "identity", ()),
-    (lambda m, y, x: y.clamp(min=0), "identity", ()),  # not an activation that is known: the norm alone
-]
+# --- activations ----------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("tail, name, args", ACTIVATIONS)
-def test_functional_and_method_activations(tail, name, args):
-    site = only_site(Block(tail))
-    assert (site.activation.name, site.activation.args) == (name, args)
-    assert site.refused is None
-
-
-LAYERS = [
+ACTIVATIONS: list[tuple[Callable, str | None, tuple]] = [
+    (torch.relu, "relu", ()),
+    (lambda y: y.relu(), "relu", ()),
+    (lambda y: y.relu_(), "relu", ()),
+    (lambda y: F.relu(y, True), "relu", ()),
+    (F.relu_, "relu", ()),
+    (torch.relu_, "relu", ()),
+    (lambda y: F.relu6(y, inplace=True), "hardtanh", (0.0, 6.0)),
+    (lambda y: F.hardtanh(y, -2.0, 2.0), "hardtanh", (-2.0, 2.0)),
+    (F.hardtanh, "hardtanh", (-1.0, 1.0)),
+    (F.leaky_relu, "leaky_relu", (0.01,)),
+    (lambda y: F.leaky_relu(y, 0.2, True), "leaky_relu", (0.2,)),
+    (lambda y: F.elu(y, alpha=0.5), "elu", (0.5,)),
+    (F.selu, "selu", ()),
+    (lambda y: F.celu(y, 2.0), "celu", (2.0,)),
+    (F.silu, "silu", ()),
+    (F.gelu, "gelu", ()),
+    (lambda y: F.gelu(y, approximate="tanh"), "gelu_tanh", ()),
+    (F.hardswish, "hardswish", ()),
+    (F.hardsigmoid, "hardsigmoid", ()),
+    (lambda y: y.sigmoid(), "sigmoid", ()),
+    (torch.tanh, "tanh", ()),
+    (lambda y: F.softplus(y, 2.0), "softplus", (2.0, 20.0)),
+    (F.mish, "mish", ()),
+    (lambda y: y.clamp(min=0), None, ()),
+    (lambda y: F.relu(y, inplace=False) if y.dim() == 3 else y.neg(), None, ()),
+    # layers
     (nn.ReLU(inplace=True), "relu", ()),
     (nn.ReLU6(), "hardtanh", (0.0, 6.0)),
     (nn.Hardtanh(-3, 3), "hardtanh", (-3.0, 3.0)),
@@ -88,152 +90,194 @@ LAYERS = [
     (nn.Tanh(), "tanh", ()),
     (nn.Softplus(2, 10), "softplus", (2.0, 10.0)),
     (nn.Mish(), "mish", ()),
-    (nn.PReLU(), "identity", ()),  # has a parameter: stays a layer of its own
+    (nn.PReLU(), None, ()),  # has a parameter: stays what it is
 ]
 
 
-@pytest.mark.parametrize("layer, name, args", LAYERS, ids=lambda v: type(v).__name__)
-def test_activation_layers(layer, name, args):
-    site = only_site(Block(lambda m, y, x: m.act(y), act=layer))
-    assert (site.activation.name, site.activation.args) == (name, args)
+def test_activations_in_every_spelling() -> None:
+    def all_of_them(*values):
+        return [function(y * 1) for (function, _, _), y in zip(ACTIVATIONS, values, strict=True)]
+
+    (graph,) = [dynamo_graph(all_of_them, *[torch.randn(2, 3, requires_grad=True) for _ in ACTIVATIONS])]
+    results = next(n for n in graph.nodes if n.op == "output").args[0]
+    assert len(results) == len(ACTIVATIONS)
+    for result, (function, name, args) in zip(results, ACTIVATIONS, strict=True):
+        assert isinstance(result, fx.Node)
+        found = activation_of(result)
+        assert (None if found is None else (found.name, found.args)) == (None if name is None else (name, args)), function
 
 
-def test_a_subclass_of_an_activation_is_not_taken_for_it():
-    class Odd(nn.ReLU):
-        def forward(self, x):
-            return x * 2
-
-    assert only_site(Block(lambda m, y, x: m.act(y), act=Odd())).activation.name == "identity"
+class Odd(nn.ReLU):
+    def forward(self, x):
+        return x * 2
 
 
-ADDITIONS = [
-    lambda m, y, x: F.relu(y + x),
-    lambda m, y, x: F.relu(x + y),
-    lambda m, y, x: F.relu(torch.add(y, x)),
-    lambda m, y, x: F.relu(y.add(x)),
-    lambda m, y, x: F.relu(y.add_(x)),
-    lambda m, y, x: F.relu(operator.iadd(y, x)),
-]
+def test_an_activation_belongs_to_the_site_where_it_alone_reads_the_norm() -> None:
+    site = only_site(Block(lambda m, y, x: F.leaky_relu(y, 0.2)))
+    assert (site.activation.name, site.activation.args, site.refused) == ("leaky_relu", (0.2,), None)
+    assert site.pattern == "conv2d → BatchNorm2d → leaky_relu"
+    for tail in (lambda m, y, x: F.relu(y) + y, lambda m, y, x: m.act(y)):
+        site = only_site(Block(tail, act=Odd()))
+        assert site.activation.name == "identity" and site.written is None and site.refused is None
 
 
-@pytest.mark.parametrize("tail", ADDITIONS)
-def test_residual_additions(tail):
+# --- residual additions ---------------------------------------------------------------------------
+
+ADDITIONS: dict[str, tuple[Callable, str]] = {
+    "+": (lambda m, y, x: F.relu(y + x), "x"),
+    "reversed": (lambda m, y, x: F.relu(x + y), "x"),
+    "torch.add": (lambda m, y, x: F.relu(torch.add(y, x)), "x"),
+    "add": (lambda m, y, x: F.relu(y.add(x)), "x"),
+    "add_": (lambda m, y, x: F.relu(y.add_(x)), "x"),
+    "iadd": (lambda m, y, x: F.relu(operator.iadd(y, x)), "x"),
+    "alpha": (lambda m, y, x: F.relu(torch.add(y, x, alpha=2)), ""),
+    "number": (lambda m, y, x: F.relu(y + 1.0), ""),
+    "itself": (lambda m, y, x: F.relu(y + y), ""),
+    "two readers": (lambda m, y, x: F.relu(y + x) * y, ""),
+    "into the input": (lambda m, y, x: F.relu(x.clone().add_(y)), ""),
+    "written later": (lambda m, y, x: (F.relu(y + (z := x * 2)), z.add_(1))[0], ""),
+}
+
+
+@pytest.mark.parametrize("tail, residual", ADDITIONS.values(), ids=ADDITIONS.keys())
+def test_residual_additions(tail: Callable, residual: str) -> None:
     site = only_site(Block(tail))
+    if not residual:
+        assert site.residual is None and site.add is None
+        return
     assert site.residual is not None and site.residual.op == "placeholder"
-    assert site.pattern == "Conv2d → BatchNorm2d → add → relu"
+    assert site.pattern == "conv2d → BatchNorm2d → add → relu"
 
 
-@pytest.mark.parametrize(
-    "tail",
-    [
-        lambda m, y, x: F.relu(torch.add(y, x, alpha=2)),
-        lambda m, y, x: F.relu(y + 1.0),
-        lambda m, y, x: F.relu(y + y),
-        lambda m, y, x: F.relu(y + x) * y,
-    ],
-)
-def test_additions_that_are_not_absorbed(tail):
-    assert only_site(Block(tail)).residual is None
+def test_a_residual_that_nobody_keeps_is_none() -> None:
+    """The sum is what is kept then: taking the residual as well would be more."""
+    site = only_site(Block(lambda m, y, x: F.relu(y + m.other(x)), other=nn.Conv2d(4, 4, 1)))
+    assert site.residual is None and site.activation.name == "identity"
+    site = only_site(Block(lambda m, y, x: F.relu(y + (h := m.other(x))) + m.third(h), other=nn.Conv2d(4, 4, 1), third=nn.Conv2d(4, 4, 1)))
+    assert site.residual is not None
 
 
-def test_of_two_norms_added_the_later_takes_the_other_as_residual():
-    class Join(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-            self.norm_a, self.norm_b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+class Join(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm_a, self.norm_b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 4, 1)
 
-        def forward(self, x):
-            return F.relu(self.norm_a(self.a(x)) + self.norm_b(self.b(x)))
+    def forward(self, x):
+        return self.last(F.relu(self.norm_a(self.a(x)) + self.norm_b(self.b(x))))
 
+
+def test_of_two_norms_added_the_later_takes_the_other_as_residual() -> None:
     first, second = sites_of(Join())
     assert (first.path, first.residual, first.activation.name) == ("norm_a", None, "identity")
     assert (second.path, second.residual, second.activation.name) == ("norm_b", first.norm, "relu")
 
 
-def test_activation_with_a_second_reader_of_the_norm_is_not_absorbed():
-    site = only_site(Block(lambda m, y, x: F.relu(y) + y))
-    assert site.activation.name == "identity" and site.written is None
+# --- writes ---------------------------------------------------------------------------------------
+
+AFTERWARDS: dict[str, tuple[Callable, str]] = {
+    "method": (lambda m, y, x: F.relu(y).add_(1), "add_"),
+    "view": (lambda m, y, x: F.relu(y).view(-1).mul_(2).view(y.shape), "mul_"),
+    "item": (lambda m, y, x: m.write(F.silu(y)), "setitem"),
+    "foreach": (lambda m, y, x: m.foreach(F.silu(y)), "_foreach_mul_"),
+    "read": (lambda m, y, x: F.silu(y).add(1), ""),
+}
 
 
-def test_result_changed_in_place_later_is_noticed():
-    assert only_site(Block(lambda m, y, x: F.relu(y).add_(1))).written == "add_"
-    assert only_site(Block(lambda m, y, x: F.relu(y).view(-1).mul_(2))).written == "mul_"
+class Writing(Block):
+    def write(self, z):
+        z[:, 0] = 0.0
+        return z
+
+    def foreach(self, z):
+        torch._foreach_mul_([z[0], z[1]], 2.0)
+        return z
 
 
-def test_input_changed_in_place_later_refuses():
-    class Late(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            y = self.conv(x)
-            z = self.norm(y)
-            y.add_(1)
-            return z + y
-
-    assert "changed in place later" in only_site(Late()).refused
+@pytest.mark.parametrize("tail, name", AFTERWARDS.values(), ids=AFTERWARDS.keys())
+def test_a_result_that_is_changed_later_is_noticed(tail: Callable, name: str) -> None:
+    written = only_site(Writing(tail)).written
+    assert (None if written is None else getattr(written.target, "__name__", written.target)) == (name or None)
 
 
-PRODUCERS = [
-    (nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4)),
-    (nn.Conv2d(4, 4, 3, dilation=2), nn.BatchNorm2d(4)),
-    (nn.Conv3d(4, 4, 1), nn.BatchNorm3d(4)),
-    (nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4)),
-    (nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)),
-    (nn.Linear(4, 4), nn.BatchNorm1d(4)),
+class Late(nn.Module):
+    def __init__(self, write: Callable) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.write = write
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.norm(y)
+        self.write(y)
+        return self.last(F.relu(z + y))
+
+
+def test_an_input_that_is_changed_later_refuses() -> None:
+    for write, name in ((lambda y: y.add_(1), "add_"), (lambda y: y.ravel()[0].zero_(), "zero_")):
+        site = only_site(Late(write))
+        assert site.refused == f"its input is changed in place later, by `{name}`" and site.refused_at == (name,)
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+PRODUCERS: list[tuple[nn.Module, nn.Module, tuple, str]] = [
+    (nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), (2, 4, 9), "conv1d"),
+    (nn.Conv2d(4, 4, 3, dilation=2), nn.BatchNorm2d(4), (2, 4, 9, 9), "conv2d"),
+    (nn.Conv3d(4, 4, 1), nn.BatchNorm3d(4), (2, 4, 3, 3, 3), "conv3d"),
+    (nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4), (2, 4, 3, 3), "conv_transpose2d"),
+    (nn.Linear(4, 4), nn.BatchNorm1d(4), (3, 4), "linear"),
+    (nn.Identity(), nn.BatchNorm1d(4), (3, 4), "input"),
 ]
 
 
-@pytest.mark.parametrize("producer, norm", PRODUCERS, ids=lambda m: type(m).__name__)
-def test_producers(producer, norm):
-    site = only_site(nn.Sequential(producer, norm, nn.ReLU()))
-    assert site.pattern == f"{type(producer).__name__} → {type(norm).__name__} → relu"
+@pytest.mark.parametrize("producer, norm, shape, name", PRODUCERS, ids=[p[-1] for p in PRODUCERS])
+def test_producers(producer: nn.Module, norm: nn.Module, shape: tuple, name: str) -> None:
+    site = only_site(nn.Sequential(producer, norm, nn.ReLU()), torch.randn(shape, requires_grad=True))
+    assert site.pattern == f"{name} → {type(norm).__name__} → relu" and site.path == "1"
 
 
-def test_functional_batch_norm():
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-            self.weight = nn.Parameter(torch.ones(4))
-            self.register_buffer("mean", torch.zeros(4))
-            self.register_buffer("var", torch.ones(4))
+class Functional(nn.Module):
+    def __init__(self, call: Callable) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+        self.call = call
 
-        def forward(self, x):
-            y = F.batch_norm(self.conv(x), self.mean, self.var, self.weight, training=self.training)
-            return F.relu(y)
-
-    assert only_site(Functional()).pattern == "Conv2d → F.batch_norm → relu"
+    def forward(self, x):
+        return F.relu(self.call(self, self.conv(x)))
 
 
-@pytest.mark.parametrize(
-    "norm, reason",
-    [
-        (nn.GroupNorm(2, 4), "GroupNorm is not one of the norms"),
-        (nn.InstanceNorm2d(4), "InstanceNorm2d is not one of the norms"),
-        (nn.SyncBatchNorm(4), "SyncBatchNorm is not supported yet"),
-        (type("Mine", (nn.BatchNorm2d,), {})(4), "Mine is not one of the norms"),
-    ],
-)
-def test_other_norms_are_refused_with_a_reason(norm, reason):
-    assert reason in only_site(Block(lambda m, y, x: F.relu(y), norm=norm)).refused
+def test_batch_norm_as_a_function() -> None:
+    def call(m: Any, y: Any) -> Any:
+        return F.batch_norm(y, m.mean, m.var, m.weight, training=m.training)
+
+    site = only_site(Functional(call))
+    assert (site.pattern, site.path, site.refused) == ("conv2d → batch_norm → relu", "batch_norm", None)
+    assert site.gamma is not None and site.gamma.shape == (4,)
 
 
-def test_norm_with_a_hook_is_refused():
-    block = Block(lambda m, y, x: F.relu(y))
-    block.norm.register_forward_hook(lambda *a: None)
-    assert only_site(block).refused == "it has hooks"
+OTHERS: dict[str, tuple[nn.Module, str | None]] = {
+    "group": (nn.GroupNorm(2, 4), "group_norm is not a batch norm"),
+    "instance": (nn.InstanceNorm2d(4), "instance_norm is not a batch norm"),
+    "layer": (nn.LayerNorm((4, 5, 5)), "layer_norm is not a batch norm"),
+    "subclass": (type("Mine", (nn.BatchNorm2d,), {})(4), None),
+}
 
 
-def test_norm_called_twice_is_refused():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
+@pytest.mark.parametrize("norm, reason", OTHERS.values(), ids=OTHERS.keys())
+def test_other_norms_are_refused_with_a_reason(norm: nn.Module, reason: str | None) -> None:
+    site = only_site(Block(lambda m, y, x: F.relu(y), norm=norm))
+    assert (site.refused, site.path, site.kind) == (reason, "norm", type(norm).__name__)
 
-        def forward(self, x):
-            return self.norm(F.relu(self.norm(x)))
 
-    assert [s.refused for s in sites_of(Twice())] == ["it is called 2 times in one forward"] * 2
+def test_norms_with_hooks_and_norms_called_twice_are_sites_all_the_same() -> None:
+    block = Block(lambda m, y, x: F.relu(m.norm(y)))
+    block.norm.register_forward_hook(lambda layer, args, y: y * 2)
+    first, second = sites_of(block)
+    assert (first.path, second.path) == ("norm", "norm.2")
+    assert first.refused is None and first.activation.name == "identity"
+    assert second.refused is None and second.producer == "mul"

@@ -15,6 +15,10 @@ from nets.nested import leaves
 from torch import Tensor, nn
 
 import normpass
+from normpass.collect import Collected, captured_graphs
+from normpass.explain import norm_rows
+from normpass.pipeline import Request
+from normpass.report import Row
 
 Numbers = dict[str, Tensor | None]
 TOLERANCE = 1e-11
@@ -148,14 +152,24 @@ def assert_same_step(plain: nn.Module, other: nn.Module, x: Tensor, tolerance: f
         assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
 
 
-def rewrites(model: nn.Module) -> dict[str, str | None]:
+def collected(model: nn.Module, *args: Any, **kwargs: Any) -> Collected:
+    """The graphs of one forward of a copy of `model`, which stays as it is; of `image()` if no arguments are given."""
+    return captured_graphs(model, ((args or (() if kwargs else (image(),))), kwargs), Request())
+
+
+def norms(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Row]:
+    """Path of each norm -> what the report says of it."""
+    return {row.path: row for row in norm_rows(model, collected(model, *args, **kwargs))}
+
+
+def rewrites(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     """Path of each norm -> the rewrite it gets from `optimize`, None where it is left alone."""
-    return {row.path: row.rewrite for row in normpass.explain(model).rows}
+    return {path: row.rewrite for path, row in norms(model, *args, **kwargs).items()}
 
 
-def reasons(model: nn.Module) -> dict[str, str]:
+def reasons(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
     """Path of each norm -> why it is left alone, or why a better rewrite was refused."""
-    return {row.path: row.reason for row in normpass.explain(model).rows}
+    return {path: row.reason for path, row in norms(model, *args, **kwargs).items()}
 
 
 class ConvNet(nn.Module):

@@ -138,6 +138,30 @@ def _kernel(
     return z
 
 
+def _save(
+    ctx: Any,
+    activation: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+) -> None:
+    """Keep what backward reads: residual and bias only where it rebuilds y, for an activation's derivative."""
+    is_active = activation != "identity"
+    ctx.bias_dtype = None if bias is None or is_active else bias.dtype
+    ctx.save_for_backward(x, residual if is_active else None, weight, bias if is_active else None, mean, var)
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """x, residual, weight, bias, mean, var; for a bias that was not kept one of its shape and dtype."""
+    x, residual, weight, bias, mean, var = ctx.saved_tensors
+    if ctx.bias_dtype is not None:
+        bias = mean.detach().to(ctx.bias_dtype)
+    return x, residual, weight, bias, mean, var
+
+
 class NormAct(torch.autograd.Function):
     """The op and its gradient without the dispatcher."""
 
@@ -154,13 +178,13 @@ class NormAct(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         ctx.options = options
-        ctx.save_for_backward(x, None if options[2] == "identity" else residual, weight, bias, mean, var)
+        _save(ctx, options[2], x, residual, weight, bias, mean, var)
         return _kernel(kernels_for(device), x, residual, weight, bias, mean, var, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         options: Options = ctx.options
-        needs, tensors = ctx.needs_input_grad[:4], ctx.saved_tensors
+        needs, tensors = ctx.needs_input_grad[:4], _saved(ctx)
         device = None if torch.is_grad_enabled() else eager_device(grad)
         if device is None:
             return *_gradients_by_op(grad, tensors, options, needs), *[None] * 4
@@ -224,12 +248,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, batch_statistics, activation, _ = options
     refuse_statistics_gradient("norm_act", ctx, 4, batch_statistics)
     ctx.options = options
-    ctx.save_for_backward(x, None if activation == "identity" else residual, weight, bias, mean, var)
+    _save(ctx, activation, x, residual, weight, bias, mean, var)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:4]
-    return *_gradients_by_op(grad, ctx.saved_tensors, ctx.options, needs), *[None] * 6
+    return *_gradients_by_op(grad, _saved(ctx), ctx.options, needs), *[None] * 6
 
 
 def _gradients_by_op(

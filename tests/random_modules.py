@@ -1,0 +1,492 @@
+"""Random modules, as Python source: what `test_random_graphs` trains plain and optimised.
+
+    random_program(rng)  draws lines from TEMPLATES, one by one; a line that plain torch refuses is mostly thrown away
+    Program.source()     the module and its three steps, as text that can be run, read and cut down by hand
+
+In a template {a} is any value there is, {b} one of the same shape, {v}, {w} are new ones, {C} {H} {W} the sizes of {a},
+{n} a norm that was called before and {m} a layer with a weight; `<nn.…>` is a layer, made in `__init__`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import linecache
+import random
+import re
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+NORMS = """
+{v} = <nn.BatchNorm2d({C})>({a})
+{v} = <nn.BatchNorm2d({C})>({a})
+{v} = <nn.BatchNorm2d({C})>({a})
+{v} = <nn.BatchNorm2d({C}, affine=False)>({a})
+{v} = <nn.BatchNorm2d({C}, track_running_stats=False)>({a})
+{v} = <nn.BatchNorm2d({C}, momentum=None)>({a})
+{v} = <Frozen({C})>({a})
+{v} = <nn.InstanceNorm2d({C}, affine=True)>({a})
+{v} = <nn.InstanceNorm2d({C}, affine=True, track_running_stats=True)>({a})
+{v} = <nn.GroupNorm(2, {C})>({a})
+{v} = <nn.LayerNorm([{C}, {H}, {W}])>({a})
+{v} = <nn.LayerNorm({C})>({a}.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+{v} = <nn.BatchNorm1d({C})>({a}.flatten(2)).view({a}.shape)
+"""
+
+CONVOLUTIONS = """
+{v} = <nn.Conv2d({C}, 4, 1)>({a})
+{v} = <nn.Conv2d({C}, 4, 1, bias=False)>({a})
+{v} = <nn.Conv2d({C}, 4, 3, padding=1)>({a})
+{v} = <nn.Conv2d({C}, 4, 3, padding=1, bias=False)>({a})
+{v} = <nn.Conv2d({C}, {C}, 3, padding=1, groups={C})>({a})
+{v} = <nn.Conv2d({C}, {C}, 3, padding=1, groups={C}, bias=False)>({a})
+{v} = <nn.Conv2d({C}, {C}, 3, padding=1, groups=2)>({a})
+{v} = <nn.Conv2d({C}, 4, 3, stride=2, padding=1)>({a})
+{v} = <nn.Conv2d({C}, 4, 1, stride=2)>({a})
+{v} = <nn.ConvTranspose2d({C}, 4, 2, stride=2)>({a})
+{v} = <nn.Linear({W}, {W})>({a})
+"""
+
+ACTIVATIONS = """
+{v} = F.relu({a})
+{v} = <nn.ReLU()>({a})
+{v} = <nn.ReLU(inplace=True)>({a})
+{v} = <nn.SiLU()>({a})
+{v} = <nn.SiLU(inplace=True)>({a})
+{v} = <nn.Hardswish(inplace=True)>({a})
+{v} = <nn.LeakyReLU(0.1, inplace=True)>({a})
+{v} = <nn.ELU()>({a})
+{v} = <nn.ReLU6(inplace=True)>({a})
+{v} = <nn.PReLU()>({a})
+{v} = F.gelu({a})
+{v} = F.mish({a})
+{v} = F.softplus({a})
+{v} = F.hardsigmoid({a})
+{v} = torch.sigmoid({a})
+{v} = {a}.tanh()
+{v} = {a}.relu_()
+{v} = {a}.sigmoid_()
+{v} = F.elu_({a})
+{v} = F.relu({a}, inplace=True)
+{v} = F.leaky_relu_({a}, 0.2)
+torch.tanh_({a})
+{a}.clamp_(-1, 1)
+{v} = {a}.clamp(min=-0.1)
+{v} = {a}.square()
+{v} = {a}.abs()
+{v} = {a}.softmax(1)
+{v} = <nn.Identity()>({a})
+"""
+
+ARITHMETIC = """
+{v} = {a} + {b}
+{v} = {b} + {a}
+{v} = {a} - {b}
+{v} = {a} * {b}
+{v} = {a} * 0.5
+{v} = 1 - {a}
+{v} = {a} / (1 + {b}.abs())
+{v} = torch.add({a}, {b}, alpha=0.5)
+{v} = torch.maximum({a}, {b})
+{v} = torch.where({a} > 0.1, {a}, {b})
+{v} = torch.lerp({a}, {b}, 0.3)
+{v} = torch.addcmul({a}, {a}, {b})
+{v} = {a} * {a}.mean((2, 3), keepdim=True)
+{v} = {a} * <nn.Linear({C}, {C})>({a}.mean((2, 3))).sigmoid()[:, :, None, None]
+{v} = {a} + F.adaptive_avg_pool2d({b}, 1)
+{v} = {a} - {a}.detach().mean()
+{v} = {a}.detach() + {b}
+{v} = {a}.masked_fill({b} < 0, 0.3)
+{v} = {a} + {a}.mean(1, keepdim=True).expand_as({a})
+{v} = grad_scale({a})
+"""
+
+IN_PLACE = """
+{a} += {b}
+{a} -= {b}
+{a} *= {b}
+{a} += 0.5
+{a} *= 0.7
+{a} /= 1.5
+{v} = {a}.add_({b})
+{v} = {a}.add_({b}, alpha=0.3)
+{v} = {a}.mul_({b})
+{a}.sub_({b})
+{a}.copy_({b})
+{a}.lerp_({b}, 0.4)
+{a}.addcmul_({b}, {b}, value=0.2)
+{a}.fill_(0.3)
+torch.add({a}, {b}, out={a})
+torch._foreach_add_([{a}, {b}], 0.1)
+torch._foreach_mul_([{a}, {b}], 0.9)
+torch._foreach_add_([{a}], [{b}])
+torch._foreach_mul_([{a}[:, :1], {a}[:, 1:]], 0.9)
+{v} = {a}.masked_fill_({a} < -0.5, 0.3)
+{a}[{a} > 1] = 0.25
+{a}[{a} < 0] *= 0.5
+{a}[:] = {b}
+{a}[0] = 0.1
+{a}[:, 1] = {b}[:, 0]
+{a}[:, :2] += {b}[:, :2]
+{a}[..., 1:] *= 0.5
+{a}[:, 0].mul_(0.5)
+{a}.index_put_((torch.tensor([0]),), torch.tensor(0.2, dtype={a}.dtype))
+{a}.index_add_(1, torch.tensor([1, 0]), {b}[:, :2])
+{a}.index_fill_(1, torch.tensor([1]), 0.1)
+{a}.ravel().add_(0.2)
+{a}.view(-1).mul_(0.8)
+{a}.flatten(1).add_(0.2)
+{a}.reshape(-1)[::2].mul_(0.6)
+{a}.transpose(1, 2).add_({b}.transpose(1, 2))
+{a}.permute(0, 2, 3, 1).mul_(0.7)
+{a}.unsqueeze(1).sub_(0.2)
+{a}.narrow(1, 1, 1).add_({b}.narrow(1, 0, 1))
+{a}.diagonal(0, 2, 3).add_(0.2)
+{a}.chunk(2, 1)[0].mul_(0.5)
+{a}.unbind(1)[0].add_(0.1)
+{a}.detach().mul_(0.9)
+{a}.detach()[:, 0].add_(0.1)
+{a}.view_as({b}).add_(0.1)
+F.relu({a}[:, 1:], inplace=True)
+{a}[:, :2].relu_()
+"""
+
+VIEWS = """
+{v} = {a}[:, 1:]
+{v} = {a}[:, :2]
+{v} = {a}[:, ::2]
+{v} = {a}[..., 1:-1]
+{v} = {a}.transpose(2, 3)
+{v} = {a}.view({a}.shape)
+{v} = {a}.detach()
+{v} = {a}.unsqueeze(0).squeeze(0)
+{v} = {a}.flatten(1).unflatten(1, {a}.shape[1:])
+{v} = {a}.contiguous()
+{v} = {a}.clone()
+{v} = {a}.contiguous(memory_format=torch.channels_last)
+{v} = {a}.reshape({a}.size(0), 2, -1, {a}.size(2), {a}.size(3)).transpose(1, 2).flatten(1, 2)
+{v}, {w} = {a}.chunk(2, 1)
+{v}, {w} = torch.split({a}, [1, {C} - 1], 1)
+{v} = {a}.unbind(1)[0].unsqueeze(1)
+{v} = {a}.mean((2, 3), keepdim=True).expand({a}.shape)
+{v} = {a}.flip(1)
+{v} = {a}.as_strided({a}.size(), {a}.stride(), {a}.storage_offset())
+"""
+
+JOINS = """
+{v} = torch.cat(({a}, {b}), 1)
+{v} = torch.cat([{a}, {a}[:, :1]], 1)
+{v} = torch.cat(({a}[:, 1:], {b}[:, :1]), 1)
+{v} = torch.cat(({a}, {b}, {a}), dim=1)
+{v} = torch.stack(({a}, {b}), 1).flatten(1, 2)
+{v} = torch.stack(({a}, {b})).sum(0)
+{v} = torch.stack({a}.unbind(1)[::-1], 1)
+{v} = torch.cat({a}.chunk(2, 1)[::-1], 1)
+{v} = F.pad({a}, (1, 0, 0, 1))
+{v} = F.pad({a}, (1, 1, 1, 1), mode="reflect")[:, :, 1:-1, 1:-1]
+{v} = F.interpolate({a}, scale_factor=2)
+{v} = F.interpolate({a}, scale_factor=0.5, mode="bilinear")
+{v} = F.max_pool2d({a}, 3, 1, 1)
+{v} = F.max_pool2d({a}, 2)
+{v} = <nn.MaxPool2d(3, 2, 1)>({a})
+{v}, {w}_i = F.max_pool2d({a}, 2, return_indices=True)
+{v} = F.avg_pool2d({a}, 3, 1, 1)
+{v} = F.avg_pool2d({a}, 2)
+{v} = F.adaptive_max_pool2d({a}, 2)
+{v} = F.dropout({a}, 0.3, self.training)
+{v} = F.dropout({a}, 0.3, self.training, inplace=True)
+{v} = <nn.Dropout(0.3)>({a})
+{v} = <nn.Dropout(0.0, inplace=True)>({a})
+{v} = <nn.Dropout2d(0.3)>({a})
+"""
+
+PYTHON = r"""
+if self.flag:\n    {v} = {a} * 0.5\nelse:\n    {v} = F.relu({a})
+if {a}.square().mean() > 0.6:\n    {v} = {a} * 0.5\nelse:\n    {v} = F.relu({a})
+if {a}.size(0) > 2:\n    {a} += 0.1
+if self.training:\n    {v} = {a} * 0.9\nelse:\n    {v} = {a} + 0.1
+{v} = {a} * self.alpha
+{v} = {a}.add_(self.alpha)
+{v} = {a}\nfor _ in range(self.depth):\n    {v} = F.silu({v}) + {a}
+{v} = {a}\nfor scale in self.scales:\n    {v} = {v} * scale
+{v} = (F.relu, torch.sigmoid, torch.tanh)[self.depth]({a})
+{v} = {a} * float({a}.detach().square().mean())
+self.seen = {a}
+self.seen = {a}.detach()
+{v} = {a} if self.seen is None else {a} + self.seen.detach().mean()
+self.count += 1\n{v} = {a} / self.count
+with torch.no_grad():\n    {v} = F.relu({a})
+with torch.no_grad():\n    self.total.mul_(0.9).add_({a}.mean())
+{v} = {a} * self.total
+{v} = {a} * {n}.running_var[0]
+{v} = {a} + {n}.running_mean.view(1, -1, 1, 1)
+{v} = {a} * {n}.running_var.clone().view(1, -1, 1, 1)
+{v} = {a} * {n}.weight.view(1, -1, 1, 1)
+{v} = {a} + {n}.num_batches_tracked
+{v} = F.batch_norm({a}, {n}.running_mean, {n}.running_var, {n}.weight, {n}.bias, False)
+with torch.no_grad():\n    {n}.weight.mul_(0.9)
+with torch.no_grad():\n    {n}.bias.add_(0.1)
+with torch.no_grad():\n    {n}.running_mean.add_(0.1)
+with torch.no_grad():\n    {m}.weight.mul_(0.9)
+{v} = checkpoint(lambda t: F.relu({n}(t)), {a}, use_reentrant=False)
+{v} = {n}({a})
+{v} = {m}({a})
+"""
+
+WEIGHTS = {NORMS: 6, CONVOLUTIONS: 4, ACTIVATIONS: 5, ARITHMETIC: 5, IN_PLACE: 5, VIEWS: 3, JOINS: 4, PYTHON: 3}
+"""How often a line is drawn from each of them."""
+TEMPLATES = {text: tuple(line.replace(r"\n", "\n") for line in text.strip().splitlines()) for text in WEIGHTS}
+
+BEFORE = """
+model.alpha = 0.9
+model.alpha = 2
+model.depth = 2
+model.depth = 0
+model.flag = False
+model.scales.append(1.25)
+model.scales = [0.25]
+{n}.eval()
+{n}.momentum = 0.3
+{n}.eps = 1e-3
+{n}.weight.requires_grad_(False)
+{n}.bias.requires_grad_(False)
+{m}.weight.requires_grad_(False)
+{m}.requires_grad_(False)
+model.requires_grad_(False)
+model.eval()
+""".strip().splitlines()
+"""What happens before a step."""
+
+BETWEEN = """
+{n}.weight.mul_(1.5)
+{n}.bias.add_(0.5)
+{n}.running_mean.add_(1)
+{n}.running_var.mul_(2)
+{m}.weight.mul_(0.9)
+outputs[0].mul_(0.5)
+outputs[-1].detach().add_(0.1)
+args[0].add_(0.3)
+outputs.extend(leaves(model(*arguments(step, 7))))
+model(*(t.detach().clone() for t in args))
+model.eval()
+""".strip().splitlines()
+"""What happens between forward and backward; what works on a parameter or a buffer does so in `no_grad`."""
+
+BACKWARDS = ("squares", "squares", "sums", "strided", "each", "twice", "inputs", "second", "none")
+LAYOUTS = ("contiguous", "contiguous", "channels_last", "transposed", "leaf", "constant")
+SECONDS = ("other", "other", "same", "view", "detached")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step."""
+
+    before: str = ""
+    between: str = ""
+    backward: str = "squares"
+    samples: int = 2
+    layout: str = "contiguous"
+    second: str = "other"
+    """what the second argument is"""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A module and what is done with it."""
+
+    layers: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    returns: str = "x"
+    steps: tuple[Step, ...] = (Step(), Step(), Step())
+
+    def source(self) -> str:
+        body = "\n".join(self.lines).splitlines()
+        layers = [f"self.l{i} = {layer}" for i, layer in enumerate(self.layers)]
+        return "\n".join(
+            [
+                "class Net(nn.Module):",
+                "    def __init__(self):",
+                "        super().__init__()",
+                "        self.alpha, self.depth, self.flag, self.scales = 0.7, 1, True, [0.5, 1.5]",
+                "        self.seen, self.count = None, 0",
+                '        self.register_buffer("total", torch.tensor(0.5))',
+                *(f"        {line}" for line in layers),
+                "",
+                "    def forward(self, x, z):",
+                *(f"        {line}" for line in body),
+                f"        return {self.returns}",
+                "",
+            ]
+        )
+
+    def build(self) -> nn.Module:
+        """The module in float64, its norms' parameters and statistics away from 1 and 0."""
+        source, name = self.source(), f"<random module {next(_numbers)}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        space = dict(globals())
+        exec(compile(source, name, "exec"), space)
+        torch.manual_seed(0)
+        model: nn.Module = space["Net"]().double()
+        for path, tensor in model.state_dict().items():
+            layer = model.get_submodule(path.rpartition(".")[0])
+            if type(layer).__name__.endswith(("Norm", "Norm1d", "Norm2d", "Frozen")) and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+        return model
+
+    def __str__(self) -> str:
+        return "\n".join([self.source(), *map(repr, self.steps)])
+
+
+_numbers = itertools.count(1)
+
+
+class Frozen(nn.Module):
+    """A batch norm of constants, as torchvision's."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.view(1, -1, 1, 1) * (self.running_var.view(1, -1, 1, 1) + 1e-5).rsqrt()
+        return x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)
+
+
+class GradScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0].cos()
+
+
+def grad_scale(x: Tensor) -> Tensor:
+    return GradScale.apply(x)
+
+
+# --- drawing ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Writer:
+    """Draws a program line by line; each is tried out at once."""
+
+    rng: random.Random
+    program: Program = field(default_factory=Program)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: {"x": (2, 4, 8, 8), "z": (2, 4, 8, 8)})
+
+    def write(self, lines: int) -> Program:
+        for _ in range(3 * lines):
+            if len(self.program.lines) < lines:
+                self._draw_line()
+        program = replace(self.program, returns=self._returns())
+        return replace(program, steps=self._steps())
+
+    def _draw_line(self) -> None:
+        texts = [text for text, weight in WEIGHTS.items() for _ in range(weight)]
+        template = self.rng.choice(TEMPLATES[self.rng.choice(texts)])
+        filled = self._filled(template)
+        if filled is None:
+            return
+        line, layers = filled
+        program = replace(self.program, layers=layers, lines=(*self.program.lines, line))
+        shapes = _tried(program)
+        if shapes is None and self.rng.randrange(12):
+            return
+        self.program = program
+        self.shapes = shapes or self.shapes
+
+    def _filled(self, template: str) -> tuple[str, tuple[str, ...]] | None:
+        first = self._value()
+        shape = self.shapes[first]
+        same = [name for name, other in self.shapes.items() if other == shape]
+        number = len(self.program.lines)
+        words = {"a": first, "b": self.rng.choice(same), "v": f"v{number}", "w": f"w{number}"}
+        words |= dict(zip("CHW", map(str, shape[1:]), strict=True)) | self._layers()
+        if not all(word in words for word in re.findall(r"{(\w)}", template)):
+            return None
+        text, layers = re.sub(r"{(\w)}", lambda m: words[m[1]], template), list(self.program.layers)
+        made = re.search(r"<(nn\..*\)|Frozen.*\))>", text)
+        if made is None:
+            return text, tuple(layers)
+        if made[1] not in layers or self.rng.randrange(8):
+            layers.append(made[1])
+        index = len(layers) - 1 - layers[::-1].index(made[1])
+        return text.replace(made[0], f"self.l{index}"), tuple(layers)
+
+    def _layers(self, owner: str = "self") -> dict[str, str]:
+        """A batch norm and a layer with a weight, where there are any."""
+        found = {}
+        for word, kinds in {"n": ("nn.BatchNorm",), "m": ("nn.Conv", "nn.Linear", "nn.BatchNorm", "nn.Gr")}.items():
+            there = [i for i, layer in enumerate(self.program.layers) if layer.startswith(kinds)]
+            if there:
+                found[word] = f"{owner}.l{self.rng.choice(there)}"
+        return found
+
+    def _value(self) -> str:
+        names = list(self.shapes)
+        return names[-self.rng.choice((1, 1, 1, 2, 2, self.rng.randrange(len(names)) + 1))]
+
+    def _returns(self) -> str:
+        names = list(self.shapes)
+        also = [name for name in names[:-1] if not self.rng.randrange(4)]
+        form = self.rng.choice(("{0}, [{1}]", "[{0}, {1}]", "{{'out': {0}, 'others': ({1})}}"))
+        others = "".join(f"{name}, " for name in also)
+        return form.format(names[-1], others) if also else names[-1]
+
+    def _steps(self) -> tuple[Step, ...]:
+        pick = self.rng.choice
+        first = Step(layout=pick(LAYOUTS), second=pick(SECONDS), samples=pick((2, 2, 3)))
+        steps = []
+        for index in range(3):
+            between = self._action(BETWEEN, 3)
+            before = self._action(BEFORE, 2) if index else ""
+            step = replace(first, backward=pick(BACKWARDS), between=between, before=before)
+            if index == 2 and not self.rng.randrange(4):
+                step = replace(step, samples=4, layout=pick(LAYOUTS), second=pick(SECONDS))
+            steps.append(step)
+        if not self.rng.randrange(3):
+            steps[2] = replace(steps[2], before="model.eval()")
+        return tuple(steps)
+
+    def _action(self, actions: list[str], every: int) -> str:
+        template = self.rng.choice(actions)
+        words = self._layers("model")
+        if self.rng.randrange(every) or not all(word in words for word in re.findall(r"{(\w)}", template)):
+            return ""
+        return re.sub(r"{(\w)}", lambda m: words[m[1]], template)
+
+
+def random_program(rng: random.Random, lines: int | None = None) -> Program:
+    """A program of so many lines; 3 to 10 if none are given."""
+    return _Writer(rng).write(lines or rng.randrange(3, 11))
+
+
+def _tried(program: Program) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the values after one forward and backward; None where it raises or makes no good numbers."""
+    model = replace(program, returns="dict(locals())").build()
+    x, z = (torch.randn(2, 4, 8, 8, dtype=torch.float64).requires_grad_().mul(1) for _ in range(2))
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        values = {k: v for k, v in model(x, z).items() if isinstance(v, Tensor) and v.is_floating_point()}
+        if all(_is_good(v) for v in values.values()):
+            sum(v.square().sum() for v in values.values() if v.requires_grad).backward()
+            return {k: tuple(v.shape) for k, v in values.items()}
+    return None
+
+
+def _is_good(value: Tensor) -> bool:
+    return value.dim() == 4 and value[0].numel() <= 2048 and bool(value.detach().abs().max() < 1e3)
+
+
+__all__ = ["Program", "Step", "random_program"]
