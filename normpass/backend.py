@@ -31,7 +31,7 @@ from normpass.errors import InvalidInputError
 from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
 from normpass.graph import copy_graph
 from normpass.optimized import with_recipes
-from normpass.passes.normal_form import run_checkpoint
+from normpass.passes.normal_form import run_checkpoint, run_custom_function
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, decide_again, note_recipes, rewrite, will_differentiate
 from normpass.planner import DEFAULT
 from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
@@ -43,6 +43,11 @@ _IN_TWO: dict[Any, tuple[Callable, Callable]] = {
     split_norm_act: (prepare_norm_act, finish_norm_act),
     shared_norm_act: (prepare_shared_norm_act, finish_shared_norm_act),
 }
+_REGIONS: dict[Any, Any] = {
+    run_checkpoint: torch.ops.higher_order.tag_activation_checkpoint,
+    run_custom_function: torch.ops.higher_order.autograd_function_apply,
+}
+"""what runs a region in eager mode -> the operator that a compiler knows"""
 _log = logging.getLogger(__name__)
 
 
@@ -140,8 +145,8 @@ def _mark_recomputed(rewritten: Rewritten, replayed: frozenset[str]) -> None:
     assert found is not None
     for step in found.facts.steps:
         node, is_again = step.node, any(v in rewritten.again for v in step.makes)
-        if node.target is run_checkpoint:
-            node.target = torch.ops.higher_order.tag_activation_checkpoint
+        if node.target in _REGIONS:
+            node.target = _REGIONS[node.target]
         elif node.target in _IN_TWO and is_again:
             prepare, finish = _IN_TWO[node.target]
             with graph.inserting_before(node):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normpass import ops
 from normpass.bench_layers import LAYOUTS
 from normpass.convolution import norm_act_convolution
-from normpass.functional import split_norm_act
+from normpass.functional import FunctionalBatchNorm, split_norm_act
 from normpass.kernels import disabled, kernels_for
 from normpass.measure import Ratio, ratios
 from normpass.ops.depthwise_conv2d import input_gradient_on
@@ -144,7 +144,12 @@ def _layer_steps(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> dict[str
         torch.autograd.grad(y, [leaf, *norm.parameters(), *layer.parameters()], grad)
         clock.lap()
 
+    def ours(x: Tensor) -> Tensor:
+        options = layer.stride, layer.padding, layer.dilation, layer.groups
+        called = FunctionalBatchNorm.of(norm)
+        return norm_act_convolution(split_norm_act, called, x, "silu", (), layer.weight, None, *options)
+
     return {
-        "ours": partial(step, lambda x: norm_act_convolution(split_norm_act, norm, layer, x, "silu")),
+        "ours": partial(step, ours),
         "vendor": partial(step, lambda x: layer(activation(norm(x)))),
     }

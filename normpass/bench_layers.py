@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from normpass import measure
 from normpass.environment import last_level_cache
 from normpass.errors import NormpassError
-from normpass.functional import fused_norm_act
+from normpass.functional import FunctionalBatchNorm, fused_norm_act
 from normpass.measure import Ratio, StepTime
 from normpass.timing import Clock, Step, alternate, wait_for
 
@@ -184,7 +184,7 @@ class Ours(Plain):
     """What an optimised model calls in their place."""
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return fused_norm_act(self.norm, x, residual, self.activation)
+        return fused_norm_act(FunctionalBatchNorm.of(self.norm), x, residual, self.activation)
 
 
 class Library(Plain):

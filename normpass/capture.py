@@ -41,6 +41,7 @@ _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ign
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _is_traced = torch._C._is_tracing
+_compiler_of_frames = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 _numbers = itertools.count(1)
 
@@ -59,6 +60,8 @@ def reason_to_run_plain(args: tuple, kwargs: dict) -> str | None:
         return "a torch.func transform or forward-mode differentiation is active"
     if any(global_hooks()):
         return "hooks are registered for all modules"
+    if _compiler_of_frames():
+        return "somebody else's torch.compile sees it"  # in a frame that it has left to Python
     if torch.is_grad_enabled() and (_top_hooks(False) is not None or not _hooks_enabled()):
         return OTHER_HOOKS
     for value in (*args, *kwargs.values()):
@@ -125,7 +128,7 @@ class _Frames:
             # It ran: Python has it from now on, what it calls is captured on its own.
             return ConvertFrameReturn(apply_to_code=not is_shared)
         try:
-            with _limits(), _without_mistakes(), _not_skipping_sequentials(), _without_grad_warning():
+            with _limits(), _without_mistakes(), _not_skipping_sequentials(), _without_grad_warning(), _quietly():
                 found = self._inner(frame, *others)
         except Exception as error:
             ours = getattr(error, "inner_exception", None)  # of our backend

@@ -124,10 +124,6 @@ def _checkpoint(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
     return checkpointed(network)
 
 
-def _compile_ours(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
-    return compiled(optimize(network), backend)
-
-
 def _compile_normpass(network: nn.Module, x: Tensor, backend: str) -> nn.Module:
     return compiled(network, partial(compile_graph, options={"inner": backend}))
 
@@ -150,7 +146,6 @@ CONTENDERS = {
         _compile(aggressive_recomputation=True), "torch.compile, aggressive_recomputation=True"
     ),
     "compile_normpass": Contender(_compile_normpass, 'torch.compile, backend="normpass"'),
-    "compile_ours": Contender(_compile_ours, "torch.compile of normpass.optimize"),
     "checkpoint": Contender(_checkpoint, "torch.utils.checkpoint around every block"),
 }
 WITH_BUDGET = ("ours", "compile")

@@ -7,8 +7,10 @@ Nothing stands under the file's name unless what is in it was run and agrees wit
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ from normpass.export import Arguments, export_folded, nodes_of, opset_of, quiet,
 from normpass.extras import needed
 from normpass.files import appearing
 from normpass.nn.norm import BatchNormLike
-from normpass.optimized import is_optimised
-from normpass.trial import call_arguments
 from normpass.nn.plain import as_plain_norms
+from normpass.optimized import is_optimised, state_of
+from normpass.trial import call_arguments
 from normpass.untouched import untouched
 
 FORMATS = (".onnx", ".pt2", ".safetensors")
@@ -131,11 +133,30 @@ def trial_calls(arguments: Arguments, dynamic_batch: bool) -> list[tuple[int | N
 
 
 def _as_layers(model: nn.Module) -> nn.Module:
-    """With layers of torch for the Kalman norms and for the switchable ones that have chosen; these fold."""
-    if not any(isinstance(m, BatchNormLike) for m in model.modules()):
-        return model
-    plain = restore(model, keep_changes=True) if is_optimised(model) else model
-    return as_plain_norms(plain).eval()
+    """With layers of torch for the Kalman norms and for the switchable ones that have chosen, which fold.
+
+    What is changed in captured graphs alone is changed where forward calls it.
+    """
+    changes: tuple[Any, ...] = ()
+    if is_optimised(model):
+        changes, model = state_of(model).request.changes, restore(model, keep_changes=True)
+    if any(isinstance(m, BatchNormLike) for m in model.modules()):
+        model = as_plain_norms(model)
+    for change in changes:
+        if change.applies_to_graph and change.changes_eval:
+            _run_under(change.calls, model)
+    return model.eval()
+
+
+def _run_under(calls: Callable[[], AbstractContextManager], model: nn.Module) -> None:
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with calls():
+            return forward(*args, **kwargs)
+
+    model.forward = changed  # type: ignore[method-assign]
 
 
 def _write_onnx(

@@ -10,6 +10,7 @@ Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14),
 - `d[key]` that raises KeyError has no guard on the key: `try: d[key] except KeyError:` and ChainMap never see the key
   that comes later. Guarded.
 - guards compare with ==, so 0.0 is -0.0, (True,) is (1,) and (1.0,). Guarded by class and sign.
+- `torch.jit.isinstance(x, Tensor)`, as MONAI has it, breaks the graph, though it is `isinstance`. Not any more.
 - `functools.lru_cache` is traced through as if it did not cache. The call breaks the graph (not in torch and einops).
 - a hook that is registered after the first call is not called. Guarded, by a setting of Dynamo's.
 - `torch.compiler.is_compiling()` is true: a model then takes a branch that it does not take without us. False in the
@@ -37,8 +38,10 @@ import torch
 from torch._dynamo import config, convert_frame, exc, symbolic_convert
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import builder
+from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.functions import SkipFunctionVariable
 from torch._dynamo.variables.misc import RandomClassVariable, RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
@@ -64,6 +67,7 @@ def capturing() -> Iterator[None]:
         (builder, "is_lru_cache_wrapped_function", _only_pure(builder.is_lru_cache_wrapped_function)),
         (ConstDictVariable, "getitem_const_raise_exception_if_absent", _guarding_absence(ConstDictVariable)),
         (GuardBuilder, "EQUALS_MATCH", _exactly(GuardBuilder.EQUALS_MATCH)),
+        (SkipFunctionVariable, "call_function", _with_isinstance(SkipFunctionVariable.call_function)),
         (TorchInGraphFunctionVariable, "call_function", _as_plain(TorchInGraphFunctionVariable.call_function)),
     )
     with convert_frame.compile_lock, config.patch(skip_nnmodule_hook_guards=False), ExitStack() as stack:
@@ -79,6 +83,16 @@ def _break_at_a_new_generator(self: Any, tx: Any, args: Any, kwargs: Any) -> NoR
         explanation="Dynamo would seed it once, while it traces, and use that at every call",
         hints=[],
     )
+
+
+def _with_isinstance(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.value is torch.jit.isinstance and len(args) == 2 and args[1].is_python_constant():
+            if isinstance(args[1].as_python_constant(), type):
+                return BuiltinVariable(isinstance).call_function(tx, args, kwargs)
+        return original(self, tx, args, kwargs)
+
+    return call_function
 
 
 def _only_pure(is_cached: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -211,7 +211,28 @@ def _like(tensor: Tensor, shared: Counter[int], bases: dict[tuple[int, torch.dty
             count = storage.nbytes() // tensor.element_size()
             bases[key] = torch.empty(count, dtype=tensor.dtype, device=tensor.device)
         result = bases[key].as_strided(sizes, strides, _number(tensor.storage_offset())).detach()
-    return result.requires_grad_() if tensor.requires_grad else result
+    if not tensor.requires_grad:
+        return result
+    return result.requires_grad_() if tensor.is_leaf else _computed(result)
+
+
+class _Computed(torch.autograd.Function):
+    """What somebody has computed with gradients: unlike a leaf it may be written to in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, leaf: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("facts are collected without a backward")
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    with torch.enable_grad():
+        result: Tensor = _Computed.apply(tensor, torch.empty(0, device=tensor.device, requires_grad=True))
+    return result
 
 
 def _number(value: Any) -> Any:

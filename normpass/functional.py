@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from normpass.kernels import Running, kernels_for
 from normpass.operators import sum_as_first
@@ -52,6 +52,15 @@ class FunctionalBatchNorm:
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
+
+    @classmethod
+    def of(cls, layer: nn.modules.batchnorm._BatchNorm) -> FunctionalBatchNorm:
+        """What a captured graph has where `layer` is called, its counter moved; its momentum is a number."""
+        if layer.training and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+        mean, var, momentum = layer.running_mean, layer.running_var, layer.momentum
+        assert momentum is not None
+        return cls(mean, var, layer.weight, layer.bias, layer.training, momentum, layer.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.batch_norm(

@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from networkx.algorithms.flow import boykov_kolmogorov
 
 from normpass.facts import Facts, Step
-from normpass.graph import name_of
 from normpass.operators import is_producer
 
-_CUSTOM_AUTOGRAD = "autograd_function_apply"
 _MOVES_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
 
 
@@ -89,7 +87,7 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any]) -> b
     """Whether running a step twice gives the same twice, and nothing else."""
     if step.target in notes_itself:
         return True
-    if step.is_random or (step.is_foreign and name_of(step.target) != _CUSTOM_AUTOGRAD) or step.copies:
+    if step.is_random or step.is_foreign or step.copies:
         return False
     outside = set(step.reads_outside)
     moves = outside & set(step.writes)
@@ -105,8 +103,6 @@ def minimum_cut(found: Possible) -> frozenset[int]:
     facts = found.facts
     saved = {v for step in facts.steps for v in step.saves}
     network = _network(found, saved)
-    if network.number_of_nodes() == 0 or "kept" not in network:
-        return _upstream(found, saved)
     # networkx puts on the side of "needed" what can still reach it: as little as can be.
     _, (_, needed) = nx.minimum_cut(network, "kept", "needed", flow_func=boykov_kolmogorov)
     return frozenset(v for v in found.cheap if (v, "in") in needed and (v, "out") in needed)
@@ -125,20 +121,9 @@ def needed_values(found: Possible) -> frozenset[int]:
     return frozenset(seen)
 
 
-def _upstream(found: Possible, saved: set[int]) -> frozenset[int]:
-    """Everything that is needed, where all of it can be made from what exists anyway."""
-    again: set[int] = set()
-    waiting = [v for v in saved if v in found.cheap]
-    while waiting:
-        value = waiting.pop()
-        if value not in again:
-            again.add(value)
-            waiting += [v for v in found.facts.steps[found.maker[value]].reads if v in found.cheap]
-    return frozenset(again)
-
-
 def _network(found: Possible, saved: set[int]) -> nx.DiGraph:
     facts, network, seen = found.facts, nx.DiGraph(), set[int]()
+    network.add_nodes_from(("kept", "needed"))  # also where everything can be made from what exists anyway
     waiting = list(saved)
     while waiting:
         value = waiting.pop()

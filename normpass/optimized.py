@@ -50,10 +50,9 @@ class State:
     failures: list[str] = field(default_factory=list)
     """why graphs run as they were captured"""
 
-    @property
-    def needs_capture(self) -> bool:
+    def needs_capture(self, training: bool) -> bool:
         """Whether the plain forward would not be what was asked for."""
-        return any(change.applies_to_graph for change in self.request.changes)
+        return any(c.applies_to_graph and (training or c.changes_eval) for c in self.request.changes)
 
 
 class Optimized:
@@ -97,8 +96,8 @@ def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
         if torch.compiler.is_dynamo_compiling():
             _seen_by_compiler()
             state = getattr(self, _STATE, None)
-            if state is not None and self.training:
-                _refuse_stale_change(state, "somebody else's torch.compile sees it")
+            if state is not None:
+                _refuse_stale_change(state, self.training, "somebody else's torch.compile sees it")
             return plain.forward(self, *args, **kwargs)
         state = self.__dict__.get(_STATE)
         if state is None or "_is_replica" in self.__dict__:  # of DataParallel: another one at every call
@@ -113,21 +112,22 @@ def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 def _run(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs: dict) -> Any:
     reason = reason_to_run_plain(args, kwargs)
-    if reason is None or (reason is OTHER_HOOKS and state.needs_capture):  # it notes no recipes under them
+    needs_capture = state.needs_capture(module.training)
+    if reason is None or (reason is OTHER_HOOKS and needs_capture):  # it notes no recipes under them
         result = state.call(module, *args, **kwargs)
-        if state.needs_capture and module.training and (state.failures or state.call.failures):
-            _refuse_stale_change(state, "a part of it cannot be captured")
+        if needs_capture and (state.failures or state.call.failures):
+            _refuse_stale_change(state, module.training, "a part of it cannot be captured")
         return result
-    if module.training:
-        _refuse_stale_change(state, reason)
+    _refuse_stale_change(state, module.training, reason)
     return forward(module, *args, **kwargs)
 
 
-def _refuse_stale_change(state: State, reason: str) -> None:
-    if state.needs_capture:
+def _refuse_stale_change(state: State, training: bool, reason: str) -> None:
+    if state.needs_capture(training):
+        or_eval = "" if state.needs_capture(False) else ", or in eval mode"
         raise StaleChangeError(
             f"this model was optimised with `changes=`, which are made in its captured graph, and {reason}: its plain "
-            "forward would compute something else. Call it as it is, or in eval mode"
+            f"forward would compute something else. Call it as it is{or_eval}"
         )
 
 
@@ -158,12 +158,18 @@ def _seen_by_compiler() -> bool:
     backend = getattr(backend, "_torchdynamo_orig_backend", backend)
     name = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", type(backend).__name__)
     if name != "normpass":
-        warnings.warn(
-            f"normpass: an optimised model is compiled by `{name}`, which sees the plain model and decides itself what "
-            'is kept for backward; compile the plain model with torch.compile(model, backend="normpass") instead',
-            stacklevel=2,
-        )
+        _warn_of_compiler(str(name))
     return True
+
+
+@functools.cache
+def _warn_of_compiler(name: str) -> None:
+    """Once in a process, however many graphs there are."""
+    warnings.warn(
+        f"normpass: an optimised model is compiled by `{name}`, which sees the plain model and decides itself what "
+        'is kept for backward; compile the plain model with torch.compile(model, backend="normpass") instead',
+        stacklevel=3,
+    )
 
 
 # What `torch.compiler.assume_constant_result` does, which would import Dynamo, for seconds, wherever nobody compiles.
@@ -194,7 +200,9 @@ def optimise_in_place(
 
 
 def _captured(plain: type[nn.Module], model: nn.Module, state: State) -> Captured:
-    return Captured(plain.forward, functools.partial(_compile, state, weakref.ref(model)))
+    backend = functools.partial(_compile, state, weakref.ref(model))
+    backend.compiler_name = "normpass"  # type: ignore[attr-defined]
+    return Captured(plain.forward, backend)
 
 
 def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normpass import kernels, ops, recipe
-from normpass.functional import fused_norm_act, split_norm_act
+from normpass.functional import FunctionalBatchNorm, fused_norm_act, split_norm_act
 from normpass.timing import Clock, alternate
 
 Forward = Callable[[nn.BatchNorm2d, Tensor], Tensor]
@@ -57,17 +57,17 @@ def _plain(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def _eager(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    return fused_norm_act(norm, x, None, "relu")
+    return fused_norm_act(FunctionalBatchNorm.of(norm), x, None, "relu")
 
 
 def _eager_split(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     with recipe.recording():
-        return split_norm_act(norm, x, None, "relu")
+        return split_norm_act(FunctionalBatchNorm.of(norm), x, None, "relu")
 
 
 def _reference(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     with kernels.disabled():
-        return fused_norm_act(norm, x, None, "relu")
+        return _eager(norm, x)
 
 
 def _dispatcher(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

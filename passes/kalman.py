@@ -66,7 +66,8 @@ class Kalman:
     few values a channel, as in maps of 1×1, take `math.inf`, which uses all"""
 
     applies_to_graph: ClassVar[bool] = True
-    """in training; in eval mode the changed layers are batch norms by themselves"""
+    changes_eval: ClassVar[bool] = False
+    """in eval mode the changed layers are batch norms by themselves"""
 
     def __post_init__(self) -> None:
         check_options(self.prediction_weight, self.learn_weight, self.micro_batches, self.largest_ratio)

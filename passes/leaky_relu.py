@@ -10,11 +10,12 @@ them; functional spellings are replaced in every captured graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from normpass.graph import hooks_of, is_in_place_call, name_of, replace_layers
 
@@ -30,6 +31,7 @@ class LeakyReLU:
     """slope for negative input, > 0"""
 
     applies_to_graph: ClassVar[bool] = True
+    changes_eval: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.negative_slope > 0:
@@ -53,6 +55,24 @@ class LeakyReLU:
             in_place = name_of(node.target).endswith("_") or is_in_place_call(node)
             node.args = (node.all_input_nodes[0], self.negative_slope, in_place)
             node.op, node.target, node.kwargs = "call_function", F.leaky_relu, {}
+
+
+    def calls(self) -> TorchFunctionMode:
+        """A mode in which every functional ReLU is leaky, for who runs forward without a captured graph."""
+        return _LeakyCalls(self.negative_slope)
+
+
+class _LeakyCalls(TorchFunctionMode):
+    def __init__(self, negative_slope: float):
+        super().__init__()
+        self._slope = negative_slope
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (*_RELU_FUNCTIONS, Tensor.relu, Tensor.relu_):
+            return func(*args, **kwargs)
+        in_place = func.__name__.endswith("_") or kwargs.get("inplace", args[1] if len(args) > 1 else False)
+        return F.leaky_relu(args[0] if args else kwargs["input"], self._slope, in_place)
 
 
 def _is_functional_relu(node: fx.Node) -> bool:

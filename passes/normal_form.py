@@ -4,6 +4,8 @@
     dropout(x, p)                            ⇒  one node that notes its result: x and the mask make it again
     a += b, relu_(a), … that keep a copy     ⇒  a + b, relu(a), …: autograd keeps what they read, and no copy of it
     checkpoint(f, x, …)                      ⇒  torch.utils.checkpoint itself: the region is the user's
+    a custom autograd function               ⇒  one that keeps what it saves where others do, checked by version; its
+                                                backward can be differentiated (Dynamo's operator does neither)
 
 An operation in place that autograd can differentiate without a copy stays as it is: it is made again in place
 (`normpass.recipe`), and nothing more is alive in forward than in the plain model.
@@ -25,6 +27,7 @@ from normpass.graph import bound, called_on, function_of, is_in_place_call, name
 from normpass.recipe import tag
 
 _CHECKPOINT = "tag_activation_checkpoint"
+_CUSTOM_FUNCTION = "autograd_function_apply"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class NormalForm:
             elif node.op == "call_function" and name_of(node.target) == _CHECKPOINT:
                 with graph.inserting_before(node):
                     new = graph.call_function(run_checkpoint, node.args, node.kwargs)
+                replace_node(graph, node, new)
+            elif name_of(node.target) == _CUSTOM_FUNCTION and "saved_for_backward_idx" in node.kwargs:
+                _take_out_grad_modes(node.args[1])
+                with graph.inserting_before(node):
+                    new = graph.call_function(run_custom_function, node.args, node.kwargs)
                 replace_node(graph, node, new)
 
     def out_of_place(self, graph: fx.Graph, facts: Facts) -> int:
@@ -178,3 +186,46 @@ def run_checkpoint(body: Any, *args: Any, **options: Any) -> Any:
     known = ("preserve_rng_state", "determinism_check", "debug", "context_fn")
     chosen = {name: options[name] for name in known if name in options}
     return checkpoint(region, *(args[i] for i in positions), use_reentrant=False, **chosen)
+
+
+# --- custom autograd functions ----------------------------------------------------------------------
+
+
+def _take_out_grad_modes(body: Any) -> None:
+    """Dynamo runs all of a backward without gradients; autograd runs it with them where it is to be differentiated."""
+    module: Any = body.graph.owning_module.get_submodule(body.target)
+    calls = [node for node in module.graph.nodes if node.op in ("call_function", "call_method")]
+    if len(calls) < 2 or any(node.target is not torch._C._set_grad_enabled for node in (calls[0], calls[-1])):
+        return
+    for node in (calls[0], calls[-1]):
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def run_custom_function(forward: Any, backward: Any, *args: Any, **options: Any) -> Any:
+    """An autograd function of the user's: `forward` gives its results and what it saves, `backward` takes that."""
+    return _Custom.apply((forward, backward), options, *args)
+
+
+class _Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bodies: tuple[Any, Any], options: dict[str, Any], *args: Any) -> Any:
+        forward, ctx.body = bodies
+        outputs, saved = forward(*args)
+        results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        ctx.positions = options["saved_for_backward_idx"]
+        ctx.others = [None if i in ctx.positions else value for i, value in enumerate(saved)]
+        ctx.save_for_backward(*(saved[i] for i in ctx.positions))
+        if options.get("dirty_idx"):
+            ctx.mark_dirty(*(results[i] for i in options["dirty_idx"]))
+        if options.get("non_differentiable_idx"):
+            ctx.mark_non_differentiable(*(results[i] for i in options["non_differentiable_idx"]))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        saved = list(ctx.others)
+        for position, tensor in zip(ctx.positions, ctx.saved_tensors, strict=True):
+            saved[position] = tensor
+        found = ctx.body(*grads, *saved)
+        return (None, None, *(found if isinstance(found, (tuple, list)) else (found,)))

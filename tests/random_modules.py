@@ -401,7 +401,7 @@ class _Writer:
         line, layers = filled
         program = replace(self.program, layers=layers, lines=(*self.program.lines, line))
         shapes = _tried(program)
-        if shapes is None and self.rng.randrange(12):
+        if shapes is None and (layers != self.program.layers or self.rng.randrange(12)):
             return
         self.program = program
         self.shapes = shapes or self.shapes
@@ -474,10 +474,10 @@ def random_program(rng: random.Random, lines: int | None = None) -> Program:
 
 def _tried(program: Program) -> dict[str, tuple[int, ...]] | None:
     """The shapes of the values after one forward and backward; None where it raises or makes no good numbers."""
-    model = replace(program, returns="dict(locals())").build()
     x, z = (torch.randn(2, 4, 8, 8, dtype=torch.float64).requires_grad_().mul(1) for _ in range(2))
     with warnings.catch_warnings(), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
+        model = replace(program, returns="dict(locals())").build()
         values = {k: v for k, v in model(x, z).items() if isinstance(v, Tensor) and v.is_floating_point()}
         if all(_is_good(v) for v in values.values()):
             sum(v.square().sum() for v in values.values() if v.requires_grad).backward()

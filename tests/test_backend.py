@@ -15,11 +15,14 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
 
 import normpass
-from normpass.backend import BackendOptions, compile_graph, read_options, rewrite
+from normpass.backend import BackendOptions, compile_graph, read_options
 from normpass.functional import split_norm_act
+from normpass.graph import name_of
 from normpass.measure import kept_bytes
+from normpass.pipeline import Request, rewrite
 
 SIX = ("unet", "conv1d", "decoder", "functional", "grouped", "tiny_densenet")
+CASES = [*((name, "aot_eager") for name in SIX), ("decoder", "eager"), ("tiny_densenet", "eager")]
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +32,7 @@ def fresh_dynamo():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", SIX)
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name, inner", CASES)
 def test_small_networks(name, inner):
     row = compare(network(name), inner)
     assert row["difference"] < 1e-9
@@ -173,27 +175,28 @@ def test_the_users_own_checkpoint_stays_in_charge(net, caplog):
 
 
 def test_the_graph_has_our_sites_and_says_so(net, caplog):
-    graphs = []
+    found = []
 
     def backend(graph_module, example_inputs):
-        plan, rewritten = rewrite(graph_module)
-        graphs.append((graph_module, plan, rewritten.derived))
+        found.append(rewrite(graph_module, example_inputs, Request()))
         return graph_module.forward
 
     torch.compile(net, backend=backend, fullgraph=True)(*images(0))
-    graph_module, plan, derived = graphs[0]
-    assert [choice.rewrite for choice in plan.choices] == ["split_bn"] * 3
-    assert [choice.site.pattern for choice in plan.choices] == [
-        "conv2d → F.batch_norm → relu",
-        "conv2d → F.batch_norm → add → relu",
-        "conv2d → F.batch_norm → silu",
+    (rewritten,) = found
+    assert [choice.rewrite for choice in rewritten.choices] == ["split_bn"] * 3
+    assert [(choice.site.path, choice.site.pattern) for choice in rewritten.choices] == [
+        ("stem.1", "conv2d → BatchNorm2d → relu"),
+        ("norm_a", "conv2d → BatchNorm2d → add → relu"),
+        ("norm_b", "conv2d → BatchNorm2d → silu"),
     ]
-    assert sorted(derived.values()) == ["cat", "mul"]
-    assert sum(node.target is split_norm_act for node in graph_module.graph.nodes) == 3
+    facts, maker = rewritten.found.facts, rewritten.found.maker
+    again = sorted(name_of(facts.steps[maker[value]].target) for value in rewritten.again)
+    assert again == ["cat", "dropout", "mul", "sigmoid"] + ["split_norm_act"] * 3
+    assert sum(node.target is split_norm_act for node in rewritten.graph_module.graph.nodes) == 3
     with caplog.at_level(logging.INFO, "normpass.backend"):
         quietly(compile_with(net, "aot_eager"), *images(0))
-    assert "conv2d → F.batch_norm → silu): split_bn" in caplog.text
-    assert "3 norms, 2 other recipes" in caplog.text
+    assert "norm_b (conv2d → BatchNorm2d → silu): split_bn" in caplog.text
+    assert f"3 norms, {len(again)} results made again" in caplog.text
 
 
 def test_a_norm_that_is_left_alone_is_named(caplog):
@@ -203,14 +206,14 @@ def test_a_norm_that_is_left_alone_is_named(caplog):
             self.norm = nn.BatchNorm2d(3)
 
         def forward(self, x):
+            x = x + 1
             y = self.norm(x)
-            z = y.sigmoid()
-            y.mul_(2.0)
-            return y + z
+            x.mul_(2.0)
+            return x + y
 
     with caplog.at_level(logging.INFO, "normpass.backend"):
         quietly(compile_with(Overwritten(), "eager"), torch.randn(2, 3, 4, 4))
-    assert "its result is changed in place later" in caplog.text
+    assert "norm (add → BatchNorm2d): left alone; not split_bn: its input is changed in place later" in caplog.text
 
 
 def test_without_gradients_the_graph_stays(net):

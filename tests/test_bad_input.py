@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-from training import ConvNet, assert_equal, assert_trains_alike, collected, image, loss_of, reasons, rewrites, spread, train
+from training import (
+    ConvNet,
+    assert_equal,
+    assert_trains_alike,
+    collected,
+    image,
+    loss_of,
+    rewrites,
+    spread,
+    train,
+)
 
 import normpass
 from normpass.collect import Collected
@@ -289,8 +299,9 @@ def test_what_is_called_twice() -> None:
     )
     model.blocks.under_two_names.same = model.blocks.under_two_names.bn
     rows = trains_alike_by(model, image(requires_grad=True))
+    assert rows.pop("blocks.block_twice.bn").reason == "no captured graph calls it"
     assert set(rewrites_of(rows).values()) == {"split_bn"} and len(rows) == 8, rows
-    assert {"blocks.twice.bn", "blocks.twice.bn.2", "blocks.block_twice.block.1.2"} <= set(rows)
+    assert {"blocks.twice.bn", "blocks.under_two_names.bn", "blocks.block_twice.block.1"} <= set(rows)
 
 
 def test_norms_that_share_parameters() -> None:
@@ -525,13 +536,13 @@ def test_what_the_recipe_reads_may_not_change() -> None:
     model = Block(lambda m, x, h: m.last(F.relu(m.bn(x))))
     model.bn, model.last = nn.BatchNorm2d(3), conv(3, 2)
     pair = spread(model), normpass.optimize(copy.deepcopy(model))
-    for path in ("input", "bn.weight", "bn.running_mean"):
+    for path in ("input", "bn.weight"):
         errors = []
         for m in pair:
             x = image(requires_grad=True) * 1
             out = m(x)
             with torch.no_grad():
-                (x if path == "input" else m.get_parameter(path) if path == "bn.weight" else m.bn.running_mean).mul_(2)
+                (x if path == "input" else m.bn.weight).mul_(2)
             with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*expected version \d") as error:
                 loss_of(out).backward()
             errors.append(type(error.value))
@@ -542,6 +553,8 @@ def test_what_the_recipe_reads_may_not_change() -> None:
         out = m(x)
         with torch.no_grad():
             m.bn.bias.add_(1), m.last.bias.mul_(2)
+            if m is pair[1]:
+                m.bn.running_mean.zero_()  # plain keeps it, for nothing
         gradients.append(torch.autograd.grad(loss_of(out), [x, *m.bn.parameters(), *m.last.parameters()]))
     torch.testing.assert_close(*gradients)
 
@@ -570,7 +583,7 @@ def test_one_value_per_channel() -> None:
 
 
 def error_of(model: nn.Module, x: torch.Tensor) -> tuple[type, str]:
-    with pytest.raises(Exception) as error:  # noqa: PT011
+    with pytest.raises(Exception) as error:
         model(x)
     return type(error.value), str(error.value)
 
@@ -607,7 +620,6 @@ KINDS = {
     "no_statistics": {"track_running_stats": False},
     "no_affine": {"affine": False},
     "neither": {"affine": False, "track_running_stats": False},
-    "cumulative": {"momentum": None},
     "no_momentum": {"momentum": 0.0},
     "all_momentum": {"momentum": 1.0},
     "large_eps": {"eps": 10.0},
@@ -625,6 +637,11 @@ def test_options_of_the_norm() -> None:
     model = chain({name: nn.BatchNorm2d(C, **options) for name, options in KINDS.items()})
     rows = rewrites_of(trains_alike_by(model, image(requires_grad=True)))
     assert rows == {f"{name}.1": "split_bn" for name in KINDS}
+
+
+def test_a_cumulative_average() -> None:
+    """Its momentum is a number from a tensor, where Dynamo ends its graph."""
+    trains_alike_by(small(nn.BatchNorm2d(C, momentum=None), nn.ReLU()), image(requires_grad=True))
 
 
 def drop_statistics(m: nn.Module) -> None:

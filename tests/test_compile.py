@@ -1,174 +1,124 @@
-"""An optimised module under torch.compile: one graph, the same numbers, the same memory, with a plan and without."""
+"""An optimised module under somebody else's torch.compile: the plain forward, the plain numbers, one warning."""
+
+from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import largest_difference, quietly
-from compiled import train as train_fully
-from networks import TINY_DENSENET
+from compiled import quietly
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from training import ConvNet, assert_equal, image, spread, train
 
 import normpass
 from normpass.measure import kept_bytes
-
-
-class Net(nn.Module):
-    """A residual block, a concatenation, a gate, a dropout: one of each thing that is rebuilt."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.a, self.norm_a = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
-        self.b, self.norm_b = nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8)
-        self.gate = nn.Conv2d(8, 8, 1)
-        self.head = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x):
-        x = self.stem(x)
-        y = F.relu(self.norm_a(self.a(x)) + x)
-        y = F.silu(self.norm_b(self.b(torch.cat((x, y), 1))))
-        y = y * self.gate(F.adaptive_avg_pool2d(y, 1)).sigmoid()
-        return self.head(F.dropout(y, 0.5, self.training)).mean((2, 3))
+from normpass.optimized import _warn_of_compiler, state_of
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
+def fresh_dynamo() -> Iterator[None]:
     torch.compiler.reset()
+    _warn_of_compiler.cache_clear()
     yield
     torch.compiler.reset()
 
 
 @pytest.fixture
-def models():
+def pair() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    plain = Net().double()
-    return copy.deepcopy(plain), normpass.optimize(plain)
+    model = spread(ConvNet())
+    return model, normpass.optimize(copy.deepcopy(model))
 
 
-def train(model, forward, steps=2):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    outputs = []
-    for step in range(steps):
-        torch.manual_seed(step)
-        x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch itself warns of while it compiles
-            y = forward(x)
-        optimizer.zero_grad()
-        y.square().mean().backward()
-        optimizer.step()
-        outputs.append(y.detach())
-    return outputs, dict(model.state_dict())
+def by(forward: Callable) -> Callable:
+    """For `train`: the call goes through `forward`, without what torch itself warns of while it compiles."""
+    return lambda model, *args: quietly(forward, *args)
 
 
-def test_aot_eager_trains_the_same_in_one_graph(models):
-    plain, optimised = models
-    expected = train(plain, plain)
-    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(train(optimised, compiled), expected, rtol=0, atol=1e-12)
+class ReadsAValue(nn.Module):
+    """Ends the graph in the middle."""
 
-
-@pytest.mark.parametrize(
-    "backend, options", [("eager", None), ("normpass", {"inner": "eager"}), ("normpass", {"inner": "aot_eager"})]
-)
-def test_other_backends_train_the_same(models, backend, options):
-    plain, optimised = models
-    compiled = torch.compile(optimised, backend=backend, options=options, fullgraph=True)
-    torch.testing.assert_close(train(optimised, compiled), train(plain, plain), rtol=0, atol=1e-12)
-
-
-def test_compiled_keeps_what_eager_keeps(models):
-    plain, optimised = models
-    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    eager = kept_bytes(optimised, x)
-    assert kept_bytes(compiled, x) <= 1.12 * eager
-    assert eager < 0.6 * kept_bytes(plain, x)
-
-
-def test_eval_mode_and_a_switch_of_modes(models):
-    plain, optimised = models
-    train(plain, plain)
-    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
-    train(optimised, compiled)
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    plain.eval(), optimised.eval()
-    torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-12)
-
-
-def test_no_recompilation_between_steps(models):
-    _, optimised = models
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(optimised, backend=counter, fullgraph=True)
-    train(optimised, compiled, steps=4)
-    assert counter.frame_count == 1
-
-
-def test_channels_last_survives(models):
-    _, optimised = models
-    optimised = optimised.to(memory_format=torch.channels_last)
-    block = torch.compile(optimised.stem, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(memory_format=torch.channels_last)
-    assert block(x).is_contiguous(memory_format=torch.channels_last)
-
-
-# --- planned for a memory budget ------------------------------------------------------------------
-
-
-class Planned(nn.Module):
-    """`Net` behind a max pool, whose indices a tight budget looks for again."""
-
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.enter = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
-        self.shrink, self.net = nn.Conv2d(8, 3, 1), Net()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 
     def forward(self, x):
-        return self.net(self.shrink(self.enter(x)))
+        h = self.first(x)
+        return self.last(h * h.detach().mean().item())
 
 
-def planned_inputs(step):
-    return (torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(step)),)
-
-
-@pytest.mark.parametrize("make, budget", [(Planned, 0.6), (Planned, 0.2), (TINY_DENSENET.make, 0.3)])
-def test_a_planned_model_keeps_and_computes_the_same(make, budget):
-    torch.manual_seed(0)
-    plain, x = make().double().train(), planned_inputs(0)[0]
-    plan = normpass.plan(plain, x, budget)
-    assert plan.decisions.rebuilt
-    optimised = normpass.optimize(copy.deepcopy(plain), plan=plan)
-    kept = kept_bytes(optimised, x)
-    assert kept <= budget * kept_bytes(plain, x)
-    from torch._dynamo.testing import CompileCounterWithBackend
-
+def test_one_graph_the_same_numbers_and_one_warning(pair) -> None:
+    plain, optimised = pair
+    expected = train(plain, (image(),), steps=4)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(optimised, backend=counter, fullgraph=True)
-    found = train_fully(optimised, compiled, planned_inputs, torch.float64, steps=3)
-    expected = train_fully(plain, plain, planned_inputs, torch.float64, steps=3)
-    assert largest_difference(found, expected) < 1e-12  # buffers among it: statistics that moved once
-    assert counter.frame_count == 1
-    print(f"budget {budget}: {quietly(kept_bytes, compiled, x) / kept:.3f} of eager's kept bytes")
-    assert quietly(kept_bytes, compiled, x) <= 1.12 * kept
+    captured: list = []
+    state_of(optimised).observers.append(lambda rewritten, inputs: captured.append(rewritten))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        assert_equal(expected, train(optimised, (image(),), steps=4, run=lambda m, x: compiled(x)))
+    ours = [str(w.message) for w in caught if "normpass" in str(w.message)]
+    assert len(ours) == 1 and 'torch.compile(model, backend="normpass")' in ours[0]
+    assert counter.frame_count == 2  # one for training, one without gradients
+    assert not captured
+    assert_equal(*(train(m.train(), (image(),)) for m in pair))  # not compiled: ours
+    assert captured
 
 
-def test_a_tight_plan_of_a_pooling_is_among_them():
-    plan = normpass.plan(Planned().double(), planned_inputs(0)[0], 0.2)
-    assert plan.decisions.replayed == {"enter.3"} and "enter.0" in plan.decisions.rebuilt
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_graph_breaks_and_a_cumulative_average(backend: str) -> None:
+    model = spread(ReadsAValue())
+    optimised = normpass.optimize(copy.deepcopy(model))
+    compiled = torch.compile(optimised, backend=backend)
+    x = image(requires_grad=True)
+    assert_equal(train(model, (x,)), train(optimised, (x,), run=by(compiled)))
 
 
-def test_the_eager_backend_says_that_a_plan_is_not_kept():
-    torch.manual_seed(0)
-    plain, x = Planned().double().train(), planned_inputs(0)[0]
-    optimised = normpass.optimize(copy.deepcopy(plain), x, memory_budget=0.4)
-    with pytest.warns(UserWarning, match="the backend `eager` runs the graph as it is"):
-        torch.compile(optimised, backend="eager", fullgraph=True)(x)
+def test_a_part_of_what_is_compiled(pair) -> None:
+    """Optimised before or inside somebody's compiled trainer, called as a module, as a function and as a method."""
+    x = image(requires_grad=True)
+    plain, optimised = pair
+    expected = train(nn.Sequential(copy.deepcopy(plain), nn.Tanh()), (x,))
+    whole = nn.Sequential(copy.deepcopy(optimised), nn.Tanh())
+    assert_equal(expected, train(whole, (x,), run=by(torch.compile(whole, backend="aot_eager"))))
+    whole = nn.Sequential(optimised, nn.Tanh())
+    whole.compile(backend="eager")
+    assert_equal(expected, train(whole, (x,), run=by(whole)))
+
+
+def test_by_our_own_backend_nobody_is_warned(pair) -> None:
+    plain, optimised = pair
+    x = image()
+    options: dict[str, Any] = {"inner": "eager"}
+    compiled = torch.compile(optimised, backend="normpass", options=options, fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        compiled(x)
+    assert not [w for w in caught if "normpass" in str(w.message)]
     plain(x)
-    torch.testing.assert_close(dict(optimised.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=1e-12)
+    assert_equal(train(plain, (x,)), train(optimised, (x,), run=lambda m, x: compiled(x)))
+    plain.train(), optimised.train()
+    assert kept_bytes(compiled, x) == kept_bytes(optimised, x) < 0.8 * kept_bytes(plain, x)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)))
+
+
+def test_a_changed_model_is_not_compiled_as_the_plain_one() -> None:
+    optimised = normpass.optimize(spread(Functional()), changes=("leaky_relu",))
+    for compiled in (torch.compile(optimised, backend="eager"), torch.compile(nn.Sequential(optimised), backend="eager")):
+        with pytest.raises(normpass.StaleChangeError, match="somebody else's torch.compile sees it"):
+            quietly(compiled, image())

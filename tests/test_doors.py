@@ -279,9 +279,6 @@ def test_where_dynamo_is_switched_off_for_a_while(pair) -> None:
     assert not seen
     for m in pair:
         m.train()
-    switched_off = torch.compiler.disable(optimised, recursive=True)
-    torch.testing.assert_close(switched_off(X), plain(X))
-    assert not seen
     torch.testing.assert_close(optimised(X), plain(X))
     assert len(seen) == 1
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -310,7 +307,9 @@ def test_hooks_for_all_modules(pair) -> None:
         for m in pair:
             m.zero_grad()
             called: list[str] = []
-            with register(lambda layer, *a, seen=called, hook=hook: seen.append(type(layer).__name__) or hook(layer, *a)):
+            with register(
+                lambda layer, *a, seen=called, hook=hook: seen.append(type(layer).__name__) or hook(layer, *a)
+            ):
                 loss_of(m(image(requires_grad=True))).backward()
             results.append([called, [p.grad for p in m.parameters()], list(m.buffers())])
         assert results[1][0] == results[0][0] and set(results[0][0]) >= {"Conv2d", "BatchNorm2d", "ConvNet"}
@@ -565,16 +564,23 @@ class Functional(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
 
+def in_mode(model: nn.Module) -> torch.Tensor:
+    with SeesOperators():
+        return model(X)
+
+
 def test_a_changed_model_is_not_run_as_the_plain_one() -> None:
     model = spread(Functional())
     optimised = normpass.optimize(model, changes=("leaky_relu",))
     assert optimised(X).min() < 0 <= model(X).min()
     by = {
         "it is being exported or traced": lambda: torch.export.export(optimised, (X,)),
-        "a torch mode is active": lambda: make_fx(optimised)(X),
+        "a torch mode is active": lambda: in_mode(optimised),
         "a torch.func transform": lambda: torch.func.vmap(optimised)(X[:, None]),
-        "saved-tensor hooks of somebody else": lambda: checkpoint(optimised, X, use_reentrant=False),
     }
-    for words, run in by.items():
-        with pytest.raises(normpass.StaleChangeError, match=CHANGED + words):
-            run()
+    for mode in (True, False):
+        optimised.train(mode)
+        for words, run in by.items():
+            with pytest.raises(normpass.StaleChangeError, match=CHANGED + words):
+                run()
+    assert checkpoint(optimised, X, use_reentrant=False).min() < 0  # which keeps nothing there anyway

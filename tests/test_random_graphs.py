@@ -111,6 +111,7 @@ class Trainer:
             except Exception as error:
                 self.numbers[f"{index} raised"] = type(error).__name__
                 self.numbers[f"{index} message"] = str(error)
+                self.model.zero_grad()  # how far backward came is nobody's promise
             self._note_state(f"{index}")
             self._update()
         return self.numbers

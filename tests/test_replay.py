@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from normpass.measure import kept_bytes
-from normpass.recipe import recording
-from normpass.replay import replayed, replayed_function
+from normpass.recipe import Rebuilds, recording
+from normpass.replay import call_replayed
 
 
 def distinct(*shape: int) -> torch.Tensor:
@@ -19,7 +19,7 @@ def distinct(*shape: int) -> torch.Tensor:
 
 def pooled(x: torch.Tensor) -> torch.Tensor:
     with recording():
-        return replayed(F.max_pool2d, x, 3, stride=2, padding=1)
+        return call_replayed(F.max_pool2d, x, 3, stride=2, padding=1)
 
 
 def test_first_and_second_derivatives():
@@ -28,13 +28,11 @@ def test_first_and_second_derivatives():
     assert torch.autograd.gradgradcheck(lambda t: pooled(t).square(), x)
 
 
-@pytest.mark.parametrize("function", [nn.MaxPool2d(2), F.max_pool2d])
-def test_the_same_as_plain(function):
+def test_the_same_as_plain():
     x = distinct(2, 3, 6, 6)
-    args = () if isinstance(function, nn.Module) else (2,)
     with recording():
-        y = replayed(function, x, *args) if args == () else replayed_function(function)(x, *args)
-    expected = function(x, *args)
+        y = call_replayed(F.max_pool2d, x, 2)
+    expected = F.max_pool2d(x, 2)
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
     weight = torch.randn_like(y)
     found, wanted = (torch.autograd.grad((t * weight).sum(), x)[0] for t in (y, expected))
@@ -44,12 +42,12 @@ def test_the_same_as_plain(function):
 class Net(nn.Module):
     def __init__(self, is_replayed: bool):
         super().__init__()
-        self.conv, self.pool, self.is_replayed = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), is_replayed
+        self.conv, self.is_replayed = nn.Conv2d(3, 8, 3), is_replayed
 
     def forward(self, x):
         x = self.conv(x)
         with recording():
-            return (replayed(self.pool, x) if self.is_replayed else self.pool(x)).mean()
+            return (call_replayed(F.max_pool2d, x, 2) if self.is_replayed else F.max_pool2d(x, 2)).mean()
 
 
 def test_indices_are_not_kept():
@@ -58,22 +56,44 @@ def test_indices_are_not_kept():
     assert plain - again == 2 * 8 * 8 * 8 * 8  # int64 indices of a 2×8×8×8 result
 
 
+def test_its_result_may_be_rebuilt_as_well():
+    x, found = distinct(2, 3, 6, 6), []
+    for is_rebuilt in (False, True):
+        with recording():
+            y = call_replayed(F.max_pool2d, x, 2, is_rebuilt=is_rebuilt)
+            loss = (y * y).sum()
+        with Rebuilds() as rebuilds:
+            found.append(torch.autograd.grad(loss, x)[0])
+        assert rebuilds.total == is_rebuilt
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_without_recording_or_gradients_it_is_the_plain_call():
     x = distinct(1, 1, 4, 4)
-    assert "Replay" not in type(replayed(F.max_pool2d, x, 2).grad_fn).__name__
-    with recording(), torch.no_grad():
-        assert replayed(F.max_pool2d, x, 2).grad_fn is None
-    pool = nn.MaxPool2d(2)
-    pool.register_forward_hook(lambda *_: None)
+    assert "Replay" not in type(call_replayed(F.max_pool2d, x, 2).grad_fn).__name__
     with recording():
-        assert "Replay" not in type(replayed(pool, x).grad_fn).__name__
+        assert "Replay" in type(call_replayed(F.max_pool2d, x, 2).grad_fn).__name__
+        assert call_replayed(F.max_pool2d, x.detach(), 2).grad_fn is None
+    with recording(), torch.no_grad():
+        assert call_replayed(F.max_pool2d, x, 2).grad_fn is None
+
+
+def test_what_it_reads_must_not_change_before_backward():
+    x = distinct(1, 1, 4, 4)
+    with recording():
+        h = x * 1
+        y = call_replayed(F.max_pool2d, h, 2)
+    with torch.no_grad():
+        h.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_autocast_is_that_of_forward():
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
     weight = torch.randn(2, 2, 1, 1)
     with recording(), torch.autocast("cpu", torch.bfloat16):
-        y = replayed(F.conv2d, x, weight)
+        y = call_replayed(F.conv2d, x, weight)
         expected = F.conv2d(x, weight)
     found, wanted = (torch.autograd.grad(t.float().square().sum(), x)[0] for t in (y, expected))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)

@@ -13,7 +13,9 @@ from captured import dynamo_graph
 from torch import fx, nn
 from training import collected
 
+import normpass
 from normpass.operators import activation_of
+from normpass.optimized import state_of
 from normpass.sites import Site
 
 
@@ -153,7 +155,8 @@ def test_a_residual_that_nobody_keeps_is_none() -> None:
     """The sum is what is kept then: taking the residual as well would be more."""
     site = only_site(Block(lambda m, y, x: F.relu(y + m.other(x)), other=nn.Conv2d(4, 4, 1)))
     assert site.residual is None and site.activation.name == "identity"
-    site = only_site(Block(lambda m, y, x: F.relu(y + (h := m.other(x))) + m.third(h), other=nn.Conv2d(4, 4, 1), third=nn.Conv2d(4, 4, 1)))
+    layers = {"other": nn.Conv2d(4, 4, 1), "third": nn.Conv2d(4, 4, 1)}
+    site = only_site(Block(lambda m, y, x: F.relu(y + (h := m.other(x))) + m.third(h), **layers))
     assert site.residual is not None
 
 
@@ -177,8 +180,8 @@ def test_of_two_norms_added_the_later_takes_the_other_as_residual() -> None:
 # --- writes ---------------------------------------------------------------------------------------
 
 AFTERWARDS: dict[str, tuple[Callable, str]] = {
-    "method": (lambda m, y, x: F.relu(y).add_(1), "add_"),
-    "view": (lambda m, y, x: F.relu(y).view(-1).mul_(2).view(y.shape), "mul_"),
+    "method": (lambda m, y, x: F.silu(y).add_(1), "add_"),
+    "view": (lambda m, y, x: F.silu(y).view(-1).mul_(2).view(y.shape), "mul_"),
     "item": (lambda m, y, x: m.write(F.silu(y)), "setitem"),
     "foreach": (lambda m, y, x: m.foreach(F.silu(y)), "_foreach_mul_"),
     "read": (lambda m, y, x: F.silu(y).add(1), ""),
@@ -199,6 +202,12 @@ class Writing(Block):
 def test_a_result_that_is_changed_later_is_noticed(tail: Callable, name: str) -> None:
     written = only_site(Writing(tail)).written
     assert (None if written is None else getattr(written.target, "__name__", written.target)) == (name or None)
+
+
+def test_an_activation_whose_saved_result_is_changed_later_is_left_to_autograd() -> None:
+    """ReLU saves its result, so that plain's backward raises: it must see the change."""
+    site = only_site(Block(lambda m, y, x: F.relu(y).add_(1)))
+    assert site.activation.name == "identity" and site.written is None
 
 
 class Late(nn.Module):
@@ -275,9 +284,21 @@ def test_other_norms_are_refused_with_a_reason(norm: nn.Module, reason: str | No
 
 
 def test_norms_with_hooks_and_norms_called_twice_are_sites_all_the_same() -> None:
-    block = Block(lambda m, y, x: F.relu(m.norm(y)))
-    block.norm.register_forward_hook(lambda layer, args, y: y * 2)
-    first, second = sites_of(block)
-    assert (first.path, second.path) == ("norm", "norm.2")
-    assert first.refused is None and first.activation.name == "identity"
-    assert second.refused is None and second.producer == "mul"
+    first, second = sites_of(Block(lambda m, y, x: F.relu(m.norm(y))))
+    assert (first.path, second.path) == ("norm", "norm.batch_norm")
+    assert (first.refused, second.refused) == (None, None) and second.producer == "batch_norm"
+    hooked = Block(lambda m, y, x: F.relu(y))
+    hooked.norm.register_forward_hook(lambda layer, args, y: y * 2)
+    site = only_site(hooked)
+    assert site.refused is None and site.activation.name == "identity"
+
+
+def test_numbers_that_change_between_calls_refuse_nothing() -> None:
+    block = Block(lambda m, y, x: F.relu(y))
+    optimised = normpass.optimize(block)
+    seen: list[Any] = []
+    state_of(optimised).observers.append(lambda rewritten, inputs: seen.extend(rewritten.choices))
+    for eps in (1e-5, 1e-3, 1e-2):
+        optimised.norm.eps = optimised.norm.momentum = eps
+        optimised(X)
+    assert [choice.rewrite for choice in seen] == ["split_bn"] * 3
