@@ -15,7 +15,7 @@ from normpass import passes
 from normpass.budget import check_plan, plan_step
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.explain import make_report
-from normpass.optimized import Optimized, is_optimised, optimise_in_place, plain_copy
+from normpass.optimized import is_optimised, optimise_in_place, plain_copy
 from normpass.pipeline import Request
 from normpass.planner import DEFAULT
 from normpass.report import Report

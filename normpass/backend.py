@@ -31,7 +31,7 @@ from normpass.errors import InvalidInputError
 from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
 from normpass.graph import copy_graph
 from normpass.optimized import with_recipes
-from normpass.passes.normal_form import run_checkpoint, run_custom_function
+from normpass.passes.normal_form import dropout, finish_dropout, prepare_dropout, run_checkpoint, run_custom_function
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, decide_again, note_recipes, rewrite, will_differentiate
 from normpass.planner import DEFAULT
 from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
@@ -42,6 +42,7 @@ _OPTIONS = ("inner", "memory_budget")
 _IN_TWO: dict[Any, tuple[Callable, Callable]] = {
     split_norm_act: (prepare_norm_act, finish_norm_act),
     shared_norm_act: (prepare_shared_norm_act, finish_shared_norm_act),
+    dropout: (prepare_dropout, finish_dropout),
 }
 _REGIONS: dict[Any, Any] = {
     run_checkpoint: torch.ops.higher_order.tag_activation_checkpoint,

@@ -1,8 +1,8 @@
 """A memory budget -> what is kept, what is rebuilt and what that costs: `plan`, and what `optimize` does with one.
 
 A copy of the model runs forward once, which captures and rewrites its graphs; the values to be rebuilt are chosen
-(`normpass.choose`) from the facts about them, and the choice is written down by the names of layers: a `StepPlan`, which
-prints, goes to and from JSON, may be edited, and is applied by `optimize(model, plan=…)`.
+(`normpass.choose`) from the facts about them, and the choice is written down by the names of layers: a `StepPlan`,
+which prints, goes to and from JSON, may be edited, and is applied by `optimize(model, plan=…)`.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def _until_its_end(found: Possible, graph: Rewritten) -> Possible:
     sizes = tuple(facts.sizes[v] for v in crossing)
     step = Step(end, graph.ends, reads=crossing, read_sizes=sizes, saves=crossing, differentiable=True)
     facts = dataclasses.replace(facts, steps=[*facts.steps, step], outputs=frozenset())
-    kinds = (found.cheap - set(crossing), found.dear - set(crossing), found.fixed)
-    return Possible(facts, found.maker, *kinds, found.copied)
+    cheap, dear = found.cheap - set(crossing), found.dear - set(crossing)
+    return Possible(facts, found.maker, cheap, dear, found.fixed, found.copied)
 
 
 def plan_facts(

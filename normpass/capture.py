@@ -2,8 +2,8 @@
 
     call = captured(forward, backend)       call(module, *args) runs forward with its graphs replaced
 
-Everything that Python does around the tensors is Dynamo's: attributes, globals, closures, hooks, branches, side effects,
-exceptions. What is ours:
+Everything that Python does around the tensors is Dynamo's: attributes, globals, closures, hooks, branches, side
+effects, exceptions. What is ours:
 
   * each captured function has a code object and a name of its own: models of one class share no cache, and a size
     that changes for one of them is no less fixed for the next;

@@ -95,7 +95,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         type=_shapes,
-        help="shapes of the inputs, as 2x3x224x224 (the default for torchvision and timm; without any, norms are listed)",
+        help="shapes of the inputs, as 2x3x224x224 (the default of torchvision and timm; without it norms are listed)",
     )
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the report here as well")
     parser.add_argument(

@@ -21,8 +21,8 @@ from normpass.ops.layout import memory_format_of
 from normpass.ops.library import is_exporting
 from normpass.ops.norm_act import norm_act_on
 from normpass.ops.norm_act_depthwise import norm_act_depthwise_on
-from normpass.recipe import copying
 from normpass.ops.winograd_conv2d import DTYPES, KERNEL_SIZE, LARGEST_PADDING, WinogradConv2d, pays, winograd_conv2d
+from normpass.recipe import copying
 
 _NARROWED = {torch.float32, torch.bfloat16, torch.float16}
 _FLOATING = {torch.float64, *_NARROWED}
@@ -77,9 +77,11 @@ def norm_act_convolution(
         return convolution_function(z, weight, bias, stride, padding, dilation, groups)
     args = op_args("cpu", norm, x, None, activation, activation_args)
     with copying(norm.bias):
-        y = norm_act_depthwise_on("cpu", x, args[2:6], args[6:], weight, bias, *steps)
-        z = norm_act_on("cpu", *args) if y is None else None
-    return y if z is None else convolution_function(z, weight, bias, stride, padding, dilation, groups)
+        joined = norm_act_depthwise_on("cpu", x, args[2:6], args[6:], weight, bias, *steps)
+        if joined is not None:
+            return joined
+        z = norm_act_on("cpu", *args)
+    return convolution_function(z, weight, bias, stride, padding, dilation, groups)
 
 
 def is_depthwise(kernel_size: Sequence[int], stride: Any, groups: int, channels: int) -> bool:
@@ -93,6 +95,23 @@ def is_winograd(kernel_size: Sequence[int], stride: Any, groups: int, padding: A
     border = _pair(padding)
     is_three = tuple(kernel_size) == KERNEL_SIZE and _pair(stride) == _ONCE and groups == 1
     return is_three and border is not None and all(0 <= p <= LARGEST_PADDING for p in border)
+
+
+def runs_winograd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether `convolution_function` of tensors like these runs kernels of ours; they may be without memory."""
+    border, kernels = _pair(padding), kernels_for("cpu")
+    if kernels is None or border is None or _pair(dilation) != _ONCE or not _fits(x, weight):
+        return False
+    fits = is_winograd(weight.shape[2:], stride, groups, border) and _dtype(x, weight, bias) == x.dtype
+    return fits and pays(kernels.winograd, x, weight.shape[0], border)
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor | None:

@@ -13,6 +13,7 @@ Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14),
 - `torch.jit.isinstance(x, Tensor)`, as MONAI has it, breaks the graph, though it is `isinstance`. Not any more.
 - `functools.lru_cache` is traced through as if it did not cache. The call breaks the graph (not in torch and einops).
 - a hook that is registered after the first call is not called. Guarded, by a setting of Dynamo's.
+- a batch norm with a cumulative average makes a number of its counter, which breaks the graph. One node.
 - `torch.compiler.is_compiling()` is true: a model then takes a branch that it does not take without us. False in the
   user's code, true in torch's and ours.
 
@@ -37,14 +38,17 @@ from unittest import mock
 import torch
 from torch._dynamo import config, convert_frame, exc, symbolic_convert
 from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables import builder
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
-from torch._dynamo.variables.functions import SkipFunctionVariable
+from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
 from torch._dynamo.variables.misc import RandomClassVariable, RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
+
+from normpass.nn import cumulative
 
 _COMPILING = (
     *(torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling),
@@ -61,6 +65,7 @@ def capturing() -> Iterator[None]:
     replaced: tuple[tuple[Any, str, Any], ...] = (
         (torch._dynamo.utils, "warn_once", lambda *args, **kwargs: None),  # of breaks that nobody asked about
         (symbolic_convert, "is_stdlib", lambda module: False),
+        (InstructionTranslatorBase, "inline_user_function_return", _with_cumulative(InstructionTranslatorBase)),
         (RandomVariable, "is_supported_random_obj", staticmethod(lambda value: False)),
         (UserDefinedObjectVariable, "_supported_random_functions", staticmethod(frozenset)),
         (RandomClassVariable, "call_function", _break_at_a_new_generator),
@@ -85,11 +90,22 @@ def _break_at_a_new_generator(self: Any, tx: Any, args: Any, kwargs: Any) -> NoR
     )
 
 
+def _with_cumulative(translator: Any) -> Callable[..., Any]:
+    original = translator.inline_user_function_return
+
+    def inline(self: Any, fn: Any, *args: Any, **options: Any) -> Any:
+        if getattr(fn, "fn", None) is cumulative.plain_forward and self.f_code is not cumulative.forward.__code__:
+            fn = UserFunctionVariable(cumulative.forward)  # type: ignore[arg-type]
+        return original(self, fn, *args, **options)
+
+    return inline
+
+
 def _with_isinstance(original: Callable[..., Any]) -> Callable[..., Any]:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value is torch.jit.isinstance and len(args) == 2 and args[1].is_python_constant():
-            if isinstance(args[1].as_python_constant(), type):
-                return BuiltinVariable(isinstance).call_function(tx, args, kwargs)
+        asks = self.value is torch.jit.isinstance and len(args) == 2 and args[1].is_python_constant()
+        if asks and isinstance(args[1].as_python_constant(), type):
+            return BuiltinVariable(isinstance).call_function(tx, args, kwargs)
         return original(self, tx, args, kwargs)
 
     return call_function

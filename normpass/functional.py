@@ -29,7 +29,7 @@ from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats
-from normpass.recipe import copying, is_recording, tag
+from normpass.recipe import copied, copying, is_recording, tag
 
 _DIMS = (2, 3, 4, 5)
 _PARAMETER_DTYPES = {
@@ -107,7 +107,8 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
     with copying(norm.bias):
         z = norm_act_on(device, *args)
         if is_recording():
-            tag(z, rebuild_norm_act, args)
+            # Without a gradient autograd keeps nothing here: the vectors may change, what they were is copied.
+            tag(z, rebuild_norm_act, args if z.requires_grad else (*args[:2], *map(copied, args[2:6]), *args[6:]))
     return z
 
 

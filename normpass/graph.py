@@ -219,9 +219,9 @@ def is_in_place_call(node: fx.Node) -> bool:
     return bool(arguments and arguments.get("inplace", False))
 
 
-def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph once more, over the same submodules."""
+def copy_graph(graph_module: fx.GraphModule, copies: dict[fx.Node, fx.Node] | None = None) -> fx.GraphModule:
+    """The same graph once more, over the same submodules; `copies` gets node -> its copy."""
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(graph_module.graph, values))
+    copies = {} if copies is None else copies
+    graph.output(graph.graph_copy(graph_module.graph, copies))
     return fx.GraphModule(graph_module, graph)

@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -99,7 +99,7 @@ def _slots(cls: type) -> tuple[types.MemberDescriptorType, ...]:
 
 
 def _slots_of(value: Any) -> Iterator[tuple[types.MemberDescriptorType, Any]]:
-    for slot in _slots(type(value)):
+    for slot in _slots(cast("Any", type(value))):
         try:
             yield slot, slot.__get__(value)
         except AttributeError:  # not set
@@ -133,7 +133,7 @@ def _empty_module(module: nn.Module, twin: Twin) -> nn.Module:
     called = names.get("_wrapped_call")  # of `recompile()`: knows the class whose `super()` it calls
     if called is not None:
         names["_wrapped_call"] = called = copy.copy(called)
-    own = type(cls)(cls.__name__, cls.__bases__, names)
+    own = cast("Any", type(cls))(cls.__name__, cls.__bases__, names)
     if called is not None:
         called.cls = own
     return object.__new__(own)
@@ -191,7 +191,7 @@ def _fill_dict(new: Any, old: dict, twin: Twin) -> None:
 
 # --- what is called: the code is shared, what it is bound to is not -------------------------------
 
-_OF_A_FUNCTION = ("__qualname__", "__module__", "__doc__", "__type_params__")
+_OF_A_FUNCTION: tuple[str, ...] = ("__qualname__", "__module__", "__doc__", "__type_params__")
 _OF_A_FUNCTION += ("__annotate__",) if hasattr(types.FunctionType, "__annotate__") else ("__annotations__",)
 
 

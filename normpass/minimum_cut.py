@@ -164,10 +164,10 @@ def joined(graphs: Sequence[Possible]) -> Possible:
             values.update(v + start for v in getattr(source, name))
         copied.update((v + start, size) for v, size in graph.copied.items())
     facts.outputs, facts.overwritten = frozenset(sets["outputs"]), frozenset(sets["overwritten"])
-    kinds = (frozenset(sets[name]) for name in ("cheap", "dear", "fixed"))
-    return Possible(facts, tuple(facts.maker()), *kinds, copied)
+    cheap, dear, fixed = (frozenset(sets[name]) for name in ("cheap", "dear", "fixed"))
+    return Possible(facts, tuple(facts.maker()), cheap, dear, fixed, copied)
 
 
 def _moved(step: Step, by: int) -> Step:
-    moved = {name: tuple(v + by for v in getattr(step, name)) for name in ("makes", "reads", "saves")}
+    moved: dict[str, Any] = {name: tuple(v + by for v in getattr(step, name)) for name in ("makes", "reads", "saves")}
     return dataclasses.replace(step, **moved)

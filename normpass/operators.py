@@ -37,9 +37,7 @@ CONVOLUTIONS = frozenset(
     | {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
 )
 LINEAR = frozenset({F.linear})
-MAX_POOLS = frozenset(
-    {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d}
-)
+MAX_POOLS = frozenset({F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d})
 AVERAGE_POOLS = frozenset(
     {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
     | {torch.adaptive_avg_pool1d}

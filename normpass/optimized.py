@@ -68,7 +68,9 @@ class Optimized:
         return _optimise_again, (plain_copy(cast(nn.Module, self), keep_changes=True), state.request, state.replaced)
 
     def __deepcopy__(self, memo: dict) -> Any:
-        again, arguments = self.__reduce_ex__(4)  # the plain class may have a `__deepcopy__`: that is for the plain copy
+        again, arguments = self.__reduce_ex__(
+            4
+        )  # the plain class may have a `__deepcopy__`: that is for the plain copy
         return again(*copy.deepcopy(arguments, memo))
 
 
@@ -179,9 +181,7 @@ _seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # --- making and unmaking ----------------------------------------------------------------------------
 
 
-def optimise_in_place(
-    model: nn.Module, request: Request, replaced: Mapping[str, nn.Module] | None = None
-) -> nn.Module:
+def optimise_in_place(model: nn.Module, request: Request, replaced: Mapping[str, nn.Module] | None = None) -> nn.Module:
     """Turn `model` (a copy that nobody else holds) into its optimised form.
 
     `replaced` has the layers that changes have replaced in it already.
@@ -194,7 +194,7 @@ def optimise_in_place(
     plain = type(model)
     state = State(request, replaced, None)  # type: ignore[arg-type]
     state.call = _captured(plain, model, state)
-    model.__class__ = optimized_class(plain)  # type: ignore[assignment]
+    model.__class__ = optimized_class(plain)  # type: ignore[assignment, arg-type]
     model.__dict__[_STATE] = state
     return model
 

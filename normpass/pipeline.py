@@ -84,6 +84,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     convolutions = set() if decisions.leaves_all else passes.CONVOLUTIONS.apply(graph, facts)
     graph.lint()
     facts = facts_of(graph_module, fakes, STAND_INS)
+    passes.CONVOLUTIONS.note_scratch(facts)
     found = _possible(facts)
     again = frozenset() if decisions.leaves_all else _again(found, decisions)
     rewritten = Rewritten(graph_module, graph_module, choices, plain, found, again)
@@ -107,9 +108,10 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
     assert rewritten.found is not None
     facts, graph = rewritten.found.facts, rewritten.graph_module.graph
     rewritten.rebuilt = passes.REBUILD.apply(graph, facts, rewritten.again, decisions.replayed, NOTES_ITSELF)
-    runs = copy_graph(rewritten.graph_module)
+    copies: dict[fx.Node, fx.Node] = {}
+    runs = copy_graph(rewritten.graph_module, copies)
     if not decisions.leaves_all:
-        passes.JOINS.apply(runs.graph, facts)
+        passes.JOINS.apply(runs.graph, {copies[n]: result for n, result in facts.results.items() if n in copies})
     runs.recompile()
     rewritten.runs = runs
 
@@ -119,9 +121,7 @@ def will_differentiate(inputs: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
-def _rewrite_sites(
-    graph: fx.Graph, facts: Facts, inputs: Sequence[Any], request: Request
-) -> tuple[Choice, ...]:
+def _rewrite_sites(graph: fx.Graph, facts: Facts, inputs: Sequence[Any], request: Request) -> tuple[Choice, ...]:
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     values = dict(zip(placeholders, inputs, strict=True))
     sites = find_sites(graph, facts, values, NORM_NODES, needed_values(_possible(facts)))

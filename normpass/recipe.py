@@ -236,19 +236,20 @@ class Notes(Copier):
 
     def pack(self, tensor: Tensor) -> Any:
         """The hook: what autograd keeps in the place of `tensor`."""
-        kept = Kept(tensor)
         if tensor.layout is not torch.strided:
-            return kept
-        storage = tensor.untyped_storage()
-        source = self._find(tensor, storage)
-        if source is not None:
-            source.add_reader()
-            return source
-        self._recent.append((kept, storage._cdata))
+            return Kept(tensor)
+        key = tensor.untyped_storage()._cdata
+        if key in self._entries:
+            source = self._find(tensor, key)
+            if source is not None:
+                source.add_reader()
+                return source
+        kept = Kept(tensor)
+        self._recent.append((kept, key))
         return kept
 
-    def _find(self, tensor: Tensor, storage: torch.UntypedStorage) -> Recipe | View | None:
-        entry = self._entries.get(storage._cdata)
+    def _find(self, tensor: Tensor, key: int) -> Recipe | View | None:
+        entry = self._entries.get(key)
         if entry is None or entry[1] != tensor._version or tensor.is_neg() or tensor.is_conj():
             return None
         recipe, geometry = entry[0], _geometry(tensor)
@@ -260,7 +261,7 @@ class Notes(Copier):
 
     def source(self, tensor: Tensor) -> Any:
         """What a recipe holds of one of its arguments."""
-        found = self._find(tensor, tensor.untyped_storage()) if tensor.layout is torch.strided else None
+        found = self._find(tensor, tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
         return Kept(tensor) if found is None else found
 
     def note(self, tensor: Tensor, recipe: Recipe) -> None:
@@ -271,7 +272,7 @@ class Notes(Copier):
         for kept, of in self._recent:
             held = kept.tensor
             if of == key and held is not None and kept.version == version:
-                source = self._find(held, storage)
+                source = self._find(held, key)
                 if source is not None:
                     kept.exchange(source)
 
@@ -371,18 +372,22 @@ def copied(tensor: Tensor | None) -> Any:
     return None if tensor is None else Copied(tensor)
 
 
-@contextmanager
-def copying(tensor: Tensor | None) -> Iterator[None]:
+class copying:
     """Inside, who keeps this vector keeps a copy: for what a plain norm does not keep, so that it may change later."""
-    copier = None if tensor is None else _owner_of_hooks()
-    if tensor is None or not isinstance(copier, Copier):
-        yield
-        return
-    copier.copy(tensor)
-    try:
-        yield
-    finally:
-        copier.forget(tensor)
+
+    __slots__ = ("_copier", "_tensor")
+
+    def __init__(self, tensor: Tensor | None):
+        owner = None if tensor is None else _owner_of_hooks()
+        self._tensor, self._copier = tensor, owner if isinstance(owner, Copier) else None
+
+    def __enter__(self) -> None:
+        if self._copier is not None and self._tensor is not None:
+            self._copier.copy(self._tensor)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._copier is not None and self._tensor is not None:
+            self._copier.forget(self._tensor)
 
 
 def call_rebuilt(function: Callable, copies: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:

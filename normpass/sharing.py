@@ -36,7 +36,7 @@ from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of
 from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
-from normpass.recipe import Kept, copying, is_recording, notes_now, tag
+from normpass.recipe import Kept, copied, copying, is_recording, notes_now, tag
 
 
 class Producer(NamedTuple):
@@ -95,7 +95,10 @@ def kept_shared_norm_act(norm: Any, activation: str, activation_args: Sequence[f
     return _shared(norm, activation, activation_args, producers, is_rebuilt=False)
 
 
-WITHOUT_RECIPE: dict[Any, Callable[..., Tensor]] = {split_norm_act: fused_norm_act, shared_norm_act: kept_shared_norm_act}
+WITHOUT_RECIPE: dict[Any, Callable[..., Tensor]] = {
+    split_norm_act: fused_norm_act,
+    shared_norm_act: kept_shared_norm_act,
+}
 """What rebuilds its result -> the same that keeps it."""
 
 
@@ -114,7 +117,8 @@ def _run(prepared: tuple, producers: Sequence[Producer], is_rebuilt: bool) -> Te
     if fast is None:
         z = cat_norm_act(*prepared)
         if is_rebuilt:
-            tag(z, cat_norm_act, prepared)
+            values = prepared[1:5] if z.requires_grad else tuple(map(copied, prepared[1:5]))
+            tag(z, cat_norm_act, (prepared[0], *values, *prepared[5:]))
         return z
     kernels, memory_format = fast
     xs, weight, bias, mean, var, *options = prepared
@@ -124,6 +128,7 @@ def _run(prepared: tuple, producers: Sequence[Producer], is_rebuilt: bool) -> Te
     else:
         z = cat_norm_act_of(kernels, xs, memory_format, *values, tuple(options))
     if is_rebuilt and is_recording():
+        values = values if z.requires_grad else tuple(map(copied, values))
         pieces = [x if p.kept is None else p.kept for x, p in zip(xs, producers, strict=True)]
         tag(z, _rebuild, (pieces, memory_format, *values, tuple(options)))
     return z
@@ -220,4 +225,3 @@ def whole_of(xs: Sequence[Tensor]) -> Whole:
 
 def _has_moments(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point() and x.numel() > 0
-

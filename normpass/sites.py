@@ -123,10 +123,9 @@ class _Finder:
             activation, out = self._activation(norm)
         written = self.facts.writer_after(out, out)
         arguments = bound(F.batch_norm, norm) or {}
-        gamma = self.values.get(arguments.get("weight"))
-        return replace(
-            start, residual=residual, add=add, activation=activation, out=out, written=written, gamma=gamma
-        )
+        weight = arguments.get("weight")
+        gamma = self.values.get(weight) if isinstance(weight, fx.Node) else None
+        return replace(start, residual=residual, add=add, activation=activation, out=out, written=written, gamma=gamma)
 
     def with_concatenations(self, site: Site, norms: frozenset[fx.Node]) -> Site:
         """The site with the concatenations that it can do without, `norms` being all that might."""

@@ -81,10 +81,9 @@ def _moved(norm: FunctionalBatchNorm) -> Sequence[Tensor]:
     return () if running is None else (running.mean, running.var)
 
 
-def _producer_statistics(x: Tensor, needs_moments: bool) -> tuple[Producer, Sequence[Tensor]] | None:
-    if not needs_moments:
-        return Producer(x), ()
-    return Producer(x, torch.empty((2, x.shape[1]), dtype=x.dtype, device=x.device)), ()
+def _producer_statistics(x: Tensor, needs_moments: bool) -> tuple[Producer, Sequence[Tensor]]:
+    """Without the moments: nobody reads them in backward, and they are never computed again."""
+    return Producer(x), ()
 
 
 STAND_INS: dict[Any, StandIn] = {

@@ -81,7 +81,10 @@ def measured_seconds(
 
 def _all_rebuilt(request: Request, graphs: Sequence[Rewritten]) -> Request:
     keys = {
-        g.found.facts.steps[g.found.maker[v]].key for g in graphs if g.found is not None for v in g.found.cheap | g.found.dear
+        g.found.facts.steps[g.found.maker[v]].key
+        for g in graphs
+        if g.found is not None
+        for v in g.found.cheap | g.found.dear
     }
     return replace(request, decisions=replace(request.decisions, rebuilt=frozenset(keys)))
 

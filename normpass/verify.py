@@ -6,7 +6,6 @@ from torch import nn
 
 from normpass.errors import VerificationError
 
-
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 

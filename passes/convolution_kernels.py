@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from normpass.convolution import convolution_function, is_depthwise, is_winograd
+from normpass.convolution import convolution_function, is_depthwise, is_winograd, runs_winograd
 from normpass.facts import Facts
 from normpass.graph import bound, replace_node
 from normpass.kernels.cpu_winograd import FEWEST_CHANNELS
@@ -40,6 +40,22 @@ class ConvolutionKernels:
                 new = graph.call_function(convolution_function, node.args, node.kwargs)
             names.add(replace_node(graph, node, new).name)
         return names
+
+    def note_scratch(self, facts: Facts) -> None:
+        """Unlike the vendor's, our kernels for 3×3 take no copies of their arguments in backward."""
+        for step in facts.steps:
+            if step.target is not convolution_function:
+                continue
+            args, kwargs = _arguments(step.node, facts)
+            if runs_winograd(*args, **kwargs):
+                step.scratch = step.weights
+
+
+def _arguments(node: fx.Node, facts: Facts) -> tuple[Any, Any]:
+    """Those of a call, without memory."""
+    given: Any = (node.args, node.kwargs)
+    found: Any = fx.node.map_arg(given, facts.results.__getitem__)
+    return found
 
 
 def _has_kernels(arguments: dict[str, Any], weight: Any) -> bool:

@@ -117,9 +117,7 @@ _PASSING = frozenset(
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d dropout dropout1d dropout2d "
     "dropout3d alpha_dropout feature_alpha_dropout flatten interpolate contiguous".split()
 )
-_IN_PLACE = frozenset(
-    getattr(operator, name) for name in "iadd isub imul itruediv ifloordiv ipow imod setitem".split()
-)
+_IN_PLACE = frozenset(getattr(operator, name) for name in "iadd isub imul itruediv ifloordiv ipow imod setitem".split())
 _PRODUCTS = (operator.mul, operator.imul, torch.mul)
 
 
@@ -127,8 +125,9 @@ def layer_of(node: fx.Node) -> Layer | None:
     """What `node` calls, if that is a convolution or linear layer."""
     if node.op != "call_function" or node.target not in _LAYERS:
         return None
-    renamed = {"x" if name == "input" else name: value for name, value in node.kwargs.items()}
-    layer = Layer(*node.args, **renamed)
+    args: Any = node.args
+    renamed: dict[str, Any] = {"x" if name == "input" else name: value for name, value in node.kwargs.items()}
+    layer = Layer(*args, **renamed)
     return layer if isinstance(layer.groups, int) else None
 
 
@@ -245,7 +244,7 @@ def _is_survival_noise(node: fx.Node) -> bool:
     if shape is None or not all(isinstance(size, int) and size == 1 for size in shape[1:]):
         return False
     scaled = [user for user in node.users if user.target == "div_" and user.args[0] is node]
-    return len(scaled) == 1 and scaled[0].args[1] == node.args[1]
+    return len(scaled) == 1 and bool(scaled[0].args[1] == node.args[1])
 
 
 def _passed(node: fx.Node, source: Expression) -> Expression | None:

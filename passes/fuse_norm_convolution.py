@@ -12,13 +12,13 @@ Refuses: a z with other readers; one that a residual is added to. Changes nothin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
 from normpass.convolution import convolution_function, is_depthwise, norm_act_convolution
-from normpass.facts import Facts
 from normpass.functional import fused_norm_act, split_norm_act
 from normpass.graph import bound, called_on, replace_node
 
@@ -29,8 +29,8 @@ _NORMS = (split_norm_act, fused_norm_act)
 class FuseNormConvolution:
     name: str = "fuse_norm_convolution"
 
-    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
-        """Rewrite `graph` in place; the names of the new nodes."""
+    def apply(self, graph: fx.Graph, results: Mapping[fx.Node, Any]) -> set[str]:
+        """Rewrite `graph` in place; the names of the new nodes. `results`: what nodes return, without memory."""
         names = set()
         for node in list(graph.nodes):
             arguments = bound(convolution_function, node) if node.target is convolution_function else None
@@ -38,7 +38,7 @@ class FuseNormConvolution:
             if not isinstance(norm, fx.Node) or norm.target not in _NORMS or list(norm.users) != [node]:
                 continue
             call, x, residual, *activation = norm.args[:5]
-            if residual is not None or not _is_depthwise(arguments, facts):
+            if residual is not None or not _is_depthwise(arguments, results):
                 continue
             assert arguments is not None
             options = [arguments[name] for name in ("weight", "bias", "stride", "padding", "dilation", "groups")]
@@ -50,8 +50,8 @@ class FuseNormConvolution:
         return names
 
 
-def _is_depthwise(arguments: Any, facts: Facts) -> bool:
-    weight = facts.results.get(arguments["weight"])
+def _is_depthwise(arguments: Any, results: Mapping[fx.Node, Any]) -> bool:
+    weight = results.get(arguments["weight"])
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         return False
     return is_depthwise(weight.shape[2:], arguments["stride"], arguments["groups"], weight.shape[0])

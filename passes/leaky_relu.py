@@ -56,7 +56,6 @@ class LeakyReLU:
             node.args = (node.all_input_nodes[0], self.negative_slope, in_place)
             node.op, node.target, node.kwargs = "call_function", F.leaky_relu, {}
 
-
     def calls(self) -> TorchFunctionMode:
         """A mode in which every functional ReLU is leaky, for who runs forward without a captured graph."""
         return _LeakyCalls(self.negative_slope)

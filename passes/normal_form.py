@@ -3,6 +3,7 @@
     dropout(x, 0), dropout in eval mode      ⇒  x
     dropout(x, p)                            ⇒  one node that notes its result: x and the mask make it again
     a += b, relu_(a), … that keep a copy     ⇒  a + b, relu(a), …: autograd keeps what they read, and no copy of it
+    a batch norm with a cumulative average   ⇒  F.batch_norm with a momentum that is computed
     checkpoint(f, x, …)                      ⇒  torch.utils.checkpoint itself: the region is the user's
     a custom autograd function               ⇒  one that keeps what it saves where others do, checked by version; its
                                                 backward can be differentiated (Dynamo's operator does neither)
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normpass.facts import Facts, Step
 from normpass.graph import bound, called_on, function_of, is_in_place_call, name_of, replace_node
+from normpass.nn.cumulative import cumulative_batch_norm, expand
 from normpass.recipe import tag
 
 _CHECKPOINT = "tag_activation_checkpoint"
@@ -39,6 +41,8 @@ class NormalForm:
         for node in list(graph.nodes):
             if node.target is F.dropout:
                 _simplify_dropout(graph, node)
+            elif node.target is cumulative_batch_norm:
+                expand(graph, node)
             elif node.op == "call_function" and name_of(node.target) == _CHECKPOINT:
                 with graph.inserting_before(node):
                     new = graph.call_function(run_checkpoint, node.args, node.kwargs)
@@ -83,6 +87,24 @@ def dropout(x: Tensor, p: float) -> Tensor:
     noise.div_(1 - p)
     result = x * noise
     tag(result, torch.mul, (x, noise))
+    return result
+
+
+def prepare_dropout(x: Tensor, p: float) -> tuple | Tensor:
+    """What of `dropout` is to run once a step: the draw; for `finish_dropout`."""
+    if x.numel() == 0 or not x.is_floating_point() or x.device.type not in ("cpu", "cuda"):
+        return F.dropout(x, p)
+    if x.is_cuda:
+        return torch.ops.aten.native_dropout_backward.default, x, torch.native_dropout(x, p, True)[1], 1 / (1 - p)
+    return torch.mul, x, torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+
+
+def finish_dropout(prepared: tuple | Tensor) -> Tensor:
+    """`dropout` from what `prepare_dropout` returned; it may run again."""
+    if isinstance(prepared, Tensor):
+        return prepared
+    function, *arguments = prepared
+    result: Tensor = function(*arguments)
     return result
 
 

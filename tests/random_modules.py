@@ -176,7 +176,7 @@ VIEWS = """
 {v} = {a}.unbind(1)[0].unsqueeze(1)
 {v} = {a}.mean((2, 3), keepdim=True).expand({a}.shape)
 {v} = {a}.flip(1)
-{v} = {a}.as_strided({a}.size(), {a}.stride(), {a}.storage_offset())
+{v} = {a}.contiguous().as_strided({a}.shape, ({C} * {H} * {W}, {H} * {W}, {W}, 1))
 """
 
 JOINS = """

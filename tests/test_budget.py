@@ -170,10 +170,10 @@ def test_a_plan_may_be_edited():
     "plan, message",
     [
         ("missing.json", "cannot be read as JSON"),
-        ({"version": 0}, "is not a plan of version"),
+        ({"version": 1, "decisions": {}}, "is not a plan of version 2"),
         ([1, 2], "is not a plan of version"),
-        ({"version": 1, "decisions": {"rebiult": []}}, "unknown decisions: rebiult"),
-        ({"version": 1, "decisions": {"rebuilt": ["no.such.layer"]}}, "names what is not in this Residual: no.such"),
+        ({"version": 2, "decisions": {"rebiult": []}}, "unknown decisions: rebiult"),
+        ({"version": 2, "decisions": {"rebuilt": ["no.such.layer"]}}, "names what is not in this Residual: no.such"),
     ],
 )
 def test_what_is_no_plan(plan, message):
@@ -182,14 +182,14 @@ def test_what_is_no_plan(plan, message):
 
 
 def test_with_inputs_a_plan_is_compared_with_the_graph():
-    plan = {"version": 1, "decisions": {"rebuilt": ["first.6", "second.iadd"]}}
+    plan = {"version": 2, "decisions": {"rebuilt": ["first.6", "second.iadd"]}}
     with pytest.raises(normpass.InvalidInputError, match="names what is not in this Residual: second.iadd"):
         normpass.optimize(model(), X, plan=plan)
 
 
 def test_a_plan_and_a_budget_exclude_each_other():
     with pytest.raises(normpass.InvalidInputError, match="either `plan` or `memory_budget`"):
-        normpass.optimize(model(), X, memory_budget=0.5, plan={"version": 1, "decisions": {}})
+        normpass.optimize(model(), X, memory_budget=0.5, plan={"version": 2, "decisions": {}})
 
 
 def test_copies_and_pickles_keep_their_plan():

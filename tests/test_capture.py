@@ -168,7 +168,7 @@ def multiplied(factor: Callable) -> Callable:
 
 
 def set_class_flag(model: nn.Module) -> None:
-    setattr(next(c for c in type(model).__mro__ if "flags" in vars(c)), "flags", [3.0])
+    next(c for c in type(model).__mro__ if "flags" in vars(c)).flags = [3.0]
 
 
 def with_class_list() -> nn.Module:
@@ -544,7 +544,7 @@ WAYS = {
     "gradient mode": (net(by_gradient_mode), both_modes),
     "value": (net(by_value), steps),
     "type of the input": (net(by_type), lambda m: [*steps(m), *steps(m, nn.Parameter(images()))]),
-        "own dict": (net(lambda self, x: OwnDict(out=self.last(self.body(x)))), steps),
+    "own dict": (net(lambda self, x: OwnDict(out=self.last(self.body(x)))), steps),
     "namespace": (Inner, steps),
     "two names": (TwoNames, steps),
     "modes": (net(two_in_training), both_modes),
@@ -745,7 +745,7 @@ def test_an_error_is_plains_and_the_next_call_is_captured(case, is_first: bool) 
     graphs: list = []
     state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
     for m in (model, optimised):
-        with pytest.raises(Exception) as caught:  # noqa: PT011: which one is compared
+        with pytest.raises(Exception) as caught:
             call(m)
         found.append((type(caught.value), str(caught.value)))
     assert found[0] == found[1]
@@ -890,5 +890,3 @@ def test_threads_may_run_while_another_one_captures() -> None:
     for thread in threads:
         thread.join()
     assert not errors
-
-

@@ -119,6 +119,7 @@ class Functional(nn.Module):
 
 def test_a_changed_model_is_not_compiled_as_the_plain_one() -> None:
     optimised = normpass.optimize(spread(Functional()), changes=("leaky_relu",))
-    for compiled in (torch.compile(optimised, backend="eager"), torch.compile(nn.Sequential(optimised), backend="eager")):
+    for model in (optimised, nn.Sequential(optimised)):
+        compiled = torch.compile(model, backend="eager")
         with pytest.raises(normpass.StaleChangeError, match="somebody else's torch.compile sees it"):
             quietly(compiled, image())

@@ -13,7 +13,8 @@ TIME = StepTime(1.0, 1.0, 1.0, (1.0,))
 RESULT = demo.Result("net", ((2.0, 2.0),), (2**21, 2**20), (TIMELINE, TIMELINE), (TIME, TIME), Ratio(1.0, 1.0, 1.0))
 
 
-def test_end_to_end(tmp_path, capsys):
+def test_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_ROUNDS", 1)
     png = tmp_path / "plot.png"
     assert cli.main(["demo", "--steps", "2", "--batch", "4", "--size", "32", "--out", str(png)]) == 0
     out = capsys.readouterr().out

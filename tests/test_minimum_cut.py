@@ -183,7 +183,9 @@ def test_inputs_are_sources_where_they_are_kept_or_small() -> None:
 
 
 def test_statistics_are_not_moved_again_and_a_counter_is_not_counted_again() -> None:
-    found = kinds(lambda x, mean, var: F.batch_norm(x * 1, mean, var, training=True).sin(), X, torch.zeros(4), torch.ones(4))
+    found = kinds(
+        lambda x, mean, var: F.batch_norm(x * 1, mean, var, training=True).sin(), X, torch.zeros(4), torch.ones(4)
+    )
     assert found["batch_norm"] == "cheap"
 
     def counts(x, counter):

@@ -397,7 +397,7 @@ WRITES: dict[str, tuple[Callable, Callable]] = {
 
 @pytest.mark.parametrize("activation, write", WRITES.values(), ids=WRITES.keys())
 def test_a_note_holds_for_one_version(activation: Callable, write: Callable) -> None:
-    """What is written to before it is kept is kept itself or made again with the write; plain's numbers, or its error."""
+    """What is written to before it is kept is kept itself or made again with the write: plain's numbers, or error."""
     model = spread(Chain(activation, write))
     found = []
     for m in (model, normpass.optimize(copy.deepcopy(model))):

@@ -106,7 +106,9 @@ def test_activations_in_every_spelling() -> None:
     for result, (function, name, args) in zip(results, ACTIVATIONS, strict=True):
         assert isinstance(result, fx.Node)
         found = activation_of(result)
-        assert (None if found is None else (found.name, found.args)) == (None if name is None else (name, args)), function
+        assert (None if found is None else (found.name, found.args)) == (None if name is None else (name, args)), (
+            function
+        )
 
 
 class Odd(nn.ReLU):

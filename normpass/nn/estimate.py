@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,7 @@ def activated(estimate: Estimate | None, name: str, args: Sequence[float], sampl
     return Estimate(new_mean.to(mean.dtype), new_var.to(var.dtype))
 
 
-def through_norm(
-    estimate: Estimate | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Estimate | None:
+def through_norm(estimate: Estimate | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Estimate | None:
     """The estimate behind a norm that normalises with it: mean bias, variance weight²·var/(var + eps)."""
     if estimate is None:
         return None
@@ -108,7 +106,8 @@ def predicted_by_sample(
             result = F.linear(draw, weight, bias).transpose(1, 2)
         else:
             draw = activate(_drawn_for(estimate, x, weight, stride, dilation), name, args)
-            result = _LAYERS[weight.dim() - 2](draw, weight, bias, stride, 0, dilation, groups)
+            convolve: Any = _LAYERS[weight.dim() - 2]
+            result = convolve(draw, weight, bias, stride, 0, dilation, groups)
     count = estimate.mean.shape[0]
     mean, var = instance_moments(result)
     mean, var = (v.unflatten(0, (count, -1)) for v in (mean, var))  # several draws of each micro-batch

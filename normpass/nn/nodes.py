@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 
+from normpass.nn.cumulative import cumulative_batch_norm
 from normpass.nn.kalman import kalman_norm
 from normpass.nn.switchable import instance_norm, layer_norm, mixed_norm, switchable_norm
 
@@ -33,5 +34,6 @@ prediction, an estimate and micro-batches is an ordinary batch norm, and notes n
 
 def register_with_dynamo() -> None:
     """Let TorchDynamo take each of these functions as one node. Without it, it traces through them."""
-    for function in NORM_NODES:  # here, since an import of torch._dynamo takes as long as one of torch
+    # Here, since an import of torch._dynamo takes as long as one of torch.
+    for function in (*NORM_NODES, cumulative_batch_norm):
         torch.compiler.allow_in_graph(function)

@@ -85,7 +85,7 @@ class _SparseSwitchableNorm(BatchNormLike):
         if self.chosen == ("layer", "layer"):
             return layer_norm(x, self.weight, self.bias, self.eps)
         tensors = self.weight, self.bias, *buffers_of(self)
-        options = uses_batch(self), self.momentum, self.eps
+        options: Any = (uses_batch(self), self.momentum, self.eps)
         if self.chosen is not None:
             return mixed_norm(x, *self.chosen, *tensors, *options)
         return switchable_norm(x, self.mean_logits, self.var_logits, self.radius, *tensors, *options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -15,13 +16,15 @@ STATISTICS_DTYPES = (torch.float32, torch.float64)
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format an op gives its results for the input `x` of shape (N, C, *).
 
-    `channels_last` (4-d) or `channels_last_3d` (5-d) where `x` is stored so, otherwise `contiguous_format`,
-    also for strides that are neither. Where both hold, as for a map of 1×1, the strides decide as they do in
-    ATen; a stride along a dimension of size 1 means nothing and is ATen's to choose.
+    `channels_last` (4-d) or `channels_last_3d` (5-d) where `x` is stored so, or is a part of what is; otherwise
+    `contiguous_format`, also for strides that are neither. Where both hold, as for a map of 1×1, the strides decide
+    as they do in ATen; a stride along a dimension of size 1 means nothing and is ATen's to choose.
     """
     candidate = _CHANNELS_LAST.get(x.dim())
-    if candidate is None or not x.is_contiguous(memory_format=candidate):
+    if candidate is None:
         return torch.contiguous_format
+    if not x.is_contiguous(memory_format=candidate):
+        return torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
     if x.is_contiguous() and x.stride(-1) == 1:
         return torch.contiguous_format
     return candidate

@@ -154,7 +154,7 @@ def _save(
     ctx.save_for_backward(x, residual if is_active else None, weight, bias if is_active else None, mean, var)
 
 
-def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
     """x, residual, weight, bias, mean, var; for a bias that was not kept one of its shape and dtype."""
     x, residual, weight, bias, mean, var = ctx.saved_tensors
     if ctx.bias_dtype is not None:

@@ -73,9 +73,7 @@ def pair(kind=Inverted, **options):
     return plain, normpass.optimize(copy.deepcopy(plain))
 
 
-@pytest.mark.parametrize("size", [3, 5, 7])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size, stride, bias", [(3, 1, False), (3, 2, True), (5, 1, True), (5, 2, False), (7, 2, True)])
 def test_a_step_is_the_same(size, stride, bias, runs):
     plain, optimised = pair(kernel_size=size, padding=size // 2, stride=stride, bias=bias)
     for _ in range(2):
@@ -167,7 +165,7 @@ def cumulative_average(model):
         (evaluate, True),
         (cumulative_average, True),
         (hook_norm, False),
-        (hook_convolution, False),
+        (hook_convolution, True),
         (replace_convolution, False),
         (replace_norm, False),
         (no_gradients, True),
@@ -175,12 +173,14 @@ def cumulative_average(model):
 )
 def test_changes_after_the_rewrite_are_seen(change, joined, runs):
     plain, optimised = pair()
+    assert_same_step(plain, optimised, images())
+    assert len(runs) == 1
     for model in (plain, optimised):
         torch.manual_seed(1)
         change(model)
     for _ in range(2):
         assert_same_step(plain, optimised, images())
-    assert bool(runs) == joined
+    assert len(runs) == (3 if joined else 1)
 
 
 def test_without_gradients():
@@ -254,14 +254,12 @@ def test_the_layer_complains_about_an_image_that_is_too_small():
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_under_torch_compile(inner):
-    plain, optimised = pair()
-    torch.compiler.reset()
-    assert_same_step(plain, torch.compile(optimised, backend=inner, fullgraph=True), images())
+def test_under_torch_compile(inner, runs):
     plain, _ = pair()
     torch.compiler.reset()
     compiled = torch.compile(copy.deepcopy(plain), backend="normpass", options={"inner": inner}, fullgraph=True)
     assert_same_step(plain, compiled, images())
+    assert len(runs) == (inner == "eager")
 
 
 def test_kernels_switched_off(runs):
@@ -273,7 +271,7 @@ def test_kernels_switched_off(runs):
 
 def test_what_a_plan_keeps_is_joined_all_the_same(runs):
     plain, optimised = pair()
-    plan = normpass.StepPlan.from_json({"version": 1, "decisions": {"kept": ["norm"]}})
+    plan = normpass.StepPlan.from_json({"version": 2, "decisions": {"kept": ["norm"]}})
     planned = normpass.optimize(copy.deepcopy(plain), plan=plan)
     assert_same_step(plain, planned, images())
     assert len(runs) == 1

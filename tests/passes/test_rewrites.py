@@ -116,7 +116,6 @@ class Residual(nn.Module):
         return self.last(F.leaky_relu(self.norm(self.conv(x)) + x))
 
 
-
 @pytest.mark.parametrize(
     "make, reason",
     [
