@@ -8,22 +8,19 @@ import torch
 from torchvision.models import DenseNet
 
 import normpass
-from normpass.measure import format_bytes, kept_bytes, peak_bytes
 
 
 def main(blocks: tuple[int, ...] = (6, 12, 24, 16), batch_size: int = 2, size: int = 224) -> dict[str, tuple[int, int]]:
     """Measure a DenseNet with `blocks` layers in its blocks: (plain, optimised) bytes by what they are."""
     plain = DenseNet(block_config=blocks)
     images = torch.randn(batch_size, 3, size, size)
-    optimised = normpass.optimize(plain)
-    print(normpass.explain(plain))
-
-    found = {}
-    for what, measured in (("kept for backward", kept_bytes), ("peak over a step", peak_bytes)):
-        before, after = measured(plain, images), measured(optimised, images)
-        found[what] = (before, after)
-        print(f"{what}: {format_bytes(before)} plain, {format_bytes(after)} optimised ({after / before:.2f})")
-    return found
+    report = normpass.explain(plain, images)
+    print(report)
+    memory = report.memory
+    return {
+        "kept for backward": (memory.kept_before, memory.kept_after),
+        "peak over a step": (memory.peak_before, memory.peak_after),
+    }
 
 
 if __name__ == "__main__":

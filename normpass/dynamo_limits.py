@@ -48,7 +48,7 @@ from torch._dynamo.variables.misc import RandomClassVariable, RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
-from normpass.nn import cumulative
+from normpass import cumulative
 
 _COMPILING = (
     *(torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling),

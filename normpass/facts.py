@@ -165,10 +165,23 @@ class FakeInputs:
 
     def __init__(self, inputs: Sequence[Any]):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._given = inputs
+        self.make()
+
+    def make(self) -> None:
         with self.mode:
-            self.values = _fakes(inputs)
-        self.numbers = {id(f): t for f, t in zip(self.values, inputs, strict=True) if _holds_number(t)}
+            self.values = _fakes(self._given)
+        self.numbers = {id(f): t for f, t in zip(self.values, self._given, strict=True) if _holds_number(t)}
         """what stands behind those that are one number: Dynamo hands over a Python float as such a tensor"""
+        self._histories = self._histories_now()
+
+    def restore(self) -> None:
+        """After a run: what it has written to in place may have a gradient now that it did not have."""
+        if self._histories_now() != self._histories:
+            self.make()
+
+    def _histories_now(self) -> list[Any]:
+        return [(t.requires_grad, t.grad_fn) for t in self.values if isinstance(t, Tensor)]
 
 
 def _holds_number(value: Any) -> bool:
@@ -190,6 +203,7 @@ def facts_of(
         with recorder.watching():
             interpreter = _Interpreter(recorder, graph_module, stand_ins or {}, inputs.numbers)
             output = interpreter.run(*inputs.values)
+    inputs.restore()
     return recorder.finish(output, interpreter.results)
 
 

@@ -25,6 +25,7 @@ from normpass.operators import sum_as_first
 from normpass.ops.activation import activate
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.inplace_abn import inplace_abn_on
+from normpass.ops.layout import lies_in_order, memory_format_of
 from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
@@ -79,12 +80,13 @@ class Statistics(NamedTuple):
 def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> Tensor:
     """The same layers one after the other, as the model had them.
 
-    `sum_into` says which term gives the sum its dtype, as in `term += other`: "norm", "residual" or "" for none.
+    `sum_into` says which term gives the sum its dtype, as in `term += other`: "norm", "residual" or "" for none;
+    "residual +" for none, but the residual comes first.
     """
     y = norm(x)
     if residual is not None:
-        first, second = (residual, y) if sum_into == "residual" else (y, residual)
-        y = sum_as_first(first, second) if sum_into else first + second
+        first, second = (residual, y) if sum_into.startswith("residual") else (y, residual)
+        y = sum_as_first(first, second) if sum_into in ("norm", "residual") else first + second
     return activate(y, activation, activation_args)
 
 
@@ -198,7 +200,10 @@ def is_fusible(norm: FunctionalBatchNorm, x: Any, residual: Tensor | None, activ
     features = running_mean if running_mean is not None else norm.weight
     if features is not None and features.numel() != channels:
         return False
-    return residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    if residual is None:
+        return True
+    fits = residual.shape == x.shape and residual.dtype == x.dtype
+    return fits and lies_in_order(residual, memory_format_of(x))  # else the sum may lie as the residual does
 
 
 def _dtypes_fit(norm: FunctionalBatchNorm, x: Any) -> bool:

@@ -72,6 +72,8 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     passes.NORMAL_FORM.before_facts(graph)
     fakes = FakeInputs(inputs)
     plain = facts_of(graph_module, fakes)
+    if passes.NORMAL_FORM.without_unread(graph, plain):
+        plain = facts_of(graph_module, fakes)
     for change in request.changes:
         change.change_graph(graph)
     has_changed = bool(request.changes) + passes.NORMAL_FORM.out_of_place(graph, plain)

@@ -102,7 +102,7 @@ class Copied:
     __slots__ = ("geometry", "tensor")
 
     def __init__(self, tensor: Tensor):
-        self.tensor = tensor.detach().clone()
+        self.tensor = _clone(tensor.detach())
         self.geometry = _geometry(tensor)
 
     def read(self) -> Tensor:
@@ -390,30 +390,44 @@ class copying:
             self._copier.forget(self._tensor)
 
 
-def call_rebuilt(function: Callable, copies: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
-    """Call a cheap `function` and note how what it returns is made again.
+Copies = tuple[tuple[Any, Any], ...]
+"""Which arguments are copied, since autograd does not keep them: position or name, and the index in a list or None."""
 
-    Args:
-        copies: positions of arguments that are copied, since autograd does not keep them.
-    """
+
+def call_rebuilt(function: Callable, copies: Copies, *args: Any, **kwargs: Any) -> Any:
+    """Call a cheap `function` and note how what it returns is made again."""
     notes = notes_now()
     if notes is None:
         return function(*args, **kwargs)
-    noted = args
-    if copies:
-        noted = tuple([Copied(a) if i in copies and isinstance(a, Tensor) else a for i, a in enumerate(args)])
+    noted, named = _with_copies(copies, args, kwargs)
     notes.begin()
     result = function(*args, **kwargs)
     if isinstance(result, Tensor):
-        tag(result, function, noted, kwargs)
+        tag(result, function, noted, named)
     elif isinstance(result, (tuple, list)):
         for index, item in enumerate(result):
             if isinstance(item, Tensor):
-                tag(item, function, noted, kwargs, select=index)
+                tag(item, function, noted, named, select=index)
     return result
 
 
-def call_rebuilt_in_place(function: Callable, position: int, *args: Any, **kwargs: Any) -> Any:
+def _with_copies(copies: Copies, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if not copies:
+        return args, kwargs
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    for key, index in copies:
+        if index is None:
+            given[key] = _copied(given[key])
+        else:
+            given[key] = [_copied(item) if i == index else item for i, item in enumerate(given[key])]
+    return tuple([given.pop(i) for i in range(len(args))]), given
+
+
+def _copied(value: Any) -> Any:
+    return Copied(value) if isinstance(value, Tensor) else value
+
+
+def call_rebuilt_in_place(function: Callable, position: int, copies: Copies, *args: Any, **kwargs: Any) -> Any:
     """Call a cheap `function` that writes to its argument at `position`, and note how that is made again."""
     notes = notes_now()
     if notes is None:
@@ -422,9 +436,9 @@ def call_rebuilt_in_place(function: Callable, position: int, *args: Any, **kwarg
     source = notes.recipe_of(target)
     if source is None:
         return function(*args, **kwargs)
-    others = (*args[:position], *args[position + 1 :])
+    noted, named = _with_copies(copies, args, kwargs)
     write = _Write(function, position, _geometry(target))
-    recipe = Recipe(notes, target, write, others, kwargs, None)
+    recipe = Recipe(notes, target, write, (*noted[:position], *noted[position + 1 :]), named, None)
     recipe.written, recipe.geometry = source, source.geometry
     if _observers:
         _observers[-1](function, args, kwargs)
@@ -481,6 +495,14 @@ def _changed_in_place(tensor: Tensor, version: int) -> str:
 
 def _geometry(tensor: Tensor) -> tuple:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A copy; of one that is expanded, a copy of what is there once."""
+    if 0 not in tensor.stride() or tensor.numel() == 0:
+        return tensor.clone()
+    once = [slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride()]
+    return tensor[once].clone().expand(tensor.shape)
 
 
 def _like(value: Tensor, geometry: tuple) -> Tensor:

@@ -97,10 +97,13 @@ def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool =
 
 
 def _sum_into(site: Site) -> str:
-    """Which term the addition is written into: "norm", "residual", or "" where it makes a new tensor."""
-    if site.add is None or not sums_in_place(site.add):
+    """Which term the addition is written into, "norm" or "residual"; "" or "residual +" where it makes a new tensor."""
+    if site.add is None:
         return ""
-    return "norm" if site.add.args[0] is site.norm else "residual"
+    is_first = site.add.args[0] is site.norm
+    if sums_in_place(site.add):
+        return "norm" if is_first else "residual"
+    return "" if is_first else "residual +"
 
 
 def norm_node(graph: fx.Graph, site: Site) -> fx.Node:

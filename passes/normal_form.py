@@ -1,5 +1,6 @@
 """one normal form of what a model spells in several ways; the same numbers
 
+    a result that nobody reads               ⇒  nothing: what it would keep is freed at once
     dropout(x, 0), dropout in eval mode      ⇒  x
     dropout(x, p)                            ⇒  one node that notes its result: x and the mask make it again
     a += b, relu_(a), … that keep a copy     ⇒  a + b, relu(a), …: autograd keeps what they read, and no copy of it
@@ -23,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from normpass.cumulative import cumulative_batch_norm, share_of_batch
 from normpass.facts import Facts, Step
-from normpass.graph import bound, called_on, function_of, is_in_place_call, name_of, replace_node
-from normpass.nn.cumulative import cumulative_batch_norm, expand
+from normpass.graph import bound, called_on, function_of, is_in_place_call, key_of, name_of, replace_node
+from normpass.operators import activation_of
 from normpass.recipe import tag
+from normpass.untouched import tensors_in
 
 _CHECKPOINT = "tag_activation_checkpoint"
 _CUSTOM_FUNCTION = "autograd_function_apply"
@@ -42,7 +45,7 @@ class NormalForm:
             if node.target is F.dropout:
                 _simplify_dropout(graph, node)
             elif node.target is cumulative_batch_norm:
-                expand(graph, node)
+                _expand_cumulative(graph, node)
             elif node.op == "call_function" and name_of(node.target) == _CHECKPOINT:
                 with graph.inserting_before(node):
                     new = graph.call_function(run_checkpoint, node.args, node.kwargs)
@@ -53,6 +56,12 @@ class NormalForm:
                     new = graph.call_function(run_custom_function, node.args, node.kwargs)
                 replace_node(graph, node, new)
 
+    def without_unread(self, graph: fx.Graph, facts: Facts) -> bool:
+        """Take out what computes tensors that nobody reads, and does nothing else; whether there was any."""
+        found = [step.node for step in reversed(facts.steps) if _only_computes(step, facts)]
+        unread = [node for node in found if not node.users and graph.erase_node(node) is None]
+        return bool(unread)
+
     def out_of_place(self, graph: fx.Graph, facts: Facts) -> int:
         """Write out of place what autograd would copy; how many nodes that were."""
         saved = {v for step in facts.steps for v in step.saves}
@@ -60,6 +69,20 @@ class NormalForm:
         found = [step for step in copying if _nobody_sees_it(step, facts)]
         changed = [_write_elsewhere(graph, step.node) for step in found]
         return sum(changed)
+
+
+def _only_computes(step: Step, facts: Facts) -> bool:
+    effects = step.writes or step.is_random or step.is_foreign
+    return not effects and bool(tensors_in(facts.results[step.node]))
+
+
+def _expand_cumulative(graph: fx.Graph, node: fx.Node) -> None:
+    *tensors, counter, eps = node.args
+    with graph.inserting_before(node):
+        share = graph.call_function(share_of_batch, (counter,))
+        new = graph.call_function(F.batch_norm, (*tensors, True, share, eps))
+    share.meta["key"] = f"{key_of(node)}.share"
+    replace_node(graph, node, new)
 
 
 # --- dropout ----------------------------------------------------------------------------------------
@@ -161,7 +184,9 @@ def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> bool:
     if is_in_place_call(node) and "inplace" not in node.kwargs:
         args = args[:-1]
     with graph.inserting_before(node):
-        new = graph.call_function(called_on(as_first, function), args, kwargs)
+        new = graph.call_function(function, args, kwargs)
+    if activation_of(new) is None:  # which has the dtype of its argument, and rewrites look for it
+        new.target = called_on(as_first, function)
     replace_node(graph, node, new)
     return True
 

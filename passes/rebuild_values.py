@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from normpass.facts import Facts, Step
 from normpass.graph import called_on, function_of, name_of, replace_node
 from normpass.operators import MAX_POOLS
-from normpass.recipe import call_kept, call_rebuilt, call_rebuilt_in_place, tag
+from normpass.recipe import Copies, call_kept, call_rebuilt, call_rebuilt_in_place, tag
 from normpass.replay import call_replayed
 from normpass.sharing import WITHOUT_RECIPE
 
@@ -72,13 +72,13 @@ def can_be_replayed(step: Step) -> bool:
 
 
 def _rebuilt(step: Step, facts: Facts) -> Callable:
-    node, function = step.node, function_of(step.node)
+    node, function, copies = step.node, function_of(step.node), _copies(step.node, facts)
     if step.target in _AGAIN and set(step.writes) & set(step.reads_outside):
         return _AGAIN[step.target]
     inside = set(step.writes) - set(step.reads_outside)
     if inside:
-        return _in_place(function, next(i for i, a in enumerate(node.args) if _lies_in(a, inside, facts)))
-    return _again(function, tuple(i for i, a in enumerate(node.args) if _is_copied(a, facts)))
+        return _in_place(function, next(i for i, a in enumerate(node.args) if _lies_in(a, inside, facts)), copies)
+    return _again(function, copies)
 
 
 def writes_one_argument(step: Step, facts: Facts) -> bool:
@@ -92,9 +92,16 @@ def _lies_in(argument: Any, storages: set[int], facts: Facts) -> bool:
     return isinstance(argument, fx.Node) and not storages.isdisjoint(facts.storages.get(argument, ()))
 
 
+def _copies(node: fx.Node, facts: Facts) -> Copies:
+    given = [*enumerate(node.args), *node.kwargs.items()]
+    lists = [(key, i, item) for key, a in given if isinstance(a, (list, tuple)) for i, item in enumerate(a)]
+    there = [(key, None, argument) for key, argument in given] + lists
+    return tuple((key, index) for key, index, argument in there if _is_copied(argument, facts))
+
+
 def _is_copied(argument: Any, facts: Facts) -> bool:
-    """Whether an argument is a small input of the graph that autograd does not keep."""
-    if not isinstance(argument, fx.Node) or argument.op != "placeholder":
+    """Whether an argument lies in a small input of the graph that autograd does not keep."""
+    if not isinstance(argument, fx.Node):
         return False
     mine = facts.storages.get(argument, frozenset())
     return bool(mine) and mine <= facts.small_outside.keys() and not mine <= facts.saved_outside
@@ -106,7 +113,7 @@ def _call(graph: fx.Graph, node: fx.Node, function: Callable) -> fx.Node:
     return replace_node(graph, node, new)
 
 
-def _again(function: Callable, copies: tuple[int, ...]) -> Callable:
+def _again(function: Callable, copies: Copies) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         return call_rebuilt(function, copies, *args, **kwargs)
 
@@ -122,9 +129,9 @@ def _replayed(function: Callable, is_rebuilt: bool) -> Callable:
     return call
 
 
-def _in_place(function: Callable, position: int) -> Callable:
+def _in_place(function: Callable, position: int, copies: Copies) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return call_rebuilt_in_place(function, position, *args, **kwargs)
+        return call_rebuilt_in_place(function, position, copies, *args, **kwargs)
 
     call.__name__ = f"rebuilt_{name_of(function)}"
     return call

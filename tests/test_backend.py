@@ -32,7 +32,7 @@ def fresh_dynamo():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name, inner", zip(SIX, INNER, strict=True))
+@pytest.mark.parametrize("name, inner", list(zip(SIX, INNER, strict=True)))
 def test_small_networks(name, inner):
     row = compare(network(name), inner)
     assert row["difference"] < 1e-9

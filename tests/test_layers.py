@@ -16,8 +16,20 @@ FOLDERS = {
 # From the bottom up. The modules of one line do not know each other; "normpass" is the package's own
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
-    ("_version", "errors", "graph", "untouched", "kernels", "kinds", "dynamo_limits"),
-    ("autocast", "measure", "ops", "extras", "files", "fold", "grouping", "cuts", "environment", "shared_copy"),
+    ("_version", "errors", "graph", "untouched", "kernels", "kinds", "cumulative"),
+    (
+        "autocast",
+        "dynamo_limits",
+        "measure",
+        "ops",
+        "extras",
+        "files",
+        "fold",
+        "grouping",
+        "cuts",
+        "environment",
+        "shared_copy",
+    ),
     ("operators", "recipe", "serialised", "weights", "export", "timing", "trial", "capture", "verify"),
     ("facts", "nn", "replay", "functional", "report", "agreement", "plots", "concatenation"),
     ("sites", "minimum_cut", "sharing", "convolution", "per_sample", "liveness", "cost"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -28,6 +29,16 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.is_contiguous() and x.stride(-1) == 1:
         return torch.contiguous_format
     return candidate
+
+
+def lies_in_order(x: Tensor, memory_format: torch.memory_format) -> bool:
+    """Whether the dimensions of `x` follow each other in memory as in `memory_format`, perhaps with gaps."""
+    if x.is_contiguous(memory_format=memory_format):
+        return True
+    dims = range(x.dim())
+    order = dims if memory_format is torch.contiguous_format else (0, *dims[2:], 1)
+    strides = [x.stride(d) for d in order if x.shape[d] > 1]
+    return all([first >= second > 0 for first, second in itertools.pairwise(strides)])
 
 
 def empty_for_blocks(first: Tensor, count: int) -> Tensor:

@@ -132,6 +132,8 @@ IN_PLACE: dict[str, tuple[Callable, int]] = {
     "seen by its own name": (lambda y: (F.silu(y, inplace=True), y.sin())[1], 0),
     "returned": (lambda y: (y, F.silu(y, inplace=True).sin())[::-1], 0),
 }
+ACTIVATIONS = {"silu", "hardswish", "mish"}
+"""which are looked for by their names, and have the dtype of their argument anyway"""
 
 
 @pytest.mark.parametrize("function, count", IN_PLACE.values(), ids=IN_PLACE.keys())
@@ -143,7 +145,7 @@ def test_what_autograd_would_copy_is_written_elsewhere(function: Callable, count
 
     graph_module, inputs, changed = normal_form(run, x)
     assert changed == count
-    assert sum("as_first" in name for name in names(graph_module)) == count
+    assert ("as_first" in "".join(names(graph_module))) == (count > 0 and not ACTIVATIONS & set(names(graph_module)))
     found = []
     for call in (run, lambda x: graph_module(*inputs)):
         (leaf,) = [t for t in (x,)]

@@ -260,8 +260,7 @@ CHANGES = {
     "one frozen": lambda m: m.block1[1].norm1.eval(),
     "first and last frozen": lambda m: (m.block1[0].norm1.eval(), m.norm.eval()),
     "all of a block frozen": lambda m: m.block1.eval(),
-    "momentum None": lambda m: setattr(m.block1[2].norm1, "momentum", None),
-    "momentum": lambda m: setattr(m.block1[2].norm1, "momentum", 0.5),
+    "momentum None": lambda m: setattr(m.block1[1].norm1, "momentum", None),
     "frozen parameters": lambda m: [p.requires_grad_(False) for p in m.block1.parameters()],
     "frozen trunk": lambda m: [p.requires_grad_(False) for p in m.stem.parameters()],
 }
@@ -281,7 +280,7 @@ def changed_in_the_middle(change: Callable) -> Callable:
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_what_is_changed_at_run_time(change):
     torch.manual_seed(0)
-    model = spread(Dense(depth=3))
+    model = spread(Dense(depth=2))
     run = changed_in_the_middle(CHANGES[change])
     assert_equal(*(run(net, image(2, 3, 8, 8)) for net in (copy.deepcopy(model), normpass.optimize(model))))
 

@@ -3,16 +3,14 @@
     1 / float(num_batches_tracked)  ──Dynamo ends its graph here──►  one node  ⇒  a number, and F.batch_norm with it
 
 PyTorch's layer makes a number of its counter, which Dynamo does not capture. While it captures for us, `forward`
-stands for that of the layer, and `expand` writes out what it called once the graph is ours.
+stands for that of the layer; what that called is written out once the graph is ours (`passes.normal_form`).
 """
 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-
-from normpass.graph import inherit, replace_node
 
 plain_forward = nn.modules.batchnorm._BatchNorm.forward
 
@@ -43,14 +41,3 @@ def cumulative_batch_norm(
 def share_of_batch(counter: Tensor) -> float:
     """What part of the running statistics the last batch has."""
     return 1.0 if isinstance(counter, FakeTensor) else 1.0 / float(counter)
-
-
-def expand(graph: fx.Graph, node: fx.Node) -> None:
-    """Put `F.batch_norm` in the place of `cumulative_batch_norm`; its momentum is a node of its own."""
-    *tensors, counter, eps = node.args
-    with graph.inserting_before(node):
-        share = graph.call_function(share_of_batch, (counter,))
-        new = graph.call_function(F.batch_norm, (*tensors, True, share, eps))
-    inherit(share, node)
-    share.meta["key"] = f"{node.meta['key']}.share"
-    replace_node(graph, node, new)
