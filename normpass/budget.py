@@ -118,17 +118,18 @@ def plan_facts(
 def _captured(model: nn.Module, arguments: Arguments, request: Request) -> list[Rewritten]:
     """The graphs of one training step's forward, optimised without a budget."""
     try:
-        graphs = captured_graphs(model, arguments, request).graphs
+        collected = captured_graphs(model, arguments, request)
     except Exception as error:
         raise InvalidInputError(
             f"`memory_budget`: {type(model).__name__} does not run a step of training on `example_inputs` "
             f"({type(error).__name__}: {error}), so it cannot be planned; leave the budget out"
         ) from error
-    differentiable = [g for g in graphs if g.keeps_gradients]
+    differentiable = [g for g in collected.graphs if g.keeps_gradients]
     if not differentiable:
+        why = "; ".join(collected.failures) or "`normpass.explain(model, example_inputs)` says more"
         raise InvalidInputError(
             f"`memory_budget`: no graph of {type(model).__name__} that keeps anything for backward was captured, so "
-            "there is nothing to plan; `normpass.explain(model, example_inputs)` says why"
+            f"there is nothing to plan: {why}"
         )
     return differentiable
 

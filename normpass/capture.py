@@ -94,6 +94,13 @@ class Captured:
         """Code that was not captured -> why."""
         return {} if self._frames is None else dict(self._frames.failed)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether Dynamo is switched off, so that Python runs forward as it is."""
+        if self._call is None:
+            self._begin()
+        return self._frames is None or torch._dynamo.eval_frame._stance.stance == "force_eager"
+
     def _begin(self) -> Callable[..., Any]:
         forward = self._forward
 

@@ -115,6 +115,8 @@ def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
 def _run(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs: dict) -> Any:
     reason = reason_to_run_plain(args, kwargs)
     needs_capture = state.needs_capture(module.training)
+    if needs_capture and state.call.is_off:
+        _refuse_stale_change(state, module.training, "TorchDynamo is switched off")
     if reason is None or (reason is OTHER_HOOKS and needs_capture):  # it notes no recipes under them
         result = state.call(module, *args, **kwargs)
         if needs_capture and (state.failures or state.call.failures):

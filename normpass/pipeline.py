@@ -75,7 +75,9 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     if passes.NORMAL_FORM.without_unread(graph, plain):
         plain = facts_of(graph_module, fakes)
     for change in request.changes:
-        change.change_graph(graph)
+        for region in _regions(graph_module):
+            change.change_graph(region.graph)
+            region.recompile()
     has_changed = bool(request.changes) + passes.NORMAL_FORM.out_of_place(graph, plain)
     facts = facts_of(graph_module, fakes) if has_changed else plain
     regions = None if request.serialize is None else request.serialize.apply(graph, facts)
@@ -93,6 +95,11 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     rewritten.convolutions, rewritten.regions = frozenset(convolutions), regions
     rewritten.keeps_gradients, rewritten.ends = will_differentiate(inputs), _reason_of_break(graph_module)
     return rewritten
+
+
+def _regions(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph itself and those inside it: of a checkpoint, a `cond`."""
+    return [m for m in graph_module.modules() if isinstance(m, fx.GraphModule)]
 
 
 def _reason_of_break(graph_module: fx.GraphModule) -> str:

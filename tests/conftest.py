@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401 - before the heap is frozen
 
 from normpass.capture import raising
 
@@ -51,6 +53,13 @@ def results(request: pytest.FixtureRequest) -> Iterator[Results]:
     folder: Path | None = request.config.getoption("--results")
     if folder is not None:
         gathered.write(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_heap() -> None:
+    """`kept_bytes` collects garbage, which takes half a second where all that torch has imported is looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -32,15 +32,6 @@ def block(inputs: int = 3, outputs: int = C) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """`kept_bytes` collects garbage, which takes half a second where all that torch has imported is looked through."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)

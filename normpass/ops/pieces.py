@@ -55,13 +55,9 @@ def channels_of(xs: Sequence[Tensor]) -> int:
 
 
 def memory_format_of_pieces(xs: Sequence[Tensor]) -> torch.memory_format:
-    """channels_last where all pieces are stored so (one of one channel may be called either), otherwise contiguous."""
+    """channels_last where all pieces are stored so, otherwise contiguous: as `torch.cat`."""
     formats = {memory_format_of(x) for x in xs}
-    if formats == {torch.contiguous_format}:
-        return torch.contiguous_format
-    candidate = next(f for f in formats if f is not torch.contiguous_format)
-    fits = all([x.is_contiguous(memory_format=candidate) for x in xs])
-    return candidate if fits else torch.contiguous_format
+    return formats.pop() if len(formats) == 1 else torch.contiguous_format
 
 
 def concatenated(xs: Sequence[Tensor]) -> Tensor:
