@@ -133,6 +133,13 @@ class Facts:
         mine = self.storages.get(node, frozenset())
         return next((s.node for s in self._between(after, until) if not mine.isdisjoint(s.writes)), None)
 
+    def is_watched(self, node: fx.Node) -> bool:
+        """Whether autograd keeps the result of `node`, or nobody outside the graph has it."""
+        value = self.value_of(node)
+        if value is None:
+            return self.storages.get(node, frozenset()) <= self.saved_outside
+        return value not in self.outputs or any(value in step.saves for step in self.steps)
+
     def toucher_between(self, nodes: Sequence[fx.Node], after: fx.Node, until: fx.Node) -> fx.Node | None:
         """The first node between the two that reads or writes where one of `nodes` lies."""
         mine = frozenset(s for node in nodes for s in self.storages.get(node, ()))
@@ -143,7 +150,7 @@ class Facts:
         return None
 
     def _between(self, after: fx.Node, until: fx.Node | None) -> Iterator[Step]:
-        is_later = False
+        is_later = after.op == "placeholder"
         for step in self.steps:
             if step.node is until:
                 return

@@ -139,6 +139,9 @@ class _Finder:
             if writer is not None:
                 reason = f"a tensor of its concatenation is changed in place later, by `{called(writer)}`"
                 return replace(site, not_shared=reason)
+            if not self.facts.is_watched(piece):
+                reason = f"a tensor of its concatenation, `{called(piece)}`, may be changed by others before backward"
+                return replace(site, not_shared=reason)
         return replace(site, cats=cats)
 
     # --- the norm itself ---

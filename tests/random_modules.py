@@ -19,9 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 NORMS = """
 {v} = <nn.BatchNorm2d({C})>({a})
@@ -37,6 +35,29 @@ NORMS = """
 {v} = <nn.LayerNorm([{C}, {H}, {W}])>({a})
 {v} = <nn.LayerNorm({C})>({a}.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 {v} = <nn.BatchNorm1d({C})>({a}.flatten(2)).view({a}.shape)
+"""
+
+BLOCKS = r"""
+{v} = F.relu(<nn.BatchNorm2d({C})>({a}))
+{v} = <nn.ReLU(inplace=True)>(<nn.BatchNorm2d({C})>({a}))
+{v} = <nn.SiLU(inplace=True)>(<nn.BatchNorm2d({C})>({a}))
+{v} = <nn.LeakyReLU(0.1, inplace=True)>(<nn.InstanceNorm2d({C}, affine=True)>({a}))
+{v} = F.relu(<nn.BatchNorm2d({C})>({a}) + {b})
+{v} = F.relu({b} + <nn.BatchNorm2d({C})>({a}))
+{v} = <nn.BatchNorm2d({C})>({a})\n{v} += {b}\n{v} = F.relu_({v})
+{v} = <nn.BatchNorm2d({C})>({a})\n{b} += {v}
+{v} = <nn.BatchNorm2d({C})>({a}) + <nn.BatchNorm2d({C})>({b})
+{v} = <nn.Conv2d({C}, {C}, 3, padding=1, bias=False)>(F.relu(<nn.BatchNorm2d({C})>({a}))) + {a}
+{v} = <nn.Conv2d({C}, {C}, 3, padding=1, groups={C}, bias=False)>(<nn.ReLU6()>(<nn.BatchNorm2d({C})>({a})))
+{v} = torch.cat([{a}, <nn.Conv2d({C}, 2, 3, padding=1)>(F.relu(<nn.BatchNorm2d({C})>({a})))], 1)
+{v} = torch.cat([{b}, {a}], 1)\n{v} = F.relu(<nn.BatchNorm2d(2 * {C})>({v}))
+{v} = <nn.SiLU()>(<nn.BatchNorm2d({C})>({a}))\n{v} = {v} * <nn.Conv2d({C}, {C}, 1)>({v}.mean((2, 3), True)).sigmoid()
+{v} = <nn.BatchNorm2d({C})>({a})\n{v}[:, 1:].mul_({b}[:, 1:])\n{v} = <nn.Conv2d({C}, 4, 1)>({v})
+{v} = <nn.BatchNorm2d({C})>({a})\n{w} = {v}.view(-1)\n{v}.add_(0.1)\n{v} = F.relu({v}) * {w}.view({v}.shape).sigmoid()
+{v} = <nn.BatchNorm2d({C})>({a})\n{v}[{v} > 1] = 0.5\n{v} = <nn.Conv2d({C}, 4, 1)>({v})
+{v} = <nn.BatchNorm2d({C})>({a})\n{v}.clamp_(-1, 1).mul_({b})\n{v} = <nn.Conv2d({C}, 4, 1)>({v})
+{v} = <nn.BatchNorm2d({C})>({a})\ntorch._foreach_add_([{v}], [{b}])\n{v} = <nn.Conv2d({C}, 4, 1)>(F.gelu({v}))
+{v} = F.max_pool2d(F.relu(<nn.BatchNorm2d({C})>(<nn.Conv2d({C}, 4, 3, padding=1)>({a}))), 3, 1, 1)
 """
 
 CONVOLUTIONS = """
@@ -239,7 +260,17 @@ with torch.no_grad():\n    {m}.weight.mul_(0.9)
 {v} = {m}({a})
 """
 
-WEIGHTS = {NORMS: 6, CONVOLUTIONS: 4, ACTIVATIONS: 5, ARITHMETIC: 5, IN_PLACE: 5, VIEWS: 3, JOINS: 4, PYTHON: 3}
+WEIGHTS = {
+    BLOCKS: 8,
+    NORMS: 4,
+    CONVOLUTIONS: 4,
+    ACTIVATIONS: 5,
+    ARITHMETIC: 5,
+    IN_PLACE: 5,
+    VIEWS: 3,
+    JOINS: 4,
+    PYTHON: 3,
+}
 """How often a line is drawn from each of them."""
 TEMPLATES = {text: tuple(line.replace(r"\n", "\n") for line in text.strip().splitlines()) for text in WEIGHTS}
 
@@ -279,7 +310,7 @@ model.eval()
 """What happens between forward and backward; what works on a parameter or a buffer does so in `no_grad`."""
 
 BACKWARDS = ("squares", "squares", "sums", "strided", "each", "twice", "inputs", "second", "none")
-LAYOUTS = ("contiguous", "contiguous", "channels_last", "transposed", "leaf", "constant")
+LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_last", "transposed", "leaf", "constant")
 SECONDS = ("other", "other", "same", "view", "detached")
 
 
@@ -401,7 +432,7 @@ class _Writer:
         line, layers = filled
         program = replace(self.program, layers=layers, lines=(*self.program.lines, line))
         shapes = _tried(program)
-        if shapes is None and (layers != self.program.layers or self.rng.randrange(12)):
+        if shapes is None and (layers != self.program.layers or self.rng.randrange(40)):
             return
         self.program = program
         self.shapes = shapes or self.shapes
@@ -416,13 +447,12 @@ class _Writer:
         if not all(word in words for word in re.findall(r"{(\w)}", template)):
             return None
         text, layers = re.sub(r"{(\w)}", lambda m: words[m[1]], template), list(self.program.layers)
-        made = re.search(r"<(nn\..*\)|Frozen.*\))>", text)
-        if made is None:
-            return text, tuple(layers)
-        if made[1] not in layers or self.rng.randrange(8):
-            layers.append(made[1])
-        index = len(layers) - 1 - layers[::-1].index(made[1])
-        return text.replace(made[0], f"self.l{index}"), tuple(layers)
+        for made in re.findall(r"<((?:nn\.|Frozen)[^<>]*)>", text):
+            if made not in layers or self.rng.randrange(8):
+                layers.append(made)
+            index = len(layers) - 1 - layers[::-1].index(made)
+            text = text.replace(f"<{made}>", f"self.l{index}", 1)
+        return text, tuple(layers)
 
     def _layers(self, owner: str = "self") -> dict[str, str]:
         """A batch norm and a layer with a weight, where there are any."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from normpass.facts import facts_of
+from normpass.facts import FakeInputs, facts_of
 from normpass.passes.serialize_minibatch import SerializeMinibatch
 from normpass.traffic import graph_of
 
@@ -19,7 +19,7 @@ class Serial(nn.Module):
         self.model = model
         program, values = graph_of(model, *inputs)
         self.graph = program.graph
-        self.found = SerializeMinibatch(**options).apply(self.graph, facts_of(program, values))
+        self.found = SerializeMinibatch(**options).apply(self.graph, facts_of(program, FakeInputs(values)))
         self.graph.lint()
         self._run, self._values = fx.GraphModule(program, self.graph).forward, values
         self._places = [next(i for i, v in enumerate(values) if v is given) for given in inputs]

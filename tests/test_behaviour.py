@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict, namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normpass.cuts import inputs_of, segments_of, variable_nodes
-from normpass.facts import facts_of
+from normpass.facts import FakeInputs, facts_of
 from normpass.graph import key_of, path_of
 from normpass.traffic import graph_of
 
@@ -53,7 +53,7 @@ class Results(nn.Module):
 
 def captured(model, *inputs):
     program, values = graph_of(model, *inputs)
-    return program.graph, facts_of(program, values).results
+    return program.graph, facts_of(program, FakeInputs(values)).results
 
 
 def named(node):

@@ -473,7 +473,7 @@ def test_functions_of_several_results_and_functions_in_place() -> None:
     with recording():
         a, b = recipe.call_rebuilt(torch.var_mean, (), (x * 1).exp(), 2)
         y = recipe.call_rebuilt(torch.sigmoid, (), x * 1)
-        recipe.call_rebuilt_in_place(torch.Tensor.mul_, 0, y, 3.0)
+        recipe.call_rebuilt_in_place(torch.Tensor.mul_, 0, (), y, 3.0)
         kept = recipe.call_kept(torch.tanh, x * 1)
         assert recipe.notes_now().recipe_of(y) is not None and recipe.notes_now().recipe_of(kept) is None
         loss = (a * b).sum() + (y * y).sum() + (kept * kept).sum()

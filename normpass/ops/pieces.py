@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from normpass.kernels import Kernels
 
@@ -57,6 +58,8 @@ def channels_of(xs: Sequence[Tensor]) -> int:
 def memory_format_of_pieces(xs: Sequence[Tensor]) -> torch.memory_format:
     """channels_last where all pieces are stored so, otherwise contiguous: as `torch.cat`."""
     formats = {memory_format_of(x) for x in xs}
+    if len(formats) > 1:  # one of one channel may be called either: there the strides decide
+        formats = {suggest_memory_format(x) for x in xs}
     return formats.pop() if len(formats) == 1 else torch.contiguous_format
 
 

@@ -75,7 +75,8 @@ def test_every_layout_and_split(cat_norm_act, split, layout, batch_statistics, m
         batch_statistics=batch_statistics,
     )
     z, _ = assert_equals_plain(cat_norm_act, site, split, plain_formula, error)
-    assert z.stride() == torch.cat(pieces_of(site, split), 1).stride()
+    if max(split) > 1:  # pieces of one channel alone may be called either
+        assert z.stride() == torch.cat(pieces_of(site, split), 1).stride()
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 5, 7), (2, 5, 3, 4, 2)], ids=str)

@@ -13,7 +13,7 @@ from training import assert_equal, image, train
 
 from normpass import measure
 from normpass.errors import InvalidInputError
-from normpass.facts import facts_of
+from normpass.facts import FakeInputs, facts_of
 from normpass.graph import give_keys
 from normpass.passes.serialize_minibatch import SerializeMinibatch
 
@@ -566,7 +566,7 @@ def test_a_symbolic_batch():
 
     def backend(program, values):
         give_keys(program.graph)
-        programs.append(SerializeMinibatch(sub_batch=2).apply(program.graph, facts_of(program, values)))
+        programs.append(SerializeMinibatch(sub_batch=2).apply(program.graph, facts_of(program, FakeInputs(values))))
         program.recompile()
         return program.forward
 
