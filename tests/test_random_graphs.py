@@ -1,11 +1,11 @@
 """Random modules train like the plain ones: convolutions, norms, joins, views, writes, Python.
 
-`random_modules` writes them. Each is trained for three steps, plain and optimised, in float64, with what a training loop
-may do in between: outputs, gradients of parameters and inputs, inputs, parameters, buffers and attributes are the same
+`random_modules` writes them. Each is trained for three steps, plain and optimised, in float64, with what a training
+loop may do in between: outputs, gradients of parameters and inputs, inputs, parameters, buffers and attributes are the same
 after every step, and where one raises, so does the other, with the same class.
 
-A number may differ by 1e-9 of the largest in its tensor, by 1e-11 of the largest of its step, or by 100 times what plain
-differs from itself when its inputs move by one ulp.
+A number may differ by 1e-9 of the largest in its tensor, by 1e-11 of the largest of its step, or by 100 times what
+plain differs from itself when its inputs move by one ulp.
 
 By hand, 3000 programs from seed 0, each that fails cut down and printed:
 
@@ -205,9 +205,11 @@ def difference(program: Program, expected: Numbers, found: Numbers, noises: Call
         if error <= max(1e-9 * float(value.abs().max()), 1e-11 * scale):
             continue
         known = known or noises()
-        if error <= 100 * max(_distance(value, n.get(name)) for n in known):
+        noise = max(_distance(value, n.get(name)) for n in known)
+        if error <= 100 * noise:
             continue
-        return f"{name}: differs by {error:.2g}, the largest is {float(value.abs().max()):.2g}, plain's noise {max(_distance(value, n.get(name)) for n in known):.2g}"
+        largest = float(value.abs().max())
+        return f"{name}: differs by {error:.2g}, the largest is {largest:.2g}, plain's noise {noise:.2g}"
     extra = [name for name in found if name not in expected]
     return (
         f"{extra[0]}: {found[extra[0]]} where plain has none ({found.get(extra[0][0] + ' message')})" if extra else None

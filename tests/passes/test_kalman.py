@@ -317,7 +317,10 @@ def test_sampled_approaches_the_closed_form():
 # --- where estimates go -----------------------------------------------------------------------------
 
 
-def wired(model, x, change=Kalman(learn_weight=True)):
+LEARNED = Kalman(learn_weight=True)
+
+
+def wired(model, x, change=LEARNED):
     """The graph of `model` in train mode with the estimates, and the paths of the norms that read a prediction."""
     changed = copy.deepcopy(model)
     change.change_modules(changed)
@@ -599,9 +602,9 @@ def test_its_graphs_compile(compiler):
     model, x = prepared(Residual)
     change = Kalman(prediction_weight=P, learn_weight=True)
     plain, run_plainly = with_changes(model, change)
-    expected = [step(plain, lambda: run_plainly(x + n)) for n in range(2)]
+    expected = [step(plain, lambda n=n: run_plainly(x + n)) for n in range(2)]
     compiled, run = with_changes(model, change, compiler=compiler)
-    found = [step(compiled, lambda: run(x + n)) for n in range(2)]
+    found = [step(compiled, lambda n=n: run(x + n)) for n in range(2)]
     for a, b in zip(expected[0] + expected[1], found[0] + found[1], strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=1e-9)
     torch.compiler.reset()
