@@ -1,8 +1,8 @@
 """Random modules train like the plain ones: convolutions, norms, joins, views, writes, Python.
 
 `random_modules` writes them. Each is trained for three steps, plain and optimised, in float64, with what a training
-loop may do in between: outputs, gradients of parameters and inputs, inputs, parameters, buffers and attributes are the same
-after every step, and where one raises, so does the other, with the same class.
+loop may do in between: outputs, gradients of parameters and inputs, inputs, parameters, buffers and attributes are
+the same after every step, and where one raises, so does the other, with the same class.
 
 A number may differ by 1e-9 of the largest in its tensor, by 1e-11 of the largest of its step, or by 100 times what
 plain differs from itself when its inputs move by one ulp.
