@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from normpass.graph import key_of, name_of
+from normpass.graph import is_state, key_of, name_of
 from normpass.ops.layout import memory_format_of
 from normpass.recipe import Copier
 from normpass.untouched import tensors_in
@@ -97,6 +97,8 @@ class Facts:
     """storages of the graph's inputs that autograd keeps as copies, which are internals of steps"""
     written_outside: frozenset[int] = frozenset()
     """storages of the graph's inputs that the graph writes to"""
+    state: frozenset[int] = frozenset()
+    """storages of the parameters and buffers among the graph's inputs"""
     small_outside: dict[int, int] = field(default_factory=dict)
     """storages of the graph's inputs that are so small that a copy costs next to nothing -> their bytes"""
     device: str = "cpu"
@@ -388,6 +390,8 @@ class _Recorder(Copier):
         facts.saved_outside, facts.copied_outside = frozenset(outside), frozenset(self._copied)
         facts.results = results
         facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
+        states = (s for n, s in facts.storages.items() if n.op == "placeholder" and is_state(n))
+        facts.state = frozenset().union(*states)
         return facts
 
     def identity(self, tensor: Tensor) -> int:

@@ -85,8 +85,9 @@ def _copied(step: Step, facts: Facts) -> int:
 
 def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any]) -> bool:
     """Whether running a step twice gives the same twice, and nothing else."""
-    if step.target in notes_itself:
-        return True
+    if step.target in notes_itself:  # what is state it copies
+        given = set(step.reads_outside) - facts.state
+        return given <= facts.saved_outside - facts.written_outside
     if step.is_random or step.is_foreign or step.copies:
         return False
     outside = set(step.reads_outside)
