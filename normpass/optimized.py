@@ -10,6 +10,7 @@ the class without being optimised (a slice of a Sequential, `type(model)(…)`) 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -116,7 +117,7 @@ def _run(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs
     reason = reason_to_run_plain(args, kwargs)
     needs_capture = state.needs_capture(module.training)
     if needs_capture and state.call.is_off:
-        _refuse_stale_change(state, module.training, "TorchDynamo is switched off")
+        return _run_in_modes(module, state, forward, args, kwargs)
     if reason is None or (reason is OTHER_HOOKS and needs_capture):  # it notes no recipes under them
         result = state.call(module, *args, **kwargs)
         if needs_capture and (state.failures or state.call.failures):
@@ -124,6 +125,18 @@ def _run(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs
         return result
     _refuse_stale_change(state, module.training, reason)
     return forward(module, *args, **kwargs)
+
+
+def _run_in_modes(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    """The changed function without a captured graph, where each change can be made call by call."""
+    changes = [change for change in state.request.changes if change.applies_to_graph]
+    if not all(hasattr(change, "calls") for change in changes):
+        _refuse_stale_change(state, module.training, "TorchDynamo is switched off")
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            if hasattr(change, "calls"):
+                stack.enter_context(change.calls())
+        return forward(module, *args, **kwargs)
 
 
 def _refuse_stale_change(state: State, training: bool, reason: str) -> None:
