@@ -273,6 +273,8 @@ class _Recorder(Copier):
         self._version: dict[int, int] = {}
         self._value_of: dict[tuple[int, int], int] = {}
         self._saved: list[tuple[Step, int, int, int]] = []
+        self._inputs = outside
+        self._functions: list[tuple[Step, list[Any]]] = []
         self._packed: list[Tensor] = []
         self._to_copy: set[int] = set()
         self._copied: set[int] = set()
@@ -295,6 +297,9 @@ class _Recorder(Copier):
 
     def copy(self, tensor: Tensor) -> None:
         self._to_copy.add(self.identity(tensor))
+
+    def ignore(self, tensor: Tensor) -> None:
+        pass
 
     def forget(self, tensor: Tensor) -> None:
         self._to_copy.discard(self.identity(tensor))
@@ -342,6 +347,7 @@ class _Recorder(Copier):
             else:
                 step.passes |= self._value(storage) not in makes or storage in before
         step.makes = tuple(makes)
+        self._functions.append((step, [t.grad_fn for t in tensors_in(result) if t.requires_grad]))
         if isinstance(result, Tensor) and (value := self._value(self.identity(result))) is not None:
             self.facts.values[step.node] = value
         self._note_saved(step, written)
@@ -371,6 +377,10 @@ class _Recorder(Copier):
     def finish(self, output: Any, results: dict[fx.Node, Any]) -> Facts:
         """Sort what was saved into values and internals."""
         facts = self.facts
+        facts.results = results
+        facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
+        states = (s for n, s in facts.storages.items() if n.op == "placeholder" and is_state(n))
+        facts.state = frozenset().union(*states)
         returned = {self.identity(t) for t in tensors_in(output)}
         facts.outputs = frozenset(v for s in returned if (v := self._value(s)) is not None)
         facts.overwritten = frozenset(v for (s, n), v in self._value_of.items() if n < self._version.get(s, 0))
@@ -378,7 +388,10 @@ class _Recorder(Copier):
         facts.written_outside = frozenset(s for s in self._outside if self._version.get(s, 0))
         facts.small_outside = {s: size for s, size in self._outside.items() if size <= SMALL}
         counted, outside = set(returned), set()
+        without_backward = self._without_backward(output)
         for step, storage, version, size in self._saved:
+            if id(step) in without_backward:
+                continue
             value = self._value_of.get((storage, version))
             if storage in self._outside:
                 outside.add(storage)
@@ -388,11 +401,19 @@ class _Recorder(Copier):
                 counted.add(storage)
                 step.internals += size
         facts.saved_outside, facts.copied_outside = frozenset(outside), frozenset(self._copied)
-        facts.results = results
-        facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
-        states = (s for n, s in facts.storages.items() if n.op == "placeholder" and is_state(n))
-        facts.state = frozenset().union(*states)
         return facts
+
+    def _without_backward(self, output: Any) -> set[int]:
+        """The identities of steps that no backward from the results reaches: what they save is freed at once."""
+        waiting = [t.grad_fn for t in (*tensors_in(output), *self._inputs)]
+        reached: set[Any] = {None}
+        while waiting:
+            function = waiting.pop()
+            if function not in reached:
+                reached.add(function)
+                waiting += [next_function for next_function, _ in function.next_functions]
+        unread = (step for step, functions in self._functions if functions and reached.isdisjoint(functions))
+        return {id(step) for step in unread if self.facts.state.issuperset(step.writes)}
 
     def identity(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -13,6 +13,7 @@ op goes through the dispatcher, and the running statistics are written where the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats
-from normpass.recipe import copied, copying, is_recording, tag
+from normpass.recipe import copied, copying, is_recording, tag, unread
 
 _DIMS = (2, 3, 4, 5)
 _PARAMETER_DTYPES = {
@@ -64,9 +65,24 @@ class FunctionalBatchNorm:
         return cls(mean, var, layer.weight, layer.bias, layer.training, momentum, layer.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
+        return batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`. In training it keeps the running statistics and does not read them: others may move them."""
+    with unread(running_mean, running_var) if training else nullcontext():
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 class Statistics(NamedTuple):

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normpass import passes
 from normpass.facts import Facts, FakeInputs, facts_of
+from normpass.functional import batch_norm
 from normpass.graph import copy_graph, give_keys
 from normpass.minimum_cut import Possible, minimum_cut, needed_values, possible
 from normpass.nn import NORM_NODES
@@ -121,6 +123,8 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
     runs = copy_graph(rewritten.graph_module, copies)
     if not decisions.leaves_all:
         passes.JOINS.apply(runs.graph, {copies[n]: result for n, result in facts.results.items() if n in copies})
+    for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):
+        node.target = batch_norm
     runs.recompile()
     rewritten.runs = runs
 

@@ -112,6 +112,16 @@ class Copied:
         pass
 
 
+class Unread(Copied):
+    """A tensor that is handed to a backward which does not read it, as it is by then."""
+
+    __slots__ = ()
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()
+        self.geometry = _geometry(tensor)
+
+
 class View:
     """What a recipe makes, seen with another shape."""
 
@@ -220,6 +230,10 @@ class Copier:
         """Who keeps `tensor` from now on keeps a copy of it as it is: until `forget`."""
         raise NotImplementedError
 
+    def ignore(self, tensor: Tensor) -> None:
+        """Who keeps `tensor` from now on does not read it: until `forget`."""
+        raise NotImplementedError
+
     def forget(self, tensor: Tensor) -> None:
         """The storage of `tensor` is kept from now on."""
         raise NotImplementedError
@@ -255,7 +269,7 @@ class Notes(Copier):
         recipe, geometry = entry[0], _geometry(tensor)
         if geometry == recipe.geometry:
             return recipe
-        if type(recipe) is Copied or geometry[3] is not recipe.geometry[3]:
+        if isinstance(recipe, Copied) or geometry[3] is not recipe.geometry[3]:
             return None
         return View(recipe, geometry[:3])
 
@@ -279,6 +293,10 @@ class Notes(Copier):
     def copy(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._entries[storage._cdata] = Copied(tensor), tensor._version, _Reference(storage)
+
+    def ignore(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._entries[storage._cdata] = Unread(tensor), tensor._version, _Reference(storage)
 
     def forget(self, tensor: Tensor) -> None:
         self._entries.pop(tensor.untyped_storage()._cdata, None)
@@ -471,6 +489,21 @@ class _Write:
         same = self.geometry == _geometry(base)
         target = base if same else base.as_strided(*self.geometry[:3])
         self.function(*others[: self.position], target, *others[self.position :], **kwargs)
+
+
+@contextmanager
+def unread(*tensors: Tensor | None) -> Iterator[None]:
+    """Inside, who keeps these tensors does not read them: they may change."""
+    owner = _owner_of_hooks()
+    copier = owner if isinstance(owner, Copier) else None
+    kept = [] if copier is None else [t for t in tensors if t is not None]
+    for tensor in kept:
+        copier.ignore(tensor)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for tensor in kept:
+            copier.forget(tensor)  # type: ignore[union-attr]
 
 
 # --- details --------------------------------------------------------------------------------------

@@ -141,7 +141,9 @@ def _by_rows(weight: Tensor, geometry: Geometry, x: Tensor) -> bool:
     pointwise = weight[0, 0].numel() == 1 and geometry.groups == 1 and set(geometry.stride) == {1}
     if not pointwise or set(geometry.padding) != {0}:
         return False
-    return x.dim() > 2 and memory_format_of(x) is not torch.contiguous_format
+    memory_format = memory_format_of(x)
+    is_last = x.dim() > 2 and memory_format is not torch.contiguous_format
+    return is_last and x.is_contiguous(memory_format=memory_format)
 
 
 def _rows(x: Tensor) -> Tensor:

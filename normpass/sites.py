@@ -192,6 +192,8 @@ class _Finder:
         value = self.facts.value_of(residual)
         if value is not None and value not in self.there_anyway:
             return None, None  # the sum is what is kept
+        if value is None and not self.facts.is_watched(residual):
+            return None, None  # somebody else may change it
         return add, residual
 
     def _is_norm_of_another_site(self, node: fx.Node, norm: fx.Node) -> bool:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normpass.facts import Facts, Step
+from normpass.functional import batch_norm
 from normpass.graph import called_on, function_of, name_of, replace_node
 from normpass.operators import MAX_POOLS
 from normpass.recipe import Copies, call_kept, call_rebuilt, call_rebuilt_in_place, tag
@@ -150,7 +151,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     tag(y, F.batch_norm, (input, None, None, weight, bias, True, momentum, eps))
     return y
 

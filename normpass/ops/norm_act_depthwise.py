@@ -81,7 +81,10 @@ def _runner(
     depthwise, kernel_size = depthwise_of(kernels, *tensors), weight.shape[2:]
     if depthwise is None or any(t.dtype != x.dtype for t in tensors) or tuple(weight.shape[:2]) != (x.shape[1], 1):
         return None
-    if not depthwise.convolves(x.dtype, memory_format_of(x), kernel_size, stride, padding):
+    memory_format = memory_format_of(x)
+    if not depthwise.convolves(x.dtype, memory_format, kernel_size, stride, padding):
+        return None
+    if not x.is_contiguous(memory_format=memory_format):
         return None
     return depthwise if min(output_size(x.shape[2:], kernel_size, stride, padding)) > 0 else None
 
