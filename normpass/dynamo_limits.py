@@ -36,6 +36,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch
+from torch._decomp import decompositions
 from torch._dynamo import config, convert_frame, exc, symbolic_convert
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
@@ -48,7 +49,7 @@ from torch._dynamo.variables.misc import RandomClassVariable, RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
-from normpass import cumulative
+from normpass import cumulative, fake_norm
 
 _COMPILING = (
     *(torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling),
@@ -74,6 +75,7 @@ def capturing() -> Iterator[None]:
         (GuardBuilder, "EQUALS_MATCH", _exactly(GuardBuilder.EQUALS_MATCH)),
         (SkipFunctionVariable, "call_function", _with_isinstance(SkipFunctionVariable.call_function)),
         (TorchInGraphFunctionVariable, "call_function", _as_plain(TorchInGraphFunctionVariable.call_function)),
+        (decompositions, fake_norm.NAME, fake_norm.quick_batch_norm()),
     )
     with convert_frame.compile_lock, config.patch(skip_nnmodule_hook_guards=False), ExitStack() as stack:
         for owner, name, value in replaced:

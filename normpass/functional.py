@@ -31,7 +31,7 @@ from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats
-from normpass.recipe import copied, copying, is_recording, tag, unread
+from normpass.recipe import copied, copying, notes_now, tag, unread
 
 _DIMS = (2, 3, 4, 5)
 _PARAMETER_DTYPES = {
@@ -122,9 +122,12 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
     args = op_args(device, norm, x, residual, activation, activation_args)
+    notes = notes_now()
+    if notes is not None:
+        notes.begin()
     with copying(norm.bias):
         z = norm_act_on(device, *args)
-        if is_recording():
+        if notes is not None:
             # Without a gradient autograd keeps nothing here: the vectors may change, what they were is copied.
             tag(z, rebuild_norm_act, args if z.requires_grad else (*args[:2], *map(copied, args[2:6]), *args[6:]))
     return z

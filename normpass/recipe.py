@@ -157,8 +157,8 @@ class Recipe:
 
     def __init__(self, notes: Notes, tensor: Tensor, function: Callable, args: tuple, kwargs: dict, select: int | None):
         self.function = function
-        self.args = _map_tensors(notes.source, args)
-        self.kwargs = _map_tensors(notes.source, kwargs)
+        self.args = tuple([a if type(a) in _CONSTANTS else _map_tensors(notes.source, a) for a in args])
+        self.kwargs = _map_tensors(notes.source, kwargs) if kwargs else kwargs
         self.select = select
         self.geometry = _geometry(tensor)
         self.written: Recipe | None = None
@@ -176,7 +176,8 @@ class Recipe:
         if self.readers > 1:
             return
         for value in (*self.args, *self.kwargs.values()):
-            _add_readers(value)
+            if type(value) not in _CONSTANTS:
+                _add_readers(value)
         if self.written is not None:
             self.written.add_reader()
 
@@ -246,7 +247,8 @@ class Notes(Copier):
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[Any, int, Any]] = {}  # the last keeps the address from being used again
-        self._recent: list[tuple[Kept, int]] = []
+        self._recent: dict[int, list[Kept]] = {}
+        """what the running operator saved, by storage"""
 
     def pack(self, tensor: Tensor) -> Any:
         """The hook: what autograd keeps in the place of `tensor`."""
@@ -259,7 +261,7 @@ class Notes(Copier):
                 source.add_reader()
                 return source
         kept = Kept(tensor)
-        self._recent.append((kept, key))
+        self._recent.setdefault(key, []).append(kept)
         return kept
 
     def _find(self, tensor: Tensor, key: int) -> Recipe | View | None:
@@ -283,9 +285,9 @@ class Notes(Copier):
         storage = tensor.untyped_storage()
         key, version = storage._cdata, tensor._version
         self._entries[key] = recipe, version, _Reference(storage)
-        for kept, of in self._recent:
+        for kept in self._recent.get(key, ()):
             held = kept.tensor
-            if of == key and held is not None and kept.version == version:
+            if held is not None and kept.version == version:
                 source = self._find(held, key)
                 if source is not None:
                     kept.exchange(source)
@@ -527,7 +529,7 @@ def _changed_in_place(tensor: Tensor, version: int) -> str:
 
 
 def _geometry(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
 def _clone(tensor: Tensor) -> Tensor:
@@ -550,7 +552,7 @@ def _like(value: Tensor, geometry: tuple) -> Tensor:
 
 _CONSTANTS = frozenset({type(None), bool, int, float, str})
 """Types of most arguments, which hold no tensor: they need not be looked at any closer."""
-_SOURCES = (Kept, Copied, View, Recipe)
+_SOURCES = frozenset({Kept, Copied, Unread, View, Recipe})
 
 
 def _map_tensors(function: Callable, value: Any) -> Any:
@@ -570,7 +572,7 @@ def _map_tensors(function: Callable, value: Any) -> Any:
 
 
 def _add_readers(value: Any) -> None:
-    if isinstance(value, _SOURCES):
+    if type(value) in _SOURCES:
         value.add_reader()
     elif isinstance(value, (tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
@@ -581,7 +583,7 @@ def materialised(value: Any) -> Any:
     """`value` with tensors for the sources in it."""
     if type(value) in _CONSTANTS:
         return value
-    if isinstance(value, _SOURCES):
+    if type(value) in _SOURCES:
         return value.read()
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[materialised(item) for item in value])
