@@ -3,10 +3,11 @@
     include/            what both share: the activations, the merge of moments
     cpu/<op>.cpp        built when the package is installed, loaded by `cpu_library.py`
     cuda/<op>.cu        compiled at run time by NVRTC, loaded by `cuda_library.py`
+    plain.py            the same formulas in torch, for a single CUDA kernel that cannot be compiled or launched
 
-A device without kernels (no compiler at installation, no GPU, no `normpass[cuda]`) has None here, and the reference
-of each op runs instead. `status()` says what there is and why; `normpass kernels` prints it. Nothing is loaded at
-import: the kernels of a device are, by the first op that runs there.
+A device without kernels (no compiler at installation, no GPU, no NVRTC) has None here, and the reference of each op
+runs instead. `status()` says what there is and why; `normpass kernels` prints it. Nothing is loaded at import: the
+kernels of a device are, by the first op that runs there.
 """
 
 from __future__ import annotations
@@ -183,6 +184,10 @@ class Kernels(Protocol):
     most_pieces: int
     """of a concatenation, in one call"""
 
+    @property
+    def failures(self) -> Sequence[str]:
+        """What has turned out not to run as a kernel, and why."""
+
     def supports(self, dtype: torch.dtype) -> bool: ...
 
     def moments(self, mean: Tensor, var: Tensor, x: Tensor, layout: Layout, running: Running | None = None) -> None: ...
@@ -336,7 +341,10 @@ def disabled() -> Iterator[None]:
 def status() -> list[Status]:
     """What there is for each device in `DEVICES`; loads what was not loaded yet."""
     found = [(device, *_load(device)) for device in DEVICES]
-    return [Status(device, kernels is not None, words) for device, kernels, words in found]
+    return [
+        Status(device, kernels is not None, "; ".join([words, *(kernels.failures if kernels else ())]))
+        for device, kernels, words in found
+    ]
 
 
 def _load(device: str) -> tuple[Kernels | None, str]:

@@ -1,108 +1,125 @@
-"""The GPUs as `CudaKernels` sees them: machine code is loaded and launched through `cuda.core`.
+"""The GPUs as `CudaKernels` sees them: machine code is compiled, loaded and launched when it is first needed.
 
-A launch goes to torch's current stream of the GPU at hand and waits for nothing. Nothing is done at import.
+A launch goes to torch's current stream of the GPU at hand and waits for nothing. Nothing is done at import. What
+cannot be compiled, loaded or launched is a `CudaError`; it is not tried again, except for a launch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from normpass.kernels.cuda_compiler import Variant, cubin
+from normpass.kernels.cuda_calls import CudaError
+from normpass.kernels.cuda_compiler import machine_code, target_for
+from normpass.kernels.cuda_counters import Counters
+from normpass.kernels.cuda_driver import Gpu, Kernel, Launch
+from normpass.kernels.cuda_variant import Variant, packer
 
-Launch = Callable[..., None]
-"""Run a kernel with these arguments: ints (64 bits: pointers and sizes) and floats (double)."""
+PROBE = Variant("probe")
+_PROBE_SCALE, _PROBE_COUNT = 0.75, 100
+
+
+class _Ready(NamedTuple):
+    """A GPU that has run the probe."""
+
+    gpu: Gpu
+    target: str
+    counters: Counters
 
 
 class Gpus:
     """All GPUs that torch sees."""
 
     def __init__(self) -> None:
-        self._core: Any = importlib.import_module("cuda.core")
-        self._driver: Any = importlib.import_module("cuda.bindings.driver")
-        self._kernels: dict[tuple[Variant, str, int], Any] = {}
-        self._streams: dict[int, Any] = {0: self._core.LEGACY_DEFAULT_STREAM}
-        self._arrivals: dict[tuple[int, int], Tensor] = {}
-        self._lock = threading.Lock()
+        self._ready: dict[int, _Ready | CudaError] = {}
+        self._functions: dict[tuple[Variant, str, int], Any] = {}
+        self._lock = threading.RLock()
         self._thread = threading.local()
 
     def multiprocessors(self, index: int) -> int:
         count: int = torch.cuda.get_device_properties(index).multi_processor_count
         return count
 
+    def prepare(self, index: int) -> _Ready:
+        """The GPU, once it has compiled and run a kernel and the result was right."""
+        with self._lock:
+            if index not in self._ready:
+                self._ready[index] = _or_error(lambda: _probed(index))
+        found: _Ready = _unless_error(self._ready[index])
+        return found
+
     def kernel(self, variant: Variant, entry: str, grid: tuple[int, int], threads: int, index: int) -> Launch:
         """What launches `entry` of `variant` on GPU `index`, compiled at the first call."""
-        with self._current(index):
-            kernel = self._loaded(variant, entry, index)
-        config = self._core.LaunchConfig(grid=grid, block=threads)
-        launch = self._core.launch
+        with self._lock, self._current(index) as ready:
+            function = self._function(variant, entry, index, ready)
+        kernel = Kernel(ready.gpu.api, function, packer(variant, entry), grid, threads)
 
         def run(*args: float) -> None:
             if torch.cuda.current_device() == index and getattr(self._thread, "ready", False):
-                launch(self._stream(index), config, kernel, *args)
-                return
+                # The second try, where the first failed: another library may have left its own context here.
+                with contextlib.suppress(CudaError):
+                    return kernel(torch._C._cuda_getCurrentRawStream(index), args)
             with self._current(index):
-                launch(self._stream(index), config, kernel, *args)
+                kernel(torch._C._cuda_getCurrentRawStream(index), args)
 
         return run
 
-    def arrivals(self, like: Tensor, count: int) -> Tensor:
-        """`count` counters that are 0 for the next kernel of the current stream, which leaves them so.
-
-        Each stream has its own. A CUDA graph gets its own too, which it clears in every replay: it may run beside
-        the stream that it was captured on.
-        """
-        index = like.device.index
-        with self._current(index):
+    def arrivals(self, index: int, count: int) -> int:
+        """The address of `count` counters, 0 for the next kernel of the current stream, which leaves them so."""
+        with self._current(index) as ready:
+            stream = torch._C._cuda_getCurrentRawStream(index)
             if torch.cuda.is_current_stream_capturing():
-                return torch.zeros(count, dtype=torch.int32, device=like.device)
-            key = index, torch._C._cuda_getCurrentRawStream(index)
-            found = self._arrivals.get(key)
-            if found is None or found.numel() < count:
-                found = torch.zeros(max(count, 4096), dtype=torch.int32, device=like.device)
-                self._arrivals[key] = found
-            return found
-
-    def _stream(self, index: int) -> Any:
-        handle = torch._C._cuda_getCurrentRawStream(index)
-        stream = self._streams.get(handle)
-        if stream is None:
-            stream = self._streams[handle] = self._core.Stream.from_handle(handle)
-        return stream
+                return ready.counters.of_capture(stream, count)
+            return ready.counters.of_stream(stream, count)
 
     @contextlib.contextmanager
-    def _current(self, index: int) -> Iterator[None]:
+    def _current(self, index: int) -> Iterator[_Ready]:
         """With GPU `index` current in this thread; a thread that has called no CUDA yet has no context."""
         with torch.cuda.device(index):
-            if not getattr(self._thread, "ready", False):
-                self._core.Device(index).set_current()
-                self._thread.ready = True
-            yield
+            ready = self.prepare(index)
+            ready.gpu.make_current()
+            self._thread.ready = True
+            yield ready
 
-    def _loaded(self, variant: Variant, entry: str, index: int) -> Any:
+    def _function(self, variant: Variant, entry: str, index: int, ready: _Ready) -> Any:
         key = variant, entry, index
-        with self._lock:
-            if key not in self._kernels:
-                major, minor = torch.cuda.get_device_capability(index)
-                code = self._core.ObjectCode.from_cubin(cubin(variant, f"sm_{major}{minor}"), name=variant.source)
-                with self._outside_capture():
-                    kernel = code.get_kernel(entry)
-                    self._driver.cuKernelGetFunction(kernel.handle)  # the driver would load it at its first launch
-                self._kernels[key] = kernel
-            return self._kernels[key]
+        if key not in self._functions:
+            self._functions[key] = _or_error(lambda: _loaded(ready, variant, entry))
+        return _unless_error(self._functions[key])
 
-    @contextlib.contextmanager
-    def _outside_capture(self) -> Iterator[None]:
-        """Loading code allocates, which a thread that captures a CUDA graph may not do, unless it says so."""
-        exchange, modes = self._driver.cuThreadExchangeStreamCaptureMode, self._driver.CUstreamCaptureMode
-        _, before = exchange(modes.CU_STREAM_CAPTURE_MODE_RELAXED)
-        try:
-            yield
-        finally:
-            exchange(before)
+
+def _loaded(ready: _Ready, variant: Variant, entry: str) -> Any:
+    code = machine_code(variant, ready.target)
+    try:
+        return ready.gpu.function(code, entry)
+    except CudaError as error:
+        raise CudaError(f"{variant} for {ready.target}: {error}") from None
+
+
+def _probed(index: int) -> _Ready:
+    """The GPU after a kernel that was compiled for it has given what it should."""
+    gpu, target = Gpu(index), target_for(torch.cuda.get_device_capability(index))
+    kernel = Kernel(gpu.api, gpu.function(machine_code(PROBE, target), "probe"), packer(PROBE, "probe"), (1, 1), 128)
+    found = gpu.run_apart(kernel, _PROBE_COUNT, _PROBE_SCALE, _PROBE_COUNT)
+    for i, value in enumerate(found):
+        if value != _PROBE_SCALE * i:
+            raise CudaError(f"the probe, a kernel that is to compute {_PROBE_SCALE}·{i}, gave {value}")
+    return _Ready(gpu, target, Counters(gpu))
+
+
+def _or_error(make: Callable[[], Any]) -> Any:
+    """What is made, or the error: so that neither is made twice."""
+    try:
+        return make()
+    except CudaError as error:
+        return error
+
+
+def _unless_error(found: Any) -> Any:
+    if isinstance(found, CudaError):
+        raise CudaError(str(found))  # a new one: a traceback holds what its frames hold
+    return found

@@ -1,418 +1,105 @@
-"""The GPU's kernels: CUDA C++ from `cuda/*.cu`, compiled by NVRTC when they are first needed.
+"""The GPU's kernels, loaded; where one cannot be compiled, loaded or launched, the plain formulas run in its place.
 
-Here is what happens on the host: which instantiation, which grid, which scratch memory, which arguments. The GPU
-itself is a `Device`, so that the tests run this same code with one that executes the sources on the CPU.
+What a call writes it writes whole: the plain formulas take the same inputs, which no kernel writes to, and write every
+result. Each failure is kept for `normpass kernels` and warned about once.
 """
 
 from __future__ import annotations
 
 import importlib
-import itertools
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from normpass.kernels import Layout, Running
-from normpass.kernels.cuda_compiler import Variant, nvrtc_version
-from normpass.kernels.cuda_device import Gpus, Launch
-from normpass.kernels.cuda_geometry import THREADS, Geometry, geometry
-
-PIECES = (16, 64)
-"""How many pieces of a concatenation the kernels are compiled for."""
-
-MOMENTS_FIELDS, SUMS_FIELDS = 3, 2
-"""Numbers in one accumulator of `cuda/moments.cu` and of `cuda/backward.cuh`."""
-
-_STORAGE = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.float16: "normpass::Half",
-    torch.bfloat16: "normpass::BFloat16",
-}
+from normpass.kernels import plain
+from normpass.kernels.cuda_calls import CudaError
+from normpass.kernels.cuda_compiler import nvrtc_version
+from normpass.kernels.cuda_device import Gpus
+from normpass.kernels.cuda_kernels import CudaKernels
 
 
-class Device(Protocol):
-    """What compiles kernels and launches them on the current stream."""
-
-    def multiprocessors(self, index: int) -> int: ...
-    def kernel(self, variant: Variant, entry: str, grid: tuple[int, int], threads: int, index: int) -> Launch: ...
-    def arrivals(self, like: Tensor, count: int) -> Tensor: ...
-
-
-class _Plan(NamedTuple):
-    """One kernel ready for one layout."""
-
-    launch: Launch
-    geometry: Geometry
-
-
-class CudaKernels:
+class GuardedKernels:
     """The `Kernels` of CUDA devices."""
 
-    most_pieces = PIECES[-1]
     depthwise = None  # cuDNN's will do
     winograd = None  # cuDNN has its own
 
-    def __init__(self, device: Device):
-        self._device = device
-        self._plans: dict[tuple[object, ...], _Plan] = {}
+    def __init__(self, kernels: CudaKernels) -> None:
+        self._kernels = kernels
+        self._failures: dict[str, None] = {}
+        self.most_pieces = kernels.most_pieces
+        self.supports = kernels.supports
 
-    def supports(self, dtype: torch.dtype) -> bool:
-        return dtype in _STORAGE
+    @property
+    def failures(self) -> Sequence[str]:
+        """What runs as plain torch, and why."""
+        return list(self._failures)
 
-    def moments(self, mean: Tensor, var: Tensor, x: Tensor, layout: Layout, running: Running | None = None) -> None:
-        plan = self._plan("moments", "moments", x, layout, _alignment(x))
-        scratch, arrivals = self._scratch(plan.geometry, var, MOMENTS_FIELDS)
-        plan.launch(
-            x.data_ptr(),
-            mean.data_ptr(),
-            var.data_ptr(),
-            *_running(running, layout.outer * layout.inner),
-            scratch.data_ptr(),
-            _pointer(arrivals),
-            *plan.geometry.parameters,
-        )
+    def moments(self, *args: Any) -> None:
+        self._run("moments", args)
 
-    def norm_act(
-        self,
-        z: Tensor,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
-        layout: Layout,
-    ) -> None:
-        alignment = _alignment(z, x, residual)
-        plan = self._plan("norm_act", "norm_act", x, layout, alignment, activation, residual is not None)
-        plan.launch(
-            z.data_ptr(),
-            x.data_ptr(),
-            _pointer(residual),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_two(activation_args),
-            *plan.geometry.parameters,
-        )
+    def norm_act(self, *args: Any) -> None:
+        self._run("norm_act", args)
 
-    def norm_act_backward(
-        self,
-        dx: Tensor | None,
-        dresidual: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        grad: Tensor,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
-        layout: Layout,
-    ) -> None:
-        if activation == "identity":
-            residual = None  # it has no part in act'
-        site = [_pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, x, residual, var, site, batch_statistics, activation, layout)
-        self._backward("norm_act_backward", call, dx, dresidual, dweight, dbias)
+    def norm_act_backward(self, *args: Any) -> None:
+        self._run("norm_act_backward", args)
 
-    def cat_norm_act(
-        self,
-        z: Tensor,
-        xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
-        layout: Layout,
-    ) -> None:
-        pieces, alignment = _pieces(xs), _alignment_of_pieces(xs, layout, z)
-        plan = self._plan("cat_norm_act", "cat_norm_act", z, layout, alignment, activation, pieces=pieces)
-        plan.launch(
-            z.data_ptr(),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_two(activation_args),
-            *_ends(xs, pieces),
-            *_pointers(xs, pieces),
-            *plan.geometry.parameters,
-        )
+    def cat_norm_act(self, *args: Any) -> None:
+        self._run("cat_norm_act", args)
 
-    def cat_norm_act_backward(
-        self,
-        dxs: Sequence[Tensor | None],
-        adds: Sequence[bool],
-        totals: Sequence[Tensor | None],
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        grad: Tensor,
-        xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
-        layout: Layout,
-    ) -> None:
-        op, pieces, alignment = "cat_norm_act_backward", _pieces(xs), _alignment_of_pieces(xs, layout, grad, *dxs)
-        plan = self._plan(op, op, grad, layout, alignment, activation, pieces=pieces)
-        scratch, arrivals = self._scratch(plan.geometry, var, SUMS_FIELDS)
-        bits = sum([1 << p for p, add in enumerate(adds) if add])
-        plan.launch(
-            grad.data_ptr(),
-            _pointer(dweight),
-            _pointer(dbias),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_two(activation_args),
-            bits - (1 << 64) if bits >> 63 else bits,  # as a signed number
-            *_ends(xs, pieces),
-            *_pointers(xs, pieces),
-            *_pointers(dxs, pieces),
-            *_pointers(totals, pieces),
-            float(layout.outer * layout.inner),
-            scratch.data_ptr(),
-            _pointer(arrivals),
-            *plan.geometry.parameters,
-        )
+    def cat_norm_act_backward(self, *args: Any) -> None:
+        self._run("cat_norm_act_backward", args)
 
-    def add_statistics_gradient(self, dx: Tensor, x: Tensor, mean: Tensor, total: Tensor, layout: Layout) -> None:
-        op = "add_statistics_gradient"
-        plan = self._plan(op, op, x, layout, _alignment(dx, x))
-        plan.launch(dx.data_ptr(), x.data_ptr(), mean.data_ptr(), total.data_ptr(), *plan.geometry.parameters)
+    def add_statistics_gradient(self, *args: Any) -> None:
+        self._run("add_statistics_gradient", args)
 
-    def inplace_abn_backward(
-        self,
-        dx: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        grad: Tensor,
-        z: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        var: Tensor,
-        eps: float,
-        batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
-        layout: Layout,
-    ) -> None:
-        site = [_pointer(weight), _pointer(bias), 0, var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, z, None, var, site, batch_statistics, activation, layout)
-        self._backward("inplace_abn_backward", call, dx, None, dweight, dbias)
+    def inplace_abn_backward(self, *args: Any) -> None:
+        self._run("inplace_abn_backward", args)
 
-    def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-        channels = mean.numel()
-        key = "running_stats", mean.dtype, mean.device.index, channels
-        plan = self._plans.get(key)
-        if plan is None:
-            variant = Variant("running_stats", (("NORMPASS_STORAGE", _STORAGE[mean.dtype]),))
-            grid = -(-channels // THREADS), 1
-            launch = self._device.kernel(variant, "running_stats", grid, THREADS, mean.device.index)
-            plan = self._plans[key] = _Plan(launch, Geometry(True, 1, grid[0], 1, ()))
-        running_mean, running_var, *shares = _running(running, count)
-        plan.launch(running_mean, running_var, mean.data_ptr(), var.data_ptr(), *shares, channels)
+    def running_stats(self, *args: Any) -> None:
+        self._run("running_stats", args)
 
-    def _backward(
-        self,
-        op: str,
-        call: _Backward,
-        dx: Tensor | None,
-        dresidual: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-    ) -> None:
-        """One pass where dx needs no sums over the batch or no sums are needed at all, otherwise two."""
-        through_sums = call.batch_statistics and dx is not None
-        reduces = through_sums or dweight is not None or dbias is not None
-        alignment = _alignment(dx, dresidual, call.grad, call.kept, call.residual)
-        coefficients = 0
-        if reduces:
-            plan = self._backward_plan(op, "reduce", call, alignment)
-            scratch, arrivals = self._scratch(plan.geometry, call.var, SUMS_FIELDS, 2 if through_sums else 0)
-            coefficients = scratch.data_ptr() if through_sums else 0
-            partials = scratch.data_ptr() + (2 * call.layout.channels * scratch.element_size() if through_sums else 0)
-            plan.launch(
-                *(0 if through_sums else _pointer(dx), _pointer(dresidual), _pointer(dweight), _pointer(dbias)),
-                coefficients,
-                *call.pointers(),
-                float(call.layout.outer * call.layout.inner),
-                partials,
-                _pointer(arrivals),
-                *plan.geometry.parameters,
-            )
-            if not through_sums:
-                return
-            if dresidual is not None:  # the first pass left dy there
-                call = call._replace(grad=dresidual, residual=None, activation="identity")
-                dresidual = None
-        plan = self._backward_plan(op, "apply", call, alignment)
-        outputs = _pointer(dx), _pointer(dresidual), 0, 0, coefficients
-        plan.launch(*outputs, *call.pointers(), *plan.geometry.parameters)
-
-    def _backward_plan(self, op: str, entry: str, call: _Backward, alignment: int) -> _Plan:
-        has_residual = call.residual is not None
-        return self._plan(op, entry, call.kept, call.layout, alignment, call.activation, has_residual)
-
-    def _plan(
-        self,
-        op: str,
-        entry: str,
-        x: Tensor,
-        layout: Layout,
-        alignment: int,
-        activation: str = "",
-        has_residual: bool = False,
-        pieces: int = 0,
-    ) -> _Plan:
-        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual, pieces
-        plan = self._plans.get(key)
-        if plan is None:
-            shape = geometry(layout, x.element_size(), alignment, self._device.multiprocessors(x.device.index))
-            variant = variant_of(op, x.dtype, shape, activation, has_residual, pieces)
-            grid = shape.tiles, shape.slabs
-            launch = self._device.kernel(variant, entry, grid, THREADS, x.device.index)
-            plan = self._plans[key] = _Plan(launch, shape)
-        return plan
-
-    def _scratch(self, shape: Geometry, like: Tensor, fields: int, more: int = 0) -> tuple[Tensor, Tensor | None]:
-        """`more` numbers a channel, then the accumulators of every slab; and the counters, none for a single slab."""
-        several = shape.slabs > 1
-        channels = shape.parameters[0]
-        scratch = like.new_empty((more + (fields * shape.slabs if several else 0)) * channels)
-        return scratch, self._device.arrivals(like, shape.tiles) if several else None
+    def _run(self, name: str, args: tuple[Any, ...]) -> None:
+        try:
+            getattr(self._kernels, name)(*args)
+        except CudaError as error:
+            reason = str(error)
+        else:
+            return
+        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+            getattr(plain, name)(*args)
+        failure = f"{name} runs as plain torch, slower and in more memory: {reason}"
+        if failure not in self._failures:
+            self._failures[failure] = None
+            warnings.warn(f"normpass: {failure}", RuntimeWarning, stacklevel=2)
 
 
-class _Backward(NamedTuple):
-    """What a gradient is computed from. `site` ends the kernels' pointers and begins their numbers."""
-
-    grad: Tensor
-    kept: Tensor
-    residual: Tensor | None
-    var: Tensor
-    site: list[float]
-    batch_statistics: bool
-    activation: str
-    layout: Layout
-
-    def pointers(self) -> tuple[float, ...]:
-        return self.grad.data_ptr(), self.kept.data_ptr(), _pointer(self.residual), *self.site
-
-
-def variant_of(
-    op: str,
-    dtype: torch.dtype,
-    shape: Geometry,
-    activation: str = "",
-    has_residual: bool = False,
-    pieces: int = 0,
-) -> Variant:
-    """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation; with `pieces` of a concatenation."""
-    macros = {"STORAGE": _STORAGE[dtype], "VECTOR": str(shape.vector), "ROWS": str(shape.rows).lower()}
-    if dtype.itemsize == 2:
-        macros["NARROW"] = "1"
-    if activation:
-        macros["ACTIVATION"] = "".join(part.title() for part in activation.split("_"))
-    if pieces:
-        macros["PIECES"] = str(pieces)
-    elif activation:
-        macros["RESIDUAL"] = str(has_residual).lower()
-    return Variant(op, tuple((f"NORMPASS_{name}", value) for name, value in macros.items()))
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _alignment(*tensors: Tensor | None) -> int:
-    """The largest power of two, up to 16 bytes, that divides every address."""
-    together = 16
-    for tensor in tensors:
-        if tensor is not None:
-            together |= tensor.data_ptr()
-    return together & -together
-
-
-def _alignment_of_pieces(xs: Sequence[Tensor], layout: Layout, *others: Tensor | None) -> int:
-    """As `_alignment`; where channels lie side by side, a vector must not reach from one piece into the next."""
-    alignment = _alignment(*xs, *others)
-    if layout.inner == 1:
-        for x in xs:
-            alignment |= x.shape[1] * x.element_size()
-    return alignment & -alignment
-
-
-def _pieces(xs: Sequence[Tensor]) -> int:
-    """The smallest of `PIECES` that will do."""
-    return next(count for count in PIECES if count >= len(xs))
-
-
-def _ends(xs: Sequence[Tensor], pieces: int) -> list[int]:
-    """Behind which channel each piece ends; beyond all of them those that are not there."""
-    ends = list(itertools.accumulate([x.shape[1] for x in xs]))
-    return ends + [1 << 62] * (pieces - len(xs))
-
-
-def _pointers(tensors: Sequence[Tensor | None], pieces: int) -> list[int]:
-    return [_pointer(t) for t in tensors] + [0] * (pieces - len(tensors))
-
-
-def _two(args: Sequence[float]) -> tuple[float, float]:
-    first, second, *_ = *args, 0.0, 0.0
-    return float(first), float(second)
-
-
-def _running(running: Running | None, count: int) -> tuple[int, int, float, float]:
-    """Pointers, the share of the new mean and that of the new biased variance, which becomes unbiased."""
-    if running is None:
-        return 0, 0, 0.0, 0.0
-    share = running.momentum * count / max(count - 1, 1)
-    return running.mean.data_ptr(), running.var.data_ptr(), float(running.momentum), share
-
-
-def load() -> tuple[CudaKernels | None, str]:
+def load() -> tuple[GuardedKernels | None, str]:
     """The kernels for the GPUs, or None; and in words how they are made, or why there are none and what to do."""
     if torch.version.cuda is None:
         return None, "this torch is built without CUDA; install one that is, from pytorch.org"
     if not torch.cuda.is_available():
         return None, "torch sees no GPU: torch.cuda.is_available() is False"
+    gpus = Gpus()
     try:
-        importlib.import_module("cuda.core")
-        bindings = importlib.import_module("cuda.bindings")
+        target = gpus.prepare(torch.cuda.current_device()).target
         major, minor = nvrtc_version()
-    except ImportError as error:
-        return None, f"cuda-core cannot be imported ({error}); pip install 'normpass[cuda]'"
-    except RuntimeError as error:
-        return None, f"the NVRTC library cannot be loaded ({error}); pip install nvidia-cuda-nvrtc"
-    wanted = torch.version.cuda.split(".")[0]
-    found = bindings.__version__.split(".")[0]
-    if found != wanted:
-        return (
-            None,
-            f"cuda-bindings is for CUDA {found} and torch for CUDA {wanted}; pip install 'cuda-bindings=={wanted}.*'",
-        )
-    return CudaKernels(Gpus()), f"CUDA C++ compiled at run time by NVRTC {major}.{minor}"
+    except Exception as error:  # whatever it is: training goes on without kernels
+        return None, f"{error}; {_advice(str(error))}"
+    return GuardedKernels(CudaKernels(gpus)), f"CUDA C++ compiled at run time by NVRTC {major}.{minor} for {target}"
+
+
+def _advice(reason: str) -> str:
+    """What is most likely to help."""
+    wanted = str(torch.version.cuda).partition(".")[0]
+    try:
+        found = f"for CUDA {importlib.import_module('cuda.bindings').__version__.partition('.')[0]}"
+    except Exception:  # an import may fail in any way
+        found = "missing"
+    if found != f"for CUDA {wanted}":
+        return f"cuda-bindings is {found} and torch for CUDA {wanted}: pip install 'cuda-bindings=={wanted}.*'"
+    if "nvrtc" in reason:
+        return "is NVRTC whole? pip install --force-reinstall nvidia-cuda-nvrtc"
+    return "the references run"

@@ -17,7 +17,7 @@ import cuda_checks as checks
 from cuda_checks import Site
 
 from normpass.kernels import Layout, Running, cuda_library
-from normpass.kernels.cuda_library import CudaKernels
+from normpass.kernels.cuda_kernels import CudaKernels
 
 LAYOUTS = (Layout(3000, 24, 1), Layout(700, 5, 1), Layout(40, 300, 1), Layout(9, 24, 8), Layout(300, 3, 49))
 

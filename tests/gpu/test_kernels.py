@@ -13,7 +13,7 @@ import torch
 from cuda_checks import Site
 
 from normpass.kernels import ACTIVATIONS, Layout, Running, cuda_library
-from normpass.kernels.cuda_library import CudaKernels
+from normpass.kernels.cuda_kernels import CudaKernels
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import struct
 import subprocess
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import normpass.kernels
-from normpass.kernels.cuda_compiler import Variant
-from normpass.kernels.cuda_device import Launch
+from normpass.kernels.cuda_driver import Launch
+from normpass.kernels.cuda_variant import Variant, packer, signature
 
 HERE = Path(__file__).parent
 SOURCES = Path(normpass.kernels.__file__).parent
@@ -36,20 +34,22 @@ class EmulatedDevice:
         return 6
 
     def kernel(self, variant: Variant, entry: str, grid: tuple[int, int], threads: int, index: int) -> Launch:
-        function = getattr(self._library(variant), f"emulated_{entry}")
+        library, pack = self._library(variant), packer(variant, entry).pack
+        function, declared = getattr(library, f"emulated_{entry}"), getattr(library, f"signature_{entry}")
+        declared.restype = ctypes.c_char_p
+        assert declared().decode() == signature(variant, entry), f"{variant.source}:{entry} is declared otherwise"
 
         def run(*args: float) -> None:
-            slots = b"".join(struct.pack("=d" if isinstance(a, float) else "=q", a) for a in args)
-            code = function(*grid, threads, slots, len(args), int(self.reversed))
+            code = function(*grid, threads, pack(*args), len(args), int(self.reversed))
             assert code == 0, f"{variant.source}:{entry}: {FAILURES[code]}"
             self.launches.append((variant, entry, grid))
 
         return run
 
-    def arrivals(self, like: Tensor, count: int) -> Tensor:
+    def arrivals(self, index: int, count: int) -> int:
         if self.counters.numel() < count:
             self.counters = torch.zeros(count, dtype=torch.int32)
-        return self.counters
+        return self.counters.data_ptr()
 
     def _library(self, variant: Variant) -> ctypes.CDLL:
         if variant not in self._libraries:

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -156,6 +157,16 @@ template <class T> T from_slot(uint64_t slot) {
   return value;
 }
 
+// As in cuda_variant.py: q a pointer or a 64-bit integer, d a double.
+template <class T> constexpr char letter() {
+  static_assert(std::is_pointer_v<T> || std::is_same_v<T, long long> || std::is_same_v<T, double>, "another type");
+  return std::is_same_v<T, double> ? 'd' : 'q';
+}
+template <class... Parameters> const char* signature_of(void (*)(Parameters...)) {
+  static const char letters[] = {letter<Parameters>()..., '\0'};
+  return letters;
+}
+
 template <class... Parameters> struct Call {
   void (*kernel)(Parameters...);
   const uint64_t* slots;
@@ -185,6 +196,7 @@ int launch(void (*kernel)(Parameters...), unsigned tiles, unsigned slabs, unsign
 }  // namespace emulated
 
 #define NORMPASS_EXPORT(KERNEL)                                                                                  \
+  extern "C" const char* signature_##KERNEL() { return emulated::signature_of(KERNEL); }                         \
   extern "C" int emulated_##KERNEL(unsigned tiles, unsigned slabs, unsigned threads, const uint64_t* slots,      \
                                    int count, int reversed) {                                                    \
     return emulated::launch(KERNEL, tiles, slabs, threads, slots, count, reversed);                              \

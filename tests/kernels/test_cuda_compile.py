@@ -11,18 +11,19 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-pytest.importorskip("cuda.core", reason="needs cuda-core: pip install normpass[cuda]")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, as torch for CUDA brings it")
 
 from normpass.kernels import ACTIVATIONS, Layout
-from normpass.kernels.cuda_compiler import Variant, compile_variant
+from normpass.kernels.cuda_compiler import compile_variant, supported_architectures
 from normpass.kernels.cuda_geometry import THREADS, geometry
-from normpass.kernels.cuda_library import PIECES, variant_of
+from normpass.kernels.cuda_kernels import PIECES, variant_of
+from normpass.kernels.cuda_variant import Variant
 
 SOURCES = (
     *("moments", "norm_act", "norm_act_backward", "inplace_abn_backward"),
     *("cat_norm_act", "cat_norm_act_backward", "add_statistics_gradient"),
 )
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYOUTS = {"rows": Layout(1000, 64, 1), "planes": Layout(10, 64, 64), "scalar planes": Layout(10, 64, 49)}
 FUNCTION = re.compile(r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL)
@@ -43,7 +44,7 @@ def variants(source: str, layout: Layout, dtype: torch.dtype, activations: Seque
 
 def functions(variant: Variant, architecture: str) -> list[tuple[str, int, int]]:
     """Name, registers and bytes of spills of each kernel in the file."""
-    code, log = compile_variant(variant, architecture, ptxas_options=["-v"])
+    code, log = compile_variant(variant, architecture, "--ptxas-options=-v")
     assert code and "warning" not in log, log
     return [(name, int(registers), int(spills)) for name, spills, registers in FUNCTION.findall(log)]
 
@@ -53,7 +54,7 @@ def cases() -> Iterator[tuple[str, str, str, torch.dtype]]:
     for source in SOURCES:
         for layout in LAYOUTS:
             yield from (("sm_90", source, layout, dtype) for dtype in DTYPES)
-        for architecture in ("sm_80", "sm_100"):
+        for architecture in ("sm_80", "sm_100", "sm_120"):
             yield from ((architecture, source, "rows", dtype) for dtype in (torch.bfloat16, torch.float32))
 
 
@@ -77,6 +78,13 @@ def test_activations_compile(activation):
     shape = geometry(LAYOUTS["rows"], 2, 16, 132)
     for name, _, spills in functions(variant_of("norm_act", torch.bfloat16, shape, activation), "sm_90"):
         assert spills == 0, name
+
+
+def test_a_gpu_that_the_compiler_does_not_know_gets_ptx():
+    """For the driver to finish; with the NUL that ends it."""
+    newest = max(supported_architectures())
+    code, _ = compile_variant(Variant("probe"), f"compute_{newest}")
+    assert f".target sm_{newest}".encode() in code and code.endswith(b"\0")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -17,7 +17,7 @@ from cuda_checks import Site
 from cuda_emulated import COMPILER, EmulatedDevice
 
 from normpass.kernels import ACTIVATIONS, Layout, Running
-from normpass.kernels.cuda_library import CudaKernels
+from normpass.kernels.cuda_kernels import CudaKernels
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run CUDA sources on the CPU")
 

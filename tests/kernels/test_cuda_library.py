@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from normpass.kernels import Layout, cuda_compiler, cuda_library
-from normpass.kernels.cuda_compiler import Variant, cubin
+from normpass.kernels.cuda_compiler import machine_code
 from normpass.kernels.cuda_geometry import THREADS, geometry
+from normpass.kernels.cuda_variant import Variant
 
 RUNNING_STATS = Variant("running_stats", (("NORMPASS_STORAGE", "float"),))
 HUGE = Layout(256 * 112 * 112, 2048, 1)
@@ -59,7 +60,7 @@ def test_large_tensors_keep_the_gpu_busy(layout):
 def test_importing_does_no_work():
     script = (
         "import sys, normpass.kernels.cuda_library, torch\n"
-        "assert 'cuda.core' not in sys.modules and not torch.cuda.is_initialized()"
+        "assert 'cuda.bindings.nvrtc' not in sys.modules and not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -77,23 +78,30 @@ def test_without_a_gpu(monkeypatch):
 @pytest.fixture
 def with_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 
-def test_without_cuda_core(with_gpu, monkeypatch):
+def test_without_the_bindings(with_gpu, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
     kernels, why = cuda_library.load()
-    assert kernels is None and "pip install 'normpass[cuda]'" in why
+    assert kernels is None and "cuda-bindings is missing" in why and "pip install 'cuda-bindings==13.*'" in why
+
+
+def test_without_a_driver(with_gpu):
+    pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings, as torch for CUDA brings it")
+    kernels, why = cuda_library.load()
+    assert kernels is None and "cuInit" in why
 
 
 def test_bindings_for_another_cuda(with_gpu, monkeypatch):
-    pytest.importorskip("cuda.core", reason="needs cuda-core: pip install normpass[cuda]")
+    pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings, as torch for CUDA brings it")
     monkeypatch.setattr(torch.version, "cuda", "11.8")
     kernels, why = cuda_library.load()
-    assert kernels is None and "cuda-bindings==11.*" in why
+    assert kernels is None and "torch for CUDA 11" in why and "cuda-bindings==11.*" in why
 
 
 class Compiler:
@@ -102,7 +110,7 @@ class Compiler:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, variant, architecture, **options):
+    def __call__(self, variant, architecture, *options):
         self.calls += 1
         return b"machine code for " + architecture.encode(), ""
 
@@ -117,32 +125,32 @@ def compiler(monkeypatch, tmp_path):
 
 
 def test_the_cache_saves_compilations(compiler, tmp_path):
-    first = cubin(RUNNING_STATS, "sm_90")
-    assert cubin(RUNNING_STATS, "sm_90") == first and compiler.calls == 1
-    assert cubin(RUNNING_STATS, "sm_80") != first and compiler.calls == 2
+    first = machine_code(RUNNING_STATS, "sm_90")
+    assert machine_code(RUNNING_STATS, "sm_90") == first and compiler.calls == 1
+    assert machine_code(RUNNING_STATS, "sm_80") != first and compiler.calls == 2
     assert len(list(tmp_path.rglob("*"))) == 3  # the folder, two entries, nothing temporary
 
 
 def test_another_compiler_compiles_again(compiler, monkeypatch):
-    cubin(RUNNING_STATS, "sm_90")
+    machine_code(RUNNING_STATS, "sm_90")
     monkeypatch.setattr(cuda_compiler, "nvrtc_version", lambda: (13, 1))
-    cubin(RUNNING_STATS, "sm_90")
+    machine_code(RUNNING_STATS, "sm_90")
     assert compiler.calls == 2
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:40] + b"\xff" + b[41:]])
 def test_a_damaged_entry_is_compiled_again(compiler, tmp_path, damage):
-    whole = cubin(RUNNING_STATS, "sm_90")
+    whole = machine_code(RUNNING_STATS, "sm_90")
     (entry,) = tmp_path.rglob("*.cubin")
     entry.write_bytes(damage(entry.read_bytes()))
-    assert cubin(RUNNING_STATS, "sm_90") == whole and compiler.calls == 2
-    assert cubin(RUNNING_STATS, "sm_90") == whole and compiler.calls == 2
+    assert machine_code(RUNNING_STATS, "sm_90") == whole and compiler.calls == 2
+    assert machine_code(RUNNING_STATS, "sm_90") == whole and compiler.calls == 2
 
 
 def test_a_folder_that_cannot_be_written(compiler, tmp_path):
     (tmp_path / "normpass").write_text("a file stands where the folder should")
     for calls in (1, 2):
-        assert cubin(RUNNING_STATS, "sm_90") and compiler.calls == calls
+        assert machine_code(RUNNING_STATS, "sm_90") and compiler.calls == calls
 
 
 def test_no_home(compiler, monkeypatch):
@@ -151,4 +159,4 @@ def test_no_home(compiler, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/paths/do/not/count")
     monkeypatch.setattr(Path, "home", homeless)
-    assert cubin(RUNNING_STATS, "sm_90") and compiler.calls == 1
+    assert machine_code(RUNNING_STATS, "sm_90") and compiler.calls == 1

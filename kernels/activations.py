@@ -1,0 +1,120 @@
+"""The activations that can stand behind a norm: value, derivative and inverse of each, in one table.
+
+Every entry calls the ATen function that eager mode calls, so a fused site gives eager's numbers. A derivative
+is taken from the activation's input y, except where eager takes it from the output (sigmoid, tanh). An
+inverse exists where the function is strictly monotonic; the rest of the line of ELU-like functions approaches
+a floor, where the inverse is clamped to stay finite. `include/activation.h` has the same functions for the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+SELU_ALPHA = 1.6732632423543772848170429916717
+SELU_SCALE = 1.0507009873554804934193349852946
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One activation. Every function takes the tensor(s) first, then the activation's arguments."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+    """(grad, y, *args), or (grad, z, *args) where `backward_reads_output`."""
+    arguments: tuple[str, ...] = ()
+    forward_: Callable[..., Tensor] | None = None
+    """`forward` written over its input, where ATen has it."""
+    inverse: Callable[..., Tensor] | None = None
+    inverse_exists: Callable[..., bool] = lambda *args: True
+    backward_reads_output: bool = False
+    constraint: tuple[str, Callable[..., bool]] = ("", lambda *args: True)
+    """What the arguments must satisfy: in words, and as a predicate."""
+
+
+def _elu_inverse(z: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
+    floor = torch.finfo(z.dtype).eps - 1  # z = −scale·alpha is reached only by rounding: log1p(−1) is −inf
+    negative = (z / (scale * alpha)).clamp_(floor, 0).log1p_().div_(input_scale)
+    return negative.add_(z.clamp(min=0), alpha=1 / scale)  # one of the two is 0
+
+
+RULES: dict[str, Rule] = {
+    "identity": Rule(
+        forward=lambda y: y,
+        forward_=lambda y: y,
+        backward=lambda g, y: g,
+        inverse=lambda z: z,
+    ),
+    "relu": Rule(
+        forward=F.relu,
+        forward_=torch.relu_,
+        backward=lambda g, y: aten.threshold_backward(g, y, 0),
+    ),
+    "hardtanh": Rule(
+        arguments=("min", "max"),
+        forward=F.hardtanh,
+        forward_=aten.hardtanh_,
+        backward=aten.hardtanh_backward,
+        constraint=("min <= max", lambda low, high: low <= high),
+    ),
+    "leaky_relu": Rule(
+        arguments=("slope",),
+        forward=F.leaky_relu,
+        forward_=aten.leaky_relu_,
+        backward=lambda g, y, slope: aten.leaky_relu_backward(g, y, slope, False),
+        inverse=lambda z, slope: F.leaky_relu(z, 1 / slope),
+        inverse_exists=lambda slope: slope > 0,
+    ),
+    "elu": Rule(
+        arguments=("alpha",),
+        forward=F.elu,
+        forward_=aten.elu_,
+        backward=lambda g, y, alpha: aten.elu_backward(g, alpha, 1, 1, False, y),
+        inverse=lambda z, alpha: _elu_inverse(z, alpha, 1, 1),
+        inverse_exists=lambda alpha: alpha > 0,
+    ),
+    "selu": Rule(
+        forward=F.selu,
+        forward_=torch.selu_,
+        backward=lambda g, y: aten.elu_backward(g, SELU_ALPHA, SELU_SCALE, 1, False, y),
+        inverse=lambda z: _elu_inverse(z, SELU_ALPHA, SELU_SCALE, 1),
+    ),
+    "celu": Rule(
+        arguments=("alpha",),
+        forward=F.celu,
+        forward_=torch.celu_,
+        backward=lambda g, y, alpha: aten.elu_backward(g, alpha, 1, 1 / alpha, False, y),
+        inverse=lambda z, alpha: _elu_inverse(z, alpha, 1, 1 / alpha),
+        inverse_exists=lambda alpha: alpha > 0,
+        constraint=("alpha != 0", lambda alpha: alpha != 0),
+    ),
+    "silu": Rule(forward=F.silu, forward_=aten.silu_, backward=aten.silu_backward),
+    "gelu": Rule(forward=F.gelu, forward_=aten.gelu_, backward=aten.gelu_backward),
+    "gelu_tanh": Rule(
+        forward=lambda y: F.gelu(y, approximate="tanh"),
+        forward_=lambda y: aten.gelu_(y, approximate="tanh"),
+        backward=lambda g, y: aten.gelu_backward(g, y, approximate="tanh"),
+    ),
+    "hardswish": Rule(forward=F.hardswish, forward_=aten.hardswish_, backward=aten.hardswish_backward),
+    "hardsigmoid": Rule(forward=F.hardsigmoid, forward_=aten.hardsigmoid_, backward=aten.hardsigmoid_backward),
+    "sigmoid": Rule(
+        forward=torch.sigmoid,
+        forward_=torch.sigmoid_,
+        backward=aten.sigmoid_backward,
+        backward_reads_output=True,
+    ),
+    "tanh": Rule(forward=torch.tanh, forward_=torch.tanh_, backward=aten.tanh_backward, backward_reads_output=True),
+    "softplus": Rule(
+        arguments=("beta", "threshold"),
+        forward=F.softplus,
+        backward=aten.softplus_backward,
+        constraint=("beta > 0", lambda beta, threshold: beta > 0),
+    ),
+    "mish": Rule(forward=F.mish, forward_=aten.mish_, backward=aten.mish_backward),
+}

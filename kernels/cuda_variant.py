@@ -1,0 +1,48 @@
+"""What is compiled, a CUDA source file and the values of its macros; and the arguments that its kernels take.
+
+Each argument is 64 bits wide: `q` a pointer or a size, `d` a double. An int that is given for a double becomes one:
+the same bits read as another type would be a wrong number without an error.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+
+class Variant(NamedTuple):
+    """One instantiation: `cuda/<source>.cu` compiled with `macros`, (name, value) each."""
+
+    source: str
+    macros: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        values = [value.rpartition("::")[2] for name, value in self.macros if name != "NORMPASS_NARROW"]
+        return f"{self.source}({', '.join(values)})"
+
+
+_GRID = "q" * 7
+_SITE = "q" * 4 + "d" * 3
+"""weight, bias, mean, var; eps and the activation's arguments"""
+_BACKWARD = "q" * 8 + _SITE
+
+
+def signature(variant: Variant, entry: str) -> str:
+    """One letter for each argument of the kernel `entry` of `variant`."""
+    pieces = "q" * int(dict(variant.macros).get("NORMPASS_PIECES", "0"))
+    return {
+        "probe": "qdq",
+        "moments": "q" * 5 + "dd" + "qq" + _GRID,
+        "norm_act": "q" * 3 + _SITE + _GRID,
+        "reduce": _BACKWARD + "d" + "qq" + _GRID,
+        "apply": _BACKWARD + _GRID,
+        "cat_norm_act": "q" + _SITE + pieces * 2 + _GRID,
+        "cat_norm_act_backward": "q" * 3 + _SITE + "q" + pieces * 4 + "d" + "qq" + _GRID,
+        "add_statistics_gradient": "q" * 4 + _GRID,
+        "running_stats": "q" * 4 + "dd" + "q",
+    }[entry]
+
+
+def packer(variant: Variant, entry: str) -> struct.Struct:
+    """What writes the arguments one behind the other, each as its declared type."""
+    return struct.Struct("=" + signature(variant, entry))
