@@ -147,10 +147,9 @@ class Recipe:
         "function",
         "geometry",
         "kwargs",
+        "made",
         "readers",
         "select",
-        "stream",
-        "value",
         "waiting",
         "written",
     )
@@ -164,8 +163,8 @@ class Recipe:
         self.written: Recipe | None = None
         """of a function in place: what makes the storage that it writes to"""
         self.autocast = autocast_state(args)
-        self.value: Tensor | None = None
-        self.stream = 0
+        self.made: tuple[Tensor, int | None] | None = None
+        """the value, and the CUDA stream that it was made on; together, for another thread may look at any time"""
         self.readers = 0  # saved tensors and recipes that will ask for the value in one backward
         self.waiting = 0  # how many of them have not asked yet
 
@@ -182,16 +181,16 @@ class Recipe:
             self.written.add_reader()
 
     def read(self) -> Tensor:
-        """The tensor, made at most once per backward."""
-        value = self.value  # once: another thread's backward may take it away
-        if value is None or (value.is_cuda and self.stream != _stream_of(value)):
-            value = self._build()
+        """The tensor, made at most once per backward, or once for each CUDA stream: nothing waits for another one."""
+        made = self.made  # once: another thread's backward may take it away
+        found = None if made is None or (made[1] is not None and made[1] != _stream_of(made[0])) else made[0]
+        value = self._build() if found is None else found
         self.waiting -= 1
         if self.waiting <= 0:
-            self.value = None
+            self.made = None
             self.waiting = self.readers
-        elif self.value is not value and _forget_after_backward(self):
-            self.value, self.stream = value, _stream_of(value)
+        elif found is None and _forget_after_backward(self):
+            self.made = value, _stream_of(value)
         return value
 
     def _build(self) -> Tensor:
@@ -207,7 +206,7 @@ class Recipe:
     def _write(self, source: Recipe) -> Tensor:
         """The function in place, on a tensor that nobody else reads."""
         base = source.read()
-        if source.value is not None or torch.is_grad_enabled():  # others will read it as it is
+        if source.made is not None or torch.is_grad_enabled():  # others will read it as it is
             base = base.clone(memory_format=torch.preserve_format)
             base = _like(base, source.geometry)
         with _without_grad(), same_autocast(self.autocast):
@@ -215,7 +214,7 @@ class Recipe:
         return base
 
     def forget(self) -> None:
-        self.value = None
+        self.made = None
         self.waiting = self.readers
 
 
@@ -594,8 +593,9 @@ def materialised(value: Any) -> Any:
     return value
 
 
-def _stream_of(tensor: Tensor) -> int:
-    return int(torch._C._cuda_getCurrentRawStream(tensor.get_device())) if tensor.is_cuda else 0
+def _stream_of(tensor: Tensor) -> int | None:
+    """The CUDA stream that works on `tensor` now; None on other devices."""
+    return int(torch._C._cuda_getCurrentRawStream(tensor.get_device())) if tensor.is_cuda else None
 
 
 def _without_grad() -> Any:

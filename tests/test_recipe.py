@@ -95,7 +95,7 @@ def optimised_net(cls: type[nn.Module]) -> nn.Module:
 
 
 def values_held() -> list[Recipe]:
-    return [o for o in gc.get_objects() if type(o) is Recipe and o.value is not None]
+    return [o for o in gc.get_objects() if type(o) is Recipe and o.made is not None]
 
 
 @pytest.mark.parametrize("cls", NETS)
@@ -512,3 +512,28 @@ def test_autocast_is_that_of_forward() -> None:
     for expected, found in zip(*gradients, strict=True):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()) + 1e-3)
+
+
+def test_a_reader_on_another_stream_makes_its_own(monkeypatch) -> None:
+    """Nothing makes one CUDA stream wait for what another has made: each gets a value of its own, in any order."""
+    now: list[int | None] = [None]
+    monkeypatch.setattr(recipe, "_stream_of", lambda tensor: now[0])
+    made_on: list[int | None] = []
+
+    def made(x):
+        made_on.append(now[0])
+        return x.exp()
+
+    for streams, expected in (([7, 9, 9, 7, 7], [7, 9, 7]), ([0, 0, 7], [7, 0]), ([None] * 3, [None])):
+        made_on.clear()
+        x = torch.randn(4)
+        weights = [torch.randn(4, requires_grad=True) for _ in streams]
+        with recording():
+            y = x.exp()
+            tag(y, made, (x,))
+            products = [y * w for w in weights]
+        for product, stream in zip(products, streams, strict=True):
+            product.register_hook(lambda grad, stream=stream: now.__setitem__(0, stream))
+        for found in torch.autograd.grad(sum(p.sum() for p in products), weights):
+            assert torch.equal(found, x.exp())
+        assert made_on == expected and not values_held()  # backward comes to the last product first

@@ -8,6 +8,7 @@ import sys
 import threading
 
 import cuda_checks as checks
+import cuda_special as special
 import pytest
 import torch
 from cuda_checks import Site
@@ -101,6 +102,13 @@ def test_activations(kernels, dtype, activation):
 def test_frozen_statistics(kernels, needs):
     site = Site(SMALL, torch.bfloat16, "silu", residual=True, batch_statistics=False, device="cuda")
     checks.check_norm_act_backward(kernels, site, needs)
+
+
+def test_what_is_no_number_stays_in_its_place(kernels):
+    for layout in (Layout(4000, 24, 1), Layout(20, 3, 3136)):
+        special.check_norm_act_backward(kernels, layout, "relu", "cuda")
+        special.check_cat_norm_act_backward(kernels, layout, "cuda")
+        special.check_inplace_abn_backward(kernels, layout, "leaky_relu", "cuda")
 
 
 def test_running_stats(kernels):

@@ -13,6 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 
 import cuda_checks as checks
+import cuda_special as special
 from cuda_checks import Site
 from cuda_emulated import COMPILER, EmulatedDevice
 
@@ -245,6 +246,15 @@ def test_relu_lets_nan_through(kernels):
     z = torch.empty_like(x)
     kernels.norm_act(z, x, None, None, None, torch.zeros(8), torch.ones(8), 0.0, "relu", (), layout)
     assert z[3].isnan().all() and not z[:3].isnan().any()
+
+
+@pytest.mark.parametrize("layout", [Layout(90, 8, 1), Layout(2, 3, 32)], ids=["rows", "planes"])
+def test_what_is_no_number_stays_in_its_place(kernels, layout):
+    for activation in ("relu", "identity", "leaky_relu"):
+        special.check_norm_act_backward(kernels, layout, activation)
+    special.check_cat_norm_act_backward(kernels, layout)
+    for activation in ("identity", "leaky_relu"):
+        special.check_inplace_abn_backward(kernels, layout, activation)
 
 
 def test_unaligned_tensors(kernels, device):

@@ -11,6 +11,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 
 import cuda_checks as checks
+import cuda_special as special
 from cuda_checks import Site
 
 from normpass.kernels import ACTIVATIONS, Layout, Running, plain
@@ -47,6 +48,14 @@ def test_what_is_not_needed():
     site = Site(Layout(300, 5, 1), torch.float32, residual=True, affine=False, batch_statistics=False)
     for needs in ((True, False, False, False), (False, True, False, False)):
         checks.check_norm_act_backward(plain, site, needs)
+
+
+def test_what_is_no_number_stays_in_its_place():
+    for layout in (Layout(90, 8, 1), Layout(2, 3, 32)):
+        for activation in ("relu", "identity", "leaky_relu"):
+            special.check_norm_act_backward(plain, layout, activation)
+        special.check_cat_norm_act_backward(plain, layout)
+        special.check_inplace_abn_backward(plain, layout, "leaky_relu")
 
 
 def test_running_stats():
