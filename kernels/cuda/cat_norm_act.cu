@@ -19,6 +19,7 @@ NORMPASS_DEVICE void cat_norm_act(Storage* z, const Table& ends, const Table& xs
   share_channels<T>(walk, grid, sites, [&](long long channel) { return NormSite<T>(parameters, channel); });
   Piece piece(ends, walk.channel);
   const Storage* x = reinterpret_cast<const Storage*>(xs.at(piece.index));
+  pin(x);
 
   while (walk.inside()) {
     Vector<Storage, VECTOR> values[LOADS];

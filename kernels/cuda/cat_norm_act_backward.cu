@@ -32,6 +32,8 @@ NORMPASS_DEVICE void cat_norm_act_backward(const Storage* grad, const Targets& t
   Piece piece(targets.ends, walk.channel);
   const Storage* x = reinterpret_cast<const Storage*>(targets.xs.at(piece.index));
   Storage* dx = reinterpret_cast<Storage*>(targets.dxs.at(piece.index));
+  pin(x);
+  pin(dx);
   bool adds = dx != nullptr && (targets.adds >> piece.index & 1) != 0;
 
   while (walk.inside()) {

@@ -43,21 +43,32 @@ struct Table {
   }
 };
 
+// From here on the value is what it is: otherwise the compiler looks it up again for every vector, among all pieces.
+#ifdef __CUDA_ARCH__
+template <class T> NORMPASS_DEVICE void pin(T*& value) { asm volatile("" : "+l"(value)); }
+NORMPASS_DEVICE void pin(long long& value) { asm volatile("" : "+l"(value)); }
+NORMPASS_DEVICE void pin(int& value) { asm volatile("" : "+r"(value)); }
+#else
+template <class T> NORMPASS_DEVICE void pin(T&) {}
+#endif
+
 struct Piece {
   int index;
   long long first, channels;
 
   NORMPASS_DEVICE Piece(const Table& ends, long long channel) : index(ends.piece_of(channel)) {
+    pin(index);
     first = index == 0 ? 0 : ends.at(index - 1);
     channels = ends.at(index) - first;
+    pin(first);
+    pin(channels);
   }
 
   // Where the value at `offset` of the whole, which a forward walk is at, lies in the piece.
   template <int VECTOR, bool ROWS>
   NORMPASS_DEVICE long long own(const Walk<VECTOR, ROWS>& walk, const Grid& grid, long long offset) const {
     if (ROWS) return offset - walk.position * (grid.channels - channels) - first;
-    long long sample = walk.position / grid.inner;
-    return offset - (sample * (grid.channels - channels) + first) * grid.inner * VECTOR;
+    return offset - (walk.plane * (grid.channels - channels) + first) * grid.inner * VECTOR;
   }
 };
 

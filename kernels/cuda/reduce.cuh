@@ -45,13 +45,18 @@ NORMPASS_DEVICE void merge_rows(Accumulator (&own)[CHANNELS], Buffer& buffer, in
 }
 
 // Whether this block is the last of the `count` blocks of its tile to arrive; the counter is 0 again after it.
+//
+// The fences of one thread stand for the block: what the others wrote before the barrier happened before its fence, and
+// what they read after the second barrier comes after (fences are cumulative; a grid-wide barrier is made like this).
 NORMPASS_DEVICE bool arrives_last(unsigned* arrivals, unsigned count) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(arrivals, count - 1) == count - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(arrivals, count - 1) == count - 1;
+    __threadfence();
+  }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 

@@ -40,6 +40,7 @@ template <int VECTOR, bool ROWS> struct Walk {
   long long channel;              // the thread's first
   bool active;                    // whether the thread has any channel
   long long position, step, end;  // now, between two visits, beyond the last
+  long long plane;                // planes only: which of the channel's
 
   NORMPASS_DEVICE Walk(const Grid& grid, bool backward) {
     int thread = threadIdx.x;
@@ -58,7 +59,8 @@ template <int VECTOR, bool ROWS> struct Walk {
     if (ROWS) {
       relative_ = position * grid.channels;
     } else {
-      long long plane = position / grid.inner;
+      plane = position / grid.inner;
+      plane_step_ = step / grid.inner;
       inner_ = grid.inner;
       inner_step_ = grid.inner_step;
       index_ = position - plane * inner_;
@@ -78,12 +80,13 @@ template <int VECTOR, bool ROWS> struct Walk {
     bool wraps = index_ >= inner_;
     index_ -= wraps ? inner_ : 0;
     relative_ += wraps ? next_plane_ : 0;
+    plane += plane_step_ + (wraps ? 1 : 0);
   }
 
  private:
   int sign_;
   long long stride_, base_, relative_;
-  long long inner_, inner_step_, index_, next_plane_;  // planes only
+  long long inner_, inner_step_, index_, next_plane_, plane_step_;  // planes only
 };
 
 // Load the next LOADS vectors of this thread, as many as there are, before any of them is used: `load(k, offset)`
