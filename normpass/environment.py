@@ -46,7 +46,7 @@ def device_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """Of normpass, Python, torch and, where they are there, the libraries that matter for a result."""
     found = {"normpass": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("torchvision", "timm", "triton"):
+    for package in ("torchvision", "timm", "triton", "cuda-bindings"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

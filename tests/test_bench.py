@@ -3,13 +3,11 @@
 import copy
 import dataclasses
 import json
-import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu import run_all
 from torch import nn
 from torch._functorch import config
 
@@ -19,7 +17,6 @@ from normpass import (
     bench_kernels,
     bench_layers,
     bench_networks,
-    bench_serialised,
     bench_tables,
     contenders,
     environment,
@@ -307,41 +304,6 @@ def test_openmp_runtimes(tmp_path, monkeypatch):
     assert environment.openmp_runtimes() == ["/a b/libgomp.so.1", "/usr/lib/libomp.so"]
     monkeypatch.setattr(environment, "_MAPS", tmp_path / "none")
     assert environment.openmp_runtimes() is None
-
-
-# --- `make gpu` ---------------------------------------------------------------------------------------
-
-
-def test_stages_fail_time_out_and_are_skipped_without_stopping_others(tmp_path):
-    def python(code):
-        return [sys.executable, "-S", "-c", code]
-
-    stages = [
-        run_all.Stage("good", [python("print(1)"), python("print(2)")], 60, "a.log"),
-        run_all.Stage("bad", [python("raise SystemExit(3)"), python("print('after')")], 60, "b.log"),
-        run_all.Stage("slow", [python("import time; time.sleep(600)")], 1, "c.log"),
-        run_all.Stage("absent", [["no such program"]], 60, "d.log", skipped="not installed"),
-    ]
-    results = run_all.run_together(stages, tmp_path, deadline=time.monotonic() + 60)
-    assert [result.good for result in results] == [True, False, False, True]
-    words = [result.words for result in results]
-    assert words == ["passed", "FAILED with status 3, see b.log", "OUT OF TIME", "skipped: not installed"]
-    assert "\n1\n" in (tmp_path / "a.log").read_text()
-    assert "\nafter\n" in (tmp_path / "b.log").read_text()
-
-
-def test_the_benchmarks_of_a_gpu_run_are_commands_that_parse(tmp_path):
-    from normpass.cli import _parser
-
-    for stage in [*run_all.benchmarks(tmp_path, tmp_path), run_all.fill_compile_cache()]:
-        for _, _, module, *arguments in stage.commands:
-            if module == "normpass.bench_serialised":
-                bench_serialised.make_parser().parse_args(arguments)
-                continue
-            assert module == "normpass"
-            if arguments[:2] == ["bench", "kernels"]:
-                arguments[:2] = ["bench kernels"]
-            _parser().parse_args(arguments)
 
 
 ALL = tuple(contenders.CONTENDERS.values())

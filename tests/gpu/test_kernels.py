@@ -14,7 +14,7 @@ import torch
 from cuda_checks import Site
 
 from normpass.kernels import ACTIVATIONS, Layout, Running, cuda_library
-from normpass.kernels.cuda_kernels import CudaKernels
+from normpass.kernels.cuda_library import GuardedKernels
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -37,7 +37,7 @@ SMALL = Layout(40000, 24, 1)
 
 
 @pytest.fixture(scope="session")
-def kernels() -> CudaKernels:
+def kernels() -> GuardedKernels:
     found, words = cuda_library.load()
     if found is None:
         pytest.skip(words)
@@ -131,7 +131,7 @@ def test_every_16_bit_value_is_converted_as_torch_does(kernels):
         torch.testing.assert_close(z, (x.float() + added.float()).to(dtype), rtol=0, atol=0)
 
 
-def step(kernels: CudaKernels, site: Site) -> list[torch.Tensor]:
+def step(kernels: GuardedKernels, site: Site) -> list[torch.Tensor]:
     """Moments, forward and backward: new tensors."""
     mean, var, z = torch.empty_like(site.mean), torch.empty_like(site.var), torch.empty_like(site.x)
     results = [torch.empty_like(site.x), torch.empty_like(site.mean), torch.empty_like(site.mean)]
@@ -169,6 +169,37 @@ def test_a_kernel_may_be_compiled_inside_a_capture(kernels):
         fresh.norm_act(z, site.x, None, *norm, "mish", (), site.layout)
     graph.replay()
     checks.assert_close("z", z, site.z(), site.dtype)
+
+
+def test_kernels_may_be_loaded_inside_a_capture(kernels):
+    """By an op that is the first of all: the probe runs beside the capture."""
+    site = Site(SMALL, torch.float32, device="cuda")
+    want, graph = step(kernels, site), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fresh, words = cuda_library.load()
+        assert fresh is not None, words
+        captured = step(fresh, site)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
+def test_graphs_that_run_beside_each_other(kernels):
+    """Each was captured on the same stream, and each is replayed on its own: none counts in the other's block."""
+    sites = [Site(SMALL, torch.float32, offset=offset, device="cuda") for offset in (0.0, 3.0)]
+    wanted, graphs = [step(kernels, site) for site in sites], [torch.cuda.CUDAGraph() for _ in sites]
+    captured = []
+    for site, graph in zip(sites, graphs, strict=True):
+        with torch.cuda.graph(graph):
+            captured.append(step(kernels, site))
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_streams_do_not_share_counters(kernels):
@@ -218,7 +249,7 @@ def test_processes_share_compiled_kernels(kernels, tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", script]
     outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(2)]
-    assert [int(output) for output in outputs] == [1, 0]
+    assert [int(output) for output in outputs] == [2, 0]  # the probe and moments
 
 
 @pytest.mark.parametrize("layout", [Layout(2**31 // 64 + 1000, 64, 1), Layout(3, 2, 2**29 + 8)], ids=["rows", "planes"])

@@ -1,0 +1,74 @@
+"""Compile what a GPU run will need, without a GPU, into build/gpu_cache: two minutes here for as many there.
+
+    python3 tests/gpu/fill_cache.py [sm_90]
+
+The entries hold for these sources and this version of NVRTC alone; with others they are not found, and nothing breaks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
+
+from run_all import prepare
+
+DTYPES = ("bfloat16", "float32", "float16", "float64")
+
+
+def fill(target: str) -> int:
+    """How many entries are there now."""
+    from normpass.kernels.cuda_compiler import cache_folder, machine_code
+    from normpass.kernels.cuda_device import PROBE
+
+    for variant in {PROBE: None, **dict.fromkeys(variants())}:
+        machine_code(variant, target)
+    return len(list(cache_folder().iterdir()))
+
+
+def variants() -> Iterator:
+    """Every width of access in both layouts with ReLU, and every activation at the widest rows."""
+    import torch
+
+    from normpass.kernels import ACTIVATIONS, Layout
+    from normpass.kernels.cuda_geometry import geometry
+    from normpass.kernels.cuda_variant import Variant
+
+    yield from (Variant("running_stats", (("NORMPASS_STORAGE", storage),)) for storage in ("float", "double"))
+    for name, inner, width in itertools.product(DTYPES, (1, 16), (8, 4, 2, 1)):
+        dtype = getattr(torch, name)
+        if width * dtype.itemsize > 16:
+            continue
+        layout = Layout(100, 3 * width, 1) if inner == 1 else Layout(100, 3, width)
+        shape = geometry(layout, dtype.itemsize, 16, 132)
+        yield from of_shape(dtype, shape, ("relu",))
+        if inner == 1 and width * dtype.itemsize == 16:
+            yield from of_shape(dtype, shape, ACTIVATIONS)
+
+
+def of_shape(dtype, shape, activations) -> Iterator:
+    from normpass.kernels.cuda_kernels import PIECES, variant_of
+
+    for source in ("moments", "add_statistics_gradient"):
+        yield variant_of(source, dtype, shape)
+    for activation in activations:
+        for residual in (False, True) if activation in ("relu", "identity", "silu", "leaky_relu") else (False,):
+            yield variant_of("norm_act", dtype, shape, activation, residual)
+            yield variant_of("norm_act_backward", dtype, shape, activation, residual)
+        if activation in ("relu", "silu"):
+            for source, pieces in itertools.product(("cat_norm_act", "cat_norm_act_backward"), PIECES):
+                yield variant_of(source, dtype, shape, activation, pieces=pieces)
+        if activation in ("identity", "leaky_relu", "elu", "selu", "celu", "relu"):
+            yield variant_of("inplace_abn_backward", dtype, shape, "leaky_relu" if activation == "relu" else activation)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as links:
+        os.environ.update(prepare(Path(links)))
+        sys.path.insert(0, links)
+        print(f"{fill(sys.argv[1] if len(sys.argv) > 1 else 'sm_90')} entries")
