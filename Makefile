@@ -37,15 +37,11 @@ check: $(VENV)/.checkers  ## ruff, types, layers
 bench: $(VENV)/.installed  ## time, kept and peak bytes of four networks against eager; ARGS="--batch 8", ARGS=kernels
 	$(ALLOCATOR) $(PY) -m normpass bench $(ARGS)
 
-LINKED = PYTHONPATH=$(CURDIR)/build/link $(PYTHON)
-
 # For a machine that has torch, pytest and the package's other needs, and no network: nothing is installed.
-gpu:  ## on a machine with a GPU, with its own Python, in 8 minutes: tests, sanitizer, benchmarks; OUT=folder
+gpu:  ## on a machine with a GPU, with its own Python, in ten minutes: correctness, benchmarks, tests; OUT=folder
 	@$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("torch") or sys.exit("make gpu: this Python has no torch")'
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU here")'
-	@mkdir -p $(OUT)
-	$(call link_tree,build/link)
-	cd build/link && $(LINKED) $(CURDIR)/tests/gpu/run_all.py $(abspath $(OUT))
+	$(PYTHON) tests/gpu/run_all.py $(OUT)
 
 clean:  ## remove what the other commands made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis normpass-demo.png

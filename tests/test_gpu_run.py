@@ -232,9 +232,8 @@ def test_the_parts_run_on_the_cpu(on_the_cpu):
     assert len(found["ms"]) == 3 and found["peak"] > found["kept"] > 0 and found["rebuilds"] > 0
     assert step_times.measured("resnet18:2:eager_channels_last", once=True) == {}
     assert {"moments", "copy"} <= op_table.measured("op:2x4x8x8").keys()
-    for dtype in ("float64", "bfloat16"):
-        found = correctness.measured(f"resnet18:{dtype}")
-        assert "error" not in found and len(found["ours"]) == 8
+    found = correctness.measured("resnet18:float64")
+    assert "error" not in found and len(found["ours"]) == 8
     assert "error" not in correctness.same_as_usual(correctness.in_a_thread)
 
 
