@@ -59,7 +59,7 @@ class Gpus:
         kernel = Kernel(ready.gpu.api, function, packer(variant, entry), grid, threads)
 
         def run(*args: float) -> None:
-            if torch.cuda.current_device() == index and getattr(self._thread, "ready", False):
+            if self._is_current(index):
                 # The second try, where the first failed: another library may have left its own context here.
                 with contextlib.suppress(CudaError):
                     return kernel(torch._C._cuda_getCurrentRawStream(index), args)
@@ -70,11 +70,14 @@ class Gpus:
 
     def arrivals(self, index: int, count: int) -> int:
         """The address of `count` counters, 0 for the next kernel of the current stream, which leaves them so."""
+        ready = self._ready.get(index)
+        if isinstance(ready, _Ready) and self._is_current(index):
+            return _counters_now(ready, index, count)
         with self._current(index) as ready:
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            if torch.cuda.is_current_stream_capturing():
-                return ready.counters.of_capture(stream, count)
-            return ready.counters.of_stream(stream, count)
+            return _counters_now(ready, index, count)
+
+    def _is_current(self, index: int) -> bool:
+        return torch.cuda.current_device() == index and getattr(self._thread, "ready", False)
 
     @contextlib.contextmanager
     def _current(self, index: int) -> Iterator[_Ready]:
@@ -90,6 +93,13 @@ class Gpus:
         if key not in self._functions:
             self._functions[key] = _or_error(lambda: _loaded(ready, variant, entry))
         return _unless_error(self._functions[key])
+
+
+def _counters_now(ready: _Ready, index: int, count: int) -> int:
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if torch.cuda.is_current_stream_capturing():
+        return ready.counters.of_capture(stream, count)
+    return ready.counters.of_stream(stream, count)
 
 
 def _loaded(ready: _Ready, variant: Variant, entry: str) -> Any:
@@ -117,6 +127,8 @@ def _or_error(make: Callable[[], Any]) -> Any:
         return make()
     except CudaError as error:
         return error
+    except Exception as error:  # a source file that is gone, a GPU that torch cannot describe: no op may fail for it
+        return CudaError(f"{type(error).__name__}: {error}")
 
 
 def _unless_error(found: Any) -> Any:

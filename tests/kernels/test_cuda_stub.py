@@ -22,7 +22,7 @@ from cuda_stub import Code, Stubs
 
 import normpass
 from normpass import kernels as normpass_kernels
-from normpass.kernels import Layout, Running, cuda_library
+from normpass.kernels import Layout, Running, cuda_compiler, cuda_library
 from normpass.kernels.cuda_compiler import cache_folder, target_for
 from normpass.kernels.cuda_counters import SMALLEST_BLOCK, Counters
 
@@ -120,6 +120,13 @@ def test_any_failure_later_is_made_up_for(stubs):
             assert len(said) == len(set(said)) == len(kernels.failures), said
             assert stubs.of(name).fails[name][0] < 0, f"{name} was not called"
             assert name == "cuLaunchKernel" or any(name in words for words in kernels.failures), (name, said)
+
+
+def test_a_source_that_is_gone_is_made_up_for(stubs, monkeypatch, tmp_path):
+    kernels = loaded()
+    monkeypatch.setattr(cuda_compiler, "FOLDER", tmp_path)
+    with pytest.warns(RuntimeWarning, match="norm_act.*FileNotFoundError"):
+        checks.check_norm_act(kernels, SITE)
 
 
 def test_a_failure_is_warned_about_once_and_shown(stubs, monkeypatch):
