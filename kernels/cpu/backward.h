@@ -1,7 +1,7 @@
 // The two passes of backward that the fused op and in-place ABN share. With `centred` c, a multiple of x̂:
 //
 //   reduce   sum_dy = Σdy      sum_dy_c = Σ dy·c
-//   apply    dx = scale·dy + B·c + C, per channel
+//   apply    dx = scale·dy + B·c + C, per channel; scale·dy for running statistics
 //
 // A source calls back for each tile of each pass with the gradients of its values: `channel(i)`, what those of value i
 // of every run have in common, its scale too, and `at(channel, run, i)`, dy and c; where `writes`, the first pass
@@ -141,10 +141,12 @@ template <class A> class PlaneAccumulator {
 template <class A> RowAccumulator<A> accumulator_for(const Rows& rows) { return RowAccumulator<A>(rows); }
 template <class A> PlaneAccumulator<A> accumulator_for(const Planes& planes) { return PlaneAccumulator<A>(planes); }
 
-// dx = scale·dy + by_centred·c + constant, where the scale is the source's.
+// dx = scale·dy + by_centred·c + constant, where the scale is the source's; with running statistics scale·dy alone, for
+// 0·c would be NaN where c is infinite.
 template <class A> struct Coefficients {
   Values<A> by_centred, constant;
-  explicit Coefficients(int64_t width) : by_centred(width), constant(width) {}
+  bool through;  // the statistics: whether what is added to scale·dy is there
+  Coefficients(int64_t width, bool through) : by_centred(width), constant(width), through(through) {}
 
   void spread(int64_t channels) {
     for (int64_t i = channels; i < static_cast<int64_t>(constant.size()); ++i) {
@@ -158,12 +160,13 @@ template <class A> struct Coefficients {
 template <class A>
 Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double eps, const Sums* sums,
                                 const Layout& layout) {
-  Coefficients<A> result(static_cast<int64_t>(affine.mean.size()));
+  Coefficients<A> result(static_cast<int64_t>(affine.mean.size()), sums != nullptr);
+  if (sums == nullptr) return result;
   double count = static_cast<double>(layout.count());
   for (int64_t c = 0; c < layout.channels; ++c) {
     double slope = affine.scale[c], precision = 1 / (static_cast<double>(var[c]) + eps);
-    result.by_centred[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * precision * sums->dy_centred[c] / count);
-    result.constant[c] = sums == nullptr ? A(0) : static_cast<A>(-slope * sums->dy[c] / count);
+    result.by_centred[c] = static_cast<A>(-slope * precision * sums->dy_centred[c] / count);
+    result.constant[c] = static_cast<A>(-slope * sums->dy[c] / count);
   }
   result.spread(layout.channels);
   return result;
@@ -200,11 +203,13 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
 
 template <class A, class PerChannel> struct CoefficientsAt {
   PerChannel by_centred, constant;
+  bool through;
 };
 
 template <class Gradients, class A, class PerChannel>
 NORMPASS_SHARED void combine(const Gradients& gradients, const Target<A>& dx, int64_t n,
                              const CoefficientsAt<A, PerChannel>& at) {
+  const bool through = at.through;
   write_lines<1>(n, dx, [&](int64_t begin, auto values, const Line<A>& to) {
     gradients.template prefetch<1>(begin);
     const int64_t count = values;
@@ -213,7 +218,7 @@ NORMPASS_SHARED void combine(const Gradients& gradients, const Target<A>& dx, in
     for (int64_t i = 0; i < count; ++i) {
       auto channel = gradients.channel(begin + i);
       Derivative<A> value = gradients.at(channel, 0, begin + i);
-      A rest = multiply_add(at.by_centred[begin + i], value.centred, at.constant[begin + i]);
+      A rest = through ? multiply_add(at.by_centred[begin + i], value.centred, at.constant[begin + i]) : A(0);
       to(0, i) = multiply_add(channel.scale, value.dy, rest);
     }
   });
@@ -229,7 +234,8 @@ void apply(const Walk& walk, const Source& source, const Coefficients<Wide<S>>& 
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
       using PerChannel = decltype(walk.at(c.constant, tile.position));
       Target<A> target = target_of(dx, 0, buffers.result, tile, streamed);
-      CoefficientsAt<A, PerChannel> at{walk.at(c.by_centred, tile.position), walk.at(c.constant, tile.position)};
+      CoefficientsAt<A, PerChannel> at{walk.at(c.by_centred, tile.position), walk.at(c.constant, tile.position),
+                                       c.through};
       source.second_pass(walk, buffers, tile, [&](const auto& gradients) {
         combine(gradients, target, tile.n, at);
       });

@@ -86,12 +86,12 @@ void backward(const Walk& walk, const FromOutput<S>& source, S* dx, void* dweigh
   Sums sums(layout.channels);
   if (dweight != nullptr || dbias != nullptr || batch_statistics) sums = reduce<S>(walk, source, threads);
   if (dx != nullptr) {
-    Coefficients<A> result(walk.width());
+    Coefficients<A> result(walk.width(), batch_statistics);
     double count = static_cast<double>(layout.count());
-    for (int64_t c = 0; c < layout.channels; ++c) {
+    for (int64_t c = 0; batch_statistics && c < layout.channels; ++c) {
       double slope = source.scale[c];
-      result.by_centred[c] = batch_statistics ? static_cast<A>(-slope * sums.dy_centred[c] / count) : A(0);
-      result.constant[c] = batch_statistics ? static_cast<A>(-slope * sums.dy[c] / count) : A(0);
+      result.by_centred[c] = static_cast<A>(-slope * sums.dy_centred[c] / count);
+      result.constant[c] = static_cast<A>(-slope * sums.dy[c] / count);
     }
     result.spread(layout.channels);
     apply<S>(walk, source, result, dx, threads);

@@ -66,11 +66,10 @@ NORMPASS_ALWAYS_INLINE float power_of_2(int32_t n) {
   return same_bits<float>((static_cast<uint32_t>(n) + 127u) << 23);
 }
 
-// 2ⁿ·2ᶠ with |f| <= 1/2. Below −87 it stays at exp(−87), the smallest there is before subnormals; above 88.4 it is
-// infinite.
+// 2ⁿ·2ᶠ with |f| <= 1/2. Below −87.7 it is 0, for n = −127 has no bits; above 88.4 it is infinite.
 NORMPASS_ALWAYS_INLINE float exponential(float x) {
   constexpr float rounder = 12582912.f, log2e = 1.44269504f, rest_of_log2e = 1.92596299e-8f;
-  x = x < -87.f ? -87.f : x;
+  x = x < -88.f ? -88.f : x;
   x = x > 89.f ? 89.f : x;
   float shifted = multiply_add(x, log2e, rounder);
   float f = multiply_add(x, rest_of_log2e, multiply_add(x, log2e, rounder - shifted));

@@ -24,6 +24,7 @@ template <class A> struct Norm {
 template <class A> struct PerLane {
   static constexpr int64_t n = Vector<A>::lanes;
   alignas(64) A mean[n], scale[n], shift[n], by_centred[n], constant[n];
+  bool through = false;  // the statistics
 
   PerLane(const Affine<A>& affine, int64_t channel) {
     std::memcpy(mean, affine.mean.data() + channel, sizeof(mean));
@@ -33,6 +34,7 @@ template <class A> struct PerLane {
   PerLane(const Affine<A>& affine, const Coefficients<A>& coefficients, int64_t channel) : PerLane(affine, channel) {
     std::memcpy(by_centred, coefficients.by_centred.data() + channel, sizeof(by_centred));
     std::memcpy(constant, coefficients.constant.data() + channel, sizeof(constant));
+    through = coefficients.through;
   }
 };
 
@@ -81,13 +83,14 @@ NORMPASS_SHARED void second_pass(A* x, const A* dz, int64_t count, const PerLane
                                  const Ahead<A>& next_grad, const Activation& given) {
   constexpr int64_t n = Vector<A>::lanes;
   const Activation activation = given;
+  const bool through = at.through;
   for (int64_t p = 0; p < count * n; p += n) {
     next_x.prefetch(p / n), next_grad.prefetch(p / n);
 #pragma GCC ivdep
 #pragma GCC unroll 1
     for (int64_t i = 0; i < n; ++i) {
       const A centred = x[p + i] - at.mean[i], y = multiply_add(centred, at.scale[i], at.shift[i]);
-      const A rest = multiply_add(at.by_centred[i], centred, at.constant[i]);
+      const A rest = through ? multiply_add(at.by_centred[i], centred, at.constant[i]) : A(0);
       x[p + i] = multiply_add(at.scale[i], activation.gradient(dz[p + i], y), rest);
     }
   }

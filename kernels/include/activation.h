@@ -164,7 +164,8 @@ template <class T> struct Hardsigmoid {
   NORMPASS_INLINE explicit Hardsigmoid(double, double) {}
   NORMPASS_INLINE T value(T y) const { return clamped(y + T(3), T(0), T(6)) / T(6); }
   NORMPASS_INLINE T gradient(T g, T y) const {
-    return (y <= T(-3)) | (y >= T(3)) ? T(0) : g * T(1.f / 6.f);  // ATen rounds it to float in double too
+    T middle = g * T(1.f / 6.f);  // ATen rounds it to float in double too
+    return (y > T(-3)) & (y < T(3)) ? middle : T(0);
   }
   NORMPASS_INLINE T inverse(T z) const { return z; }
 };
