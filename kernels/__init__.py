@@ -163,13 +163,17 @@ class Winograd(Protocol):
         transposed: bool,
         memory_format: torch.memory_format,
         weight_format: torch.memory_format,
-    ) -> None:
-        """x and y are dense in `memory_format`, the weight in `weight_format`; all of one dtype."""
+    ) -> Tensor | None:
+        """x and y are dense in `memory_format`, the weight in `weight_format`; all of one dtype.
+
+        Returns the numbers of the tiles of 2×2 results, counted row by row and sample by sample, whose values in y are
+        not good enough and must be computed otherwise, in any order; None where those of y all must be.
+        """
 
     def weight_gradient(
         self, dweight: Tensor, grad: Tensor, x: Tensor, padding: Sequence[int], memory_format: torch.memory_format
-    ) -> None:
-        """All are dense in `memory_format` and of one dtype."""
+    ) -> bool:
+        """All are dense in `memory_format` and of one dtype. Returns whether dweight is good enough."""
 
 
 class Kernels(Protocol):
@@ -310,32 +314,40 @@ DEVICES = ("cpu", "cuda")
 
 _lock = threading.RLock()
 _loaded: dict[str, tuple[Kernels | None, str]] = {}
-_disabled = 0
+_disabled = {"all": 0, "winograd": 0}
 
 
 def kernels_for(device: str) -> Kernels | None:
     """The kernels of a device type, loaded at the first call; None where there are none, and inside `disabled()`."""
-    if _disabled:
+    if _disabled["all"]:
         return None
     found = _loaded.get(device)
     return (_load(device) if found is None else found)[0]
 
 
 @contextmanager
-def disabled() -> Iterator[None]:
+def disabled(name: str = "all") -> Iterator[None]:
     """Run the references instead of the kernels while this is entered: for comparison, and to find a fault.
+
+    `name`: `"all"`, or `"winograd"` for the 3×3 convolutions alone, which the vendor's compute then.
 
     It holds for the whole process, because backward may run in other threads than forward. Put whole steps inside:
     a backward that runs other code than its forward did rebuilds z only to rounding.
     """
-    global _disabled
+    if name not in _disabled:
+        raise ValueError(f'normpass.kernels.disabled: `name` is "{name}", it must be one of {", ".join(_disabled)}')
     with _lock:
-        _disabled += 1
+        _disabled[name] += 1
     try:
         yield
     finally:
         with _lock:
-            _disabled -= 1
+            _disabled[name] -= 1
+
+
+def is_disabled(name: str) -> bool:
+    """Whether `disabled(name)` is entered."""
+    return _disabled[name] > 0
 
 
 def status() -> list[Status]:

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normpass.kernels import ACTIVATIONS, Layout, Running
+from normpass.kernels import ACTIVATIONS, Layout, Running, is_disabled
 from normpass.kernels.cpu_depthwise import CpuDepthwise
 from normpass.kernels.cpu_winograd import CpuWinograd
 
@@ -42,7 +42,7 @@ _SIGNATURES = {
     "depthwise_conv2d": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
     "depthwise_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 12, *[_INT] * 3),
     "norm_act_depthwise_backward": (*[_POINTER] * 11, _DOUBLE, _INT, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 2),
-    "winograd_conv2d": (*[_POINTER] * 4, *[_LONG] * 9, *[_INT] * 5),
+    "winograd_conv2d": (*[_POINTER] * 5, *[_LONG] * 10, *[_INT] * 5),
     "winograd_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 9, *[_INT] * 4),
 }
 
@@ -75,7 +75,11 @@ class CpuKernels:
         convolve = _function(library, "winograd_conv2d")
         weight_gradient = _function(library, "winograd_weight_gradient")
         has_products = "baseline" not in path.name
-        self.winograd = CpuWinograd(convolve, weight_gradient, _DTYPES, has_products)
+        self._winograd = CpuWinograd(convolve, weight_gradient, _DTYPES, has_products)
+
+    @property
+    def winograd(self) -> CpuWinograd | None:
+        return None if is_disabled("winograd") else self._winograd
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in _DTYPES

@@ -11,6 +11,8 @@ FEWEST_PRODUCTS = 5_000_000
 """multiplications of a convolution, below which the call from Python shows"""
 FEWEST_CHANNELS = 16
 FEWEST_TILES_PER_THREAD = 8
+TILES_PER_LEFT = 16
+"""where more than one tile in so many must be computed otherwise, all are"""
 MOST_OF_VENDORS = 0.75
 """the estimate below must be at most this fraction of the vendor's"""
 
@@ -19,6 +21,9 @@ MOST_OF_VENDORS = 0.75
 _PIXEL_LAST, _PIXEL_PLANES = 12, 20
 _WEIGHT_CACHED, _WEIGHT = 10, 40
 _CACHED_BYTES = 1 << 20
+
+_UNKNOWN_TYPE, _ALL_LEFT = -1, -2
+"""of `winograd_checks.h`"""
 
 
 class CpuWinograd:
@@ -59,13 +64,17 @@ class CpuWinograd:
         transposed: bool,
         memory_format: torch.memory_format,
         weight_format: torch.memory_format,
-    ) -> None:
+    ) -> Tensor | None:
+        tiles = x.shape[0] * ((y.shape[2] + 1) // 2) * ((y.shape[3] + 1) // 2)
+        left = torch.empty(tiles // TILES_PER_LEFT, dtype=torch.int64)
         border = [2 - p for p in padding] if transposed else padding
         status = self._convolve(
             y.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
+            left.data_ptr(),
+            left.numel(),
             *x.shape,
             *y.shape[1:],
             *border,
@@ -75,7 +84,8 @@ class CpuWinograd:
             self._dtypes[x.dtype],
             torch.get_num_threads(),
         )
-        assert status == 0, f"no loop for {x.dtype}"
+        assert status != _UNKNOWN_TYPE, f"no loop for {x.dtype}"
+        return None if status == _ALL_LEFT else left[:status]
 
     def weight_gradient(
         self,
@@ -84,7 +94,7 @@ class CpuWinograd:
         x: Tensor,
         padding: Sequence[int],
         memory_format: torch.memory_format,
-    ) -> None:
+    ) -> bool:
         is_last = memory_format is torch.channels_last
         status = self._weight_gradient(
             dweight.data_ptr(),
@@ -98,4 +108,5 @@ class CpuWinograd:
             self._dtypes[x.dtype],
             torch.get_num_threads(),
         )
-        assert status == 0, f"no loop for {x.dtype}"
+        assert status != _UNKNOWN_TYPE, f"no loop for {x.dtype}"
+        return status != _ALL_LEFT

@@ -4,8 +4,9 @@
 
 A tile of 2×2 results takes 36 multiplications as it stands here and 16 as Winograd computes it (A. Lavin, S. Gray,
 "Fast algorithms for convolutional neural networks", 2016: F(2×2, 3×3)); the kernels do so on a CPU, where that is
-faster than the vendor's. Its matrices hold 0, ±1 and ±1/2: it rounds about as the sum does. An infinite value of x
-makes NaNs of a tile's results, where the sum has infinities and finite values.
+faster than the vendor's. Its matrices hold 0, ±1 and ±1/2: where the values of a tile are of about one size, it rounds
+about as the sum does. Where they are not, or not finite, the vendor's convolution computes the tile, and everything
+where many tiles are so or where the weight is: masked, for example (`kernels/cpu/winograd_checks.h` has the bounds).
 
 The gradient of x is the same op with the weight transposed, and of the weight
 
@@ -29,6 +30,7 @@ from .eager import eager_device
 from .layout import memory_format_of
 from .library import declare
 from .operands import PLAIN_TYPES, dense
+from .winograd_tiles import compute_tiles
 
 aten = torch.ops.aten
 
@@ -146,7 +148,12 @@ def _kernel(
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     weight_format = memory_format_of(weight)
     operands = dense(x, memory_format), dense(weight, weight_format), None if bias is None else bias.contiguous()
-    winograd.convolve(y, *operands, padding, transposed, memory_format, weight_format)
+    left = winograd.convolve(y, *operands, padding, transposed, memory_format, weight_format)
+    if left is None:
+        return _reference(x, weight, bias, padding, transposed)
+    if left.numel() > 0:
+        border, inner = ([2 - p for p in padding], [2, 2]) if transposed else (padding, _NONE)
+        compute_tiles(y, left, x, border, lambda windows: _reference(windows, weight, bias, inner, transposed))
     return y
 
 
@@ -215,7 +222,9 @@ def _gradient_kernel(kernels: Kernels | None, grad: Tensor, x: Tensor, padding: 
         return _reference_gradient(grad, x, padding)
     memory_format = memory_format_of(x)
     dweight = _new_weight(grad, x)
-    winograd.weight_gradient(dweight, dense(grad, memory_format), dense(x, memory_format), padding, memory_format)
+    operands = dense(grad, memory_format), dense(x, memory_format)
+    if not winograd.weight_gradient(dweight, *operands, padding, memory_format):
+        return _reference_gradient(grad, x, padding)
     return dweight
 
 
