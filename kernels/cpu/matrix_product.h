@@ -13,13 +13,14 @@ constexpr int rows_at_once = 6;
 constexpr int rows_at_once = 4;
 #endif
 
-// A sum of sums of so many products rounds less than one long sum: of 512 about a third.
+// A sum of sums of so many products rounds less than one long sum: of 512 about a third. (What is added to a sum is not
+// that long.)
 constexpr int64_t products_at_once = 64;
 
 // ROWS rows of two vectors: c (+)= Σ_k a[k · a_step + r · a_row] · b[k]
-template <int ROWS, class A>
+template <int ROWS, bool ADD, class A>
 NORMPASS_ALWAYS_INLINE void multiply_some(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t k, A* c,
-                                          int64_t c_row, bool adds) {
+                                          int64_t c_row) {
   using V = Vector<A>;
   V left[ROWS] = {}, right[ROWS] = {};
   for (int64_t i = 0; i < k; ++i, a += a_step, b += 2 * V::lanes) {
@@ -33,7 +34,7 @@ NORMPASS_ALWAYS_INLINE void multiply_some(const A* a, int64_t a_row, int64_t a_s
   }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r, c += c_row) {
-    if (adds) {
+    if (ADD) {
       left[r] += V::load(c);
       right[r] += V::load(c + V::lanes);
     }
@@ -45,10 +46,11 @@ NORMPASS_ALWAYS_INLINE void multiply_some(const A* a, int64_t a_row, int64_t a_s
 template <int ROWS, bool ADD, class A>
 NORMPASS_ALWAYS_INLINE void multiply_rows(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t k, A* c,
                                           int64_t c_row) {
-  for (int64_t i = 0; i < k; i += products_at_once) {
-    const int64_t some = std::min(products_at_once, k - i);
-    multiply_some<ROWS>(a + i * a_step, a_row, a_step, b + i * 2 * Vector<A>::lanes, some, c, c_row, ADD || i > 0);
-  }
+  constexpr int64_t width = 2 * Vector<A>::lanes;
+  const int64_t some = ADD ? k : std::min(products_at_once, k);
+  multiply_some<ROWS, ADD>(a, a_row, a_step, b, some, c, c_row);
+  for (int64_t i = some; i < k; i += products_at_once)
+    multiply_some<ROWS, true>(a + i * a_step, a_row, a_step, b + i * width, std::min(products_at_once, k - i), c, c_row);
 }
 
 // The same of `count` rows.

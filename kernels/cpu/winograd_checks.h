@@ -1,18 +1,17 @@
 // Where Winograd's products may stand for the sums. A result of a tile is made from all 4 × 4 values of its window and
 // all 3 × 3 of the kernel, with cancellation, so that its rounding error goes by the largest of them even where the sum
-// itself does not read that one. Hence, with sums over the channels:
+// itself does not read that one. Hence, with Σ over the channels:
 //
-//   tile               Σ|d| of the window is at most `most_of_centre` times that of the pixels which all results read,
-//                      and that of no pixel is more than `most_of_pixel` of it
+//   tile               Σd² of the window is at most `most_of_centre` times that of the 2 × 2 pixels in its middle, which
+//                      all results read, and neither column of these has more than `most_of_column` of it
 //   weight             no position of the kernel has less than 1/`most_of_position` of another's Σ|g|; at most one kernel
 //                      in `kernels_per_partial` has zeros beside other values, as those of a masked convolution do
-//   weight's gradient  in no tile have Σ|d| of a channel of the window and Σ|dL/dy| of one of the gradient a product above
-//                      `most_of_products` of what the tiles' products of the means over the channels add up to, where
-//                      both are more than `most_of_mean` times the mean of all channels and tiles; where one is it, that
-//                      is in all results, and `most_of_products_alone` is the bound
+//   weight's gradient  the largest |d·dL/dy|, of any two values, is at most `most_of_products` times the sum that one
+//                      result has if all values are as large as their mean
 //
-// and nothing is infinite or NaN, or near enough to overflow on the way. A tile that is not so is left to the vendor's
-// convolution, and everything is where many tiles or the weight are not.
+// and nothing is infinite or NaN, or so large that its square is. A tile that is not so is left to the vendor's
+// convolution, and everything is where many tiles or the weight are not. Squares, for one instruction adds them up. In
+// float they vanish below 10⁻²²: such values count as zeros here.
 #pragma once
 
 #include <cmath>
@@ -24,14 +23,20 @@ namespace normpass {
 namespace winograd {
 
 constexpr int kernel_size = 9;
-constexpr int most_of_centre = 8;  // 4 where all pixels are alike
-constexpr float most_of_pixel = 0.75f;
+constexpr float most_of_centre = 16, most_of_column = 0.9f;  // 4 and 1/8 where all pixels are alike
 constexpr int most_of_position = 32;
+constexpr double largest_weight = 1e12;
 constexpr int64_t kernels_per_partial = 4096;
-constexpr double most_of_mean = 16, most_of_products = 0.125, most_of_products_alone = 4;
+constexpr double most_of_products = 16;
 
 // What the convolution and its gradient return instead of a number of tiles.
 constexpr int unknown_type = -1, all_left = -2;
+
+template <class A> struct IndicesOf {
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index;
+  typedef Index Type __attribute__((vector_size(vector_bytes)));
+};
+template <class A> using Indices = typename IndicesOf<A>::Type;
 
 template <class A> NORMPASS_ALWAYS_INLINE Vector<A> magnitude(const Vector<A>& v) {
   typedef std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t> Bits;
@@ -48,26 +53,44 @@ template <class A> NORMPASS_ALWAYS_INLINE Vector<A> smaller(const Vector<A>& a, 
   return {a.values < b.values ? a.values : b.values};
 }
 
-// One value of all lanes, two vectors at a time becoming one by `f`.
-template <class A, class F> NORMPASS_ALWAYS_INLINE A fold_lanes(Vector<A> v, F f) {
+// The lanes of a and b, half as many as sums of two, side by side.
+template <class A> NORMPASS_ALWAYS_INLINE Vector<A> add_halves(const Vector<A>& a, const Vector<A>& b) {
   constexpr int n = Vector<A>::lanes;
-  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index;
-  typedef Index Indices __attribute__((vector_size(vector_bytes)));
+  Indices<A> even, odd;
+  for (int i = 0; i < n; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  return {__builtin_shuffle(a.values, b.values, even) + __builtin_shuffle(a.values, b.values, odd)};
+}
+
+template <class A> NORMPASS_ALWAYS_INLINE Vector<A> exchanged(const Vector<A>& v, int step) {
+  Indices<A> other;
+  for (int i = 0; i < Vector<A>::lanes; ++i) other[i] = i ^ step;
+  return {__builtin_shuffle(v.values, other)};
+}
+
+template <class A> NORMPASS_ALWAYS_INLINE A sum_of_lanes(Vector<A> v) {
 #pragma GCC unroll 4
-  for (int step = n / 2; step > 0; step /= 2) {
-    Indices other;
-    for (int i = 0; i < n; ++i) other[i] = i ^ step;
-    v = f(v, Vector<A>{__builtin_shuffle(v.values, other)});
-  }
+  for (int step = Vector<A>::lanes / 2; step > 0; step /= 2) v += exchanged(v, step);
   return v.values[0];
 }
 
-template <class A> NORMPASS_ALWAYS_INLINE A sum_of_lanes(const Vector<A>& v) {
-  return fold_lanes(v, [](const Vector<A>& a, const Vector<A>& b) NORMPASS_INLINED_LAMBDA { return a + b; });
+// The same of four vectors.
+template <class A> NORMPASS_ALWAYS_INLINE void sums_of_lanes(const Vector<A>* v, A* sums) {
+  constexpr int n = Vector<A>::lanes;
+  const Vector<A> first = add_halves(v[0], v[1]), second = add_halves(v[2], v[3]);
+  if constexpr (n == 2) {
+    for (int i = 0; i < 2; ++i) sums[i] = first.values[i], sums[2 + i] = second.values[i];
+  } else {
+    Vector<A> all = add_halves(first, second);
+#pragma GCC unroll 2
+    for (int step = n / 8; step > 0; step /= 2) all += exchanged(all, step);
+    for (int i = 0; i < 4; ++i) sums[i] = all.values[i * n / 4];
+  }
 }
 
-template <class A> NORMPASS_ALWAYS_INLINE A largest_of_lanes(const Vector<A>& v) {
-  return fold_lanes(v, [](const Vector<A>& a, const Vector<A>& b) NORMPASS_INLINED_LAMBDA { return larger(a, b); });
+template <class A> NORMPASS_ALWAYS_INLINE A largest_of_lanes(Vector<A> v) {
+#pragma GCC unroll 4
+  for (int step = Vector<A>::lanes / 2; step > 0; step /= 2) v = larger(v, exchanged(v, step));
+  return v.values[0];
 }
 
 // --- of a weight ---------------------------------------------------------------------------------------------------
@@ -75,9 +98,6 @@ template <class A> NORMPASS_ALWAYS_INLINE A largest_of_lanes(const Vector<A>& v)
 // Of kernels, each a lane of nine vectors.
 template <class A> class KernelSums {
   using V = Vector<A>;
-  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Count;
-  typedef Count Counts __attribute__((vector_size(vector_bytes)));
-
  public:
   NORMPASS_ALWAYS_INLINE void add(const V* kernel) {
     V low = magnitude(kernel[0]), high = low;
@@ -98,147 +118,161 @@ template <class A> class KernelSums {
     partial_ += other.partial_;
   }
 
-  A largest() const { return largest_of_lanes(largest_); }
-
   bool allow(int64_t kernels) const {
-    A low = sum_of_lanes(sums_[0]), high = low, total = low;
-    for (int p = 1; p < kernel_size; ++p) {
-      const A sum = sum_of_lanes(sums_[p]);
+    double low = std::numeric_limits<double>::infinity(), high = 0, total = 0;
+    for (const V& lanes : sums_) {
+      double sum = 0;
+      for (int64_t lane = 0; lane < V::lanes; ++lane) sum += lanes.values[lane];
       low = std::min(low, sum), high = std::max(high, sum), total += sum;
     }
     int64_t partial = 0;
     for (int64_t lane = 0; lane < V::lanes; ++lane) partial += partial_[lane];
-    return std::isfinite(total) && low * most_of_position >= high && partial * kernels_per_partial <= kernels;
+    const bool has_size = std::isfinite(total) && static_cast<double>(largest_of_lanes(largest_)) <= largest_weight;
+    return has_size && low * most_of_position >= high && partial * kernels_per_partial <= kernels;
   }
 
  private:
   V sums_[kernel_size] = {}, largest_ = {};
-  Counts partial_ = {};
+  Indices<A> partial_ = {};
 };
 
 // --- of tiles ------------------------------------------------------------------------------------------------------
 
-// Which of the tiles that are transformed must be left to the vendor's.
+// Where a tile lies.
+struct Place {
+  bool is_first, is_at_top;                // of tiles side by side; of a sample
+  bool has_second_row, has_second_column;  // of results
+};
+
+// Which of the tiles that are transformed must be left to the vendor's. They stand side by side: what is in the left
+// half of a window was in the right half of the one before.
 template <class A> class Balance {
   using V = Vector<A>;
 
  public:
-  // largest: magnitude of a weight's value.
-  explicit Balance(A largest) : most_(std::numeric_limits<A>::max() / (A(64) * std::max(A(1), largest))) {}
+  // Of one tile.
+  struct Sums {
+    V columns[4] = {};  // of the right half: both pixels of each column that lie in the middle rows, and all others
+    V* pixels;          // of all, where the left half is not known or more than the middle is read by all results
+    Place place;
 
-  // has_second_row, has_second_column: of results.
-  NORMPASS_ALWAYS_INLINE void begin(bool has_second_row, bool has_second_column) {
-    one_row_ = !has_second_row, one_column_ = !has_second_column;
-    all_ = edge_ = V{};
-    for (V& pixel : centre_) pixel = V{};
-  }
-
-  NORMPASS_ALWAYS_INLINE void add(const V* d) {
-    const V a = magnitude(d[5]), b = magnitude(d[6]), c = magnitude(d[9]), e = magnitude(d[10]);
-    const V above = magnitude(d[1]) + magnitude(d[2]), before = magnitude(d[4]) + magnitude(d[8]);
-    const V first = magnitude(d[0]);
-    const V last = magnitude(d[3]) + magnitude(d[7]) + (magnitude(d[11]) + magnitude(d[12])) +
-                   (magnitude(d[13]) + magnitude(d[14]) + magnitude(d[15]));
-    centre_[0] += a, centre_[1] += b, centre_[2] += c, centre_[3] += e;
-    all_ += (a + b) + (c + e) + above + (before + first) + last;
-    if (one_row_) edge_ += above;
-    if (one_column_) edge_ += before;
-    if (one_row_ && one_column_) edge_ += first;
-  }
-
-  NORMPASS_ALWAYS_INLINE void end(int64_t t) {
-    A centre = sum_of_lanes(edge_), pixel = 0;
-    for (const V& lanes : centre_) {
-      const A sum = sum_of_lanes(lanes);
-      centre += sum, pixel = std::max(pixel, sum);
+    NORMPASS_ALWAYS_INLINE void add(const V* d) {
+      constexpr int pixels_of[] = {6, 10, 7, 11, 2, 3, 14, 15};
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) columns[i / 2].add_product(d[pixels_of[i]], d[pixels_of[i]]);
+      if (pixels != nullptr)
+        for (int i = 0; i < window * window; ++i) pixels[i].add_product(d[i], d[i]);
     }
-    const A all = sum_of_lanes(all_);
-    const bool is_flat = all <= most_of_centre * centre && pixel <= most_of_pixel * all;
-    if (!(is_flat && all <= most_)) left_.push_back(t);
+  };
+
+  NORMPASS_ALWAYS_INLINE Sums begin(const Place& place) {
+    const bool is_whole = place.is_first || !place.has_second_row || !place.has_second_column;
+    Sums sums{{}, is_whole ? pixels_ : nullptr, place};
+    if (is_whole)
+      for (V& v : pixels_) v = V{};
+    return sums;
   }
 
-  std::vector<int64_t>& left() { return left_; }
+  NORMPASS_ALWAYS_INLINE void end(int64_t t, const Sums& sums) {
+    A columns[4];
+    sums_of_lanes(sums.columns, columns);
+    const A right = columns[0] + columns[1] + (columns[2] + columns[3]);
+    const A extra = sums.pixels == nullptr ? A(0) : add_left(sums.place);
+    const A all = left_ + right, centre = column_ + columns[0] + extra;
+    const bool is_flat = all <= most_of_centre * centre && std::max(column_, columns[0]) <= most_of_column * all;
+    if (!(is_flat && all <= std::numeric_limits<A>::max())) of_block_.push_back(t);
+    left_ = right, column_ = columns[1];
+  }
+
+  // Of the last block of tiles; to be emptied.
+  std::vector<int64_t>& of_block() { return of_block_; }
 
  private:
-  A most_;
-  V all_, centre_[4], edge_;  // of all pixels; of those that all results read, the middle ones and others
-  bool one_row_, one_column_;
-  std::vector<int64_t> left_;
+  // Sets what is known of the left half; returns the sum of pixels outside of the middle that all results read.
+  NORMPASS_SHARED A add_left(const Place& place) {
+    A sums[window * window], extra = 0;
+    for (int i = 0; i < window * window; i += 4) sums_of_lanes(pixels_ + i, sums + i);
+    left_ = sums[0] + sums[1] + sums[4] + sums[5] + sums[8] + sums[9] + sums[12] + sums[13];
+    column_ = sums[5] + sums[9];
+    if (!place.has_second_row) extra += sums[1] + sums[2];
+    if (!place.has_second_column) extra += sums[4] + sums[8];
+    return place.has_second_row || place.has_second_column ? extra : extra + sums[0];
+  }
+
+  V pixels_[window * window];
+  A left_, column_;  // of the left half, and of its pixels in the middle
+  std::vector<int64_t> of_block_;
 };
 
-// Σ|values| of tiles: the mean of the channels, and the largest.
+// The mean and the largest magnitude of values.
 template <class A, int EDGE> class Magnitudes {
   using V = Vector<A>;
 
  public:
-  struct OfTile {
-    A mean, largest;
+  struct Sums {
+    V sum, largest;
+    bool is_whole;
+
+    NORMPASS_ALWAYS_INLINE void add(const V* values) {
+      if constexpr (EDGE == window) {
+        constexpr int middle[] = {5, 6, 9, 10};
+#pragma GCC unroll 4
+        for (int i : middle) add_one(values[i]);
+        if (is_whole)
+          for (int i = 0; i < EDGE * EDGE; ++i) add_one(values[i]);
+      } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < EDGE * EDGE; ++i) add_one(values[i]);
+      }
+    }
+    NORMPASS_ALWAYS_INLINE void add_one(const V& value) {
+      const V size = magnitude(value);
+      sum += size;
+      largest = larger(largest, size);
+    }
   };
 
-  Magnitudes(int64_t tiles, int64_t channels) : of_tiles_(tiles), share_(A(1) / static_cast<A>(channels)) {}
-
-  NORMPASS_ALWAYS_INLINE void begin(bool, bool) { sum_ = largest_ = V{}; }
-
-  NORMPASS_ALWAYS_INLINE void add(const V* values) {
-    V rows[EDGE];
-#pragma GCC unroll 4
-    for (int i = 0; i < EDGE; ++i) {
-      rows[i] = magnitude(values[i * EDGE]);
-#pragma GCC unroll 4
-      for (int j = 1; j < EDGE; ++j) rows[i] += magnitude(values[i * EDGE + j]);
-    }
-    V sum = rows[0];
-#pragma GCC unroll 4
-    for (int i = 1; i < EDGE; ++i) sum += rows[i];
-    sum_ += sum;
-    largest_ = larger(largest_, sum);
+  // The middles of all windows cover the images, but for their edges.
+  NORMPASS_ALWAYS_INLINE Sums begin(const Place& place) {
+    const bool is_whole = place.is_first || place.is_at_top || !place.has_second_row || !place.has_second_column;
+    pixels_ += EDGE == tile ? 4 : is_whole ? 20 : 4;
+    return {sum_, largest_, is_whole};
   }
 
-  NORMPASS_ALWAYS_INLINE void end(int64_t t) { of_tiles_[t] = {sum_of_lanes(sum_) * share_, largest_of_lanes(largest_)}; }
+  NORMPASS_ALWAYS_INLINE void end(int64_t, const Sums& sums) { sum_ = sums.sum, largest_ = sums.largest; }
 
-  const OfTile& operator[](int64_t t) const { return of_tiles_[t]; }
+  double sum() const {
+    double total = 0;
+    for (int64_t lane = 0; lane < V::lanes; ++lane) total += sum_.values[lane];
+    return total;
+  }
+  double largest() const { return largest_of_lanes(largest_); }
+  double pixels() const { return pixels_; }
 
  private:
-  V sum_, largest_;
-  std::vector<OfTile> of_tiles_;
-  A share_;
+  V sum_ = {}, largest_ = {};
+  double pixels_ = 0;
 };
 
-// Of many tiles: the sums of the means and of their products, and the largest of each.
-class Products {
- public:
-  template <class A>
-  void add(const Magnitudes<A, window>& inputs, const Magnitudes<A, tile>& gradients, int64_t tiles) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      const double input = inputs[t].mean, gradient = gradients[t].mean;
-      inputs_ += input, gradients_ += gradient, products_ += input * gradient;
-      largest_.push_back({inputs[t].largest, gradients[t].largest});
-    }
-    count_ += tiles;
-  }
+// Of many values, beside how many there are.
+struct Extremes {
+  double sum = 0, largest = 0, count = 0;
 
-  void add_sums(const Products& other) {
-    inputs_ += other.inputs_, gradients_ += other.gradients_, products_ += other.products_;
-    count_ += other.count_;
+  template <class Found> void add(const Found& found, int64_t channels) {
+    sum += found.sum(), largest = std::max(largest, found.largest());
+    count += found.pixels() * static_cast<double>(channels);
   }
-
-  // Whether its tiles, from `first` on, are good enough beside the sums of `all`. `growth`: of these sums, expected.
-  bool allow(int64_t first, const Products& all, double growth) const {
-    const double share = most_of_mean / std::max(1.0, all.count_);
-    const double input = share * all.inputs_, gradient = share * all.gradients_;
-    const double products = growth * all.products_;
-    for (size_t t = first; t < largest_.size(); ++t) {
-      const auto& [x, g] = largest_[t];
-      const bool both = x > input && g > gradient;
-      if (x * g > (both ? most_of_products : most_of_products_alone) * products) return false;
-    }
-    return std::isfinite(all.inputs_) && std::isfinite(all.gradients_);
+  void add(const Extremes& other) {
+    sum += other.sum, largest = std::max(largest, other.largest), count += other.count;
   }
-
- private:
-  double inputs_ = 0, gradients_ = 0, products_ = 0, count_ = 0;
-  std::vector<std::pair<double, double>> largest_;
+  double mean() const { return sum / std::max(count, 1.0); }
 };
+
+// Whether no product is too much of a sum of `products`.
+inline bool are_even(const Extremes& inputs, const Extremes& gradients, double products) {
+  const double most = most_of_products * products * inputs.mean() * gradients.mean();
+  return std::isfinite(most) && inputs.largest * gradients.largest <= most;
+}
 
 }  // namespace winograd
 }  // namespace normpass

@@ -97,14 +97,14 @@ int convolve(const Convolution& conv, const A* x, const A* weight, const Strides
     Scratch<A> inputs(positions * size * row), products(positions * size * product_row);
     Transformed<A> input{inputs.data(), size * row, row, row, 0};
     Transformed<A> product{products.data(), size * product_row, product_row, product_row, 0};
-    Balance<A> balance(sums.largest());
+    Balance<A> balance;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       if (left.are_too_many()) continue;
       const int64_t begin = b * size, end = std::min(tiles, begin + size);
       transform_tiles<window>(conv, conv.from, x, 0, channels, begin, end, conv.padding_height, conv.padding_width, in,
                               input, balance, [](const V* d, V* to) { input_of(d, to); });
-      left.take(balance.left(), begin);
+      left.take(balance.of_block(), begin);
       for (int p = 0; p < positions; ++p)
         for (int64_t panel = 0; panel < panels; ++panel)
           multiply<false>(end - begin, input.values + p * input.plane, row, 1,

@@ -133,7 +133,8 @@ template <class A> struct Transformed {
 };
 
 // Of the tiles [begin, end), `channels` from `channel` on. EDGE: rows and columns of a tile, and what is done to it.
-// `checks` sees all values of a tile, a vector of channels at a time.
+// `checks` sees all values of a tile, a vector of channels at a time; what it makes of them is a local variable, for a
+// vector that is kept elsewhere is stored each time.
 template <int EDGE, class A, class Checks, class F>
 void transform_tiles(const Convolution& conv, const Images& images, const A* values, int64_t channel, int64_t channels,
                      int64_t begin, int64_t end, int64_t before_row, int64_t before_column, const Staging<A>& staging,
@@ -154,7 +155,7 @@ void transform_tiles(const Convolution& conv, const Images& images, const A* val
       const A* corner = region.pixel + column * region.column;
       const bool inside = region.first_row == 0 && region.end_row == EDGE && region.first_column <= column &&
                           region.end_column >= column + EDGE;
-      checks.begin(y + 1 < conv.to.height, x + column + 1 < conv.to.width);
+      auto sums = checks.begin({t == first, y == 0, y + 1 < conv.to.height, x + column + 1 < conv.to.width});
       for (int64_t c = 0; c < channels; c += V::lanes) {
         V pixels[EDGE * EDGE], result[positions];
         if (inside && c < whole) {
@@ -171,13 +172,13 @@ void transform_tiles(const Convolution& conv, const Images& images, const A* val
               else pixels[i * EDGE + j] = c < whole ? V::load(pixel) : V::load_some(pixel, channels - c);
             }
         }
-        checks.add(pixels);
+        sums.add(pixels);
         f(pixels, result);
         A* target = to.at(t - begin, c);
 #pragma GCC unroll 16
         for (int p = 0; p < positions; ++p) result[p].store(target + p * to.plane);
       }
-      checks.end(t - begin);
+      checks.end(t - begin, sums);
     }
   });
 }

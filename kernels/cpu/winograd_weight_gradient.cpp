@@ -29,7 +29,8 @@ int weight_gradient(const Convolution& conv, const A* grad, const A* x, A* dweig
   const int64_t row = round_up(results, V::lanes) + line<A>, pieces = groups + threads - 1;
   const int64_t size = tiles_at_once<A>(positions * (row + group)), plane = results * group + line<A>;
   std::vector<std::unique_ptr<Scratch<A>>> sums(pieces);
-  std::vector<Products> found(pieces);
+  std::vector<Extremes> of_inputs(pieces), of_gradients(pieces);
+  const double products = static_cast<double>(conv.to.samples * conv.to.height * conv.to.width);
   std::atomic<bool> is_left{false};
 #pragma omp parallel num_threads(threads)
   {
@@ -44,21 +45,18 @@ int weight_gradient(const Convolution& conv, const A* grad, const A* x, A* dweig
       std::unique_ptr<Scratch<A>>& sum = sums[g + thread];  // no other part of a group has this place
       sum.reset(new Scratch<A>(positions * plane));
       std::fill(sum->data(), sum->data() + positions * plane, A(0));
-      const int64_t start = unit - g * tiles;
-      Magnitudes<A, window> of_inputs(size, channels);
-      Magnitudes<A, tile> of_gradients(size, results);
-      for (int64_t begin = start; begin < end && !is_left; begin += size) {
+      Extremes &seen = of_inputs[g + thread], &seen_gradients = of_gradients[g + thread];
+      for (int64_t begin = unit - g * tiles; begin < end && !is_left; begin += size) {
         const int64_t stop = std::min(end, begin + size);
+        Magnitudes<A, window> some_inputs;
+        Magnitudes<A, tile> some_gradients;
         transform_tiles<window>(conv, conv.from, x, channel, channels, begin, stop, conv.padding_height,
-                                conv.padding_width, in, input, of_inputs,
+                                conv.padding_width, in, input, some_inputs,
                                 [](const V* d, V* to) { input_of(d, to); });
-        transform_tiles<tile>(conv, conv.to, grad, 0, results, begin, stop, 0, 0, out, gradient, of_gradients,
+        transform_tiles<tile>(conv, conv.to, grad, 0, results, begin, stop, 0, 0, out, gradient, some_gradients,
                               [](const V* d, V* to) { gradient_of(d, to); });
-        Products& products = found[g + thread];
-        products.add(of_inputs, of_gradients, stop - begin);
-        // With what comes the sum is taken to grow as it did, and more, for what is left now is left for good.
-        const double growth = 4.0 * static_cast<double>(tiles) / static_cast<double>(stop - start);
-        if (!products.allow(begin - start, products, growth)) is_left = true;
+        seen.add(some_inputs, channels), seen_gradients.add(some_gradients, results);
+        if (!are_even(seen, seen_gradients, 4 * products)) is_left = true;  // the means may grow, but hardly that much
         for (int p = 0; p < positions; ++p)
           for (int64_t c = 0; c < channels; c += width)
             multiply<true>(results, gradient.values + p * gradient.plane, 1, row,
@@ -69,11 +67,10 @@ int weight_gradient(const Convolution& conv, const A* grad, const A* x, A* dweig
 #pragma omp barrier
 #pragma omp for
     for (int64_t g = 0; g < groups; ++g) {
-      Products of_group;
+      Extremes inputs, gradients;
       for (int64_t k = 0; k < team; ++k)
-        if (has_part(k, g, team, groups, tiles)) of_group.add_sums(found[g + k]);
-      for (int64_t k = 0; k < team; ++k)
-        if (has_part(k, g, team, groups, tiles) && !found[g + k].allow(0, of_group, 1)) is_left = true;
+        if (has_part(k, g, team, groups, tiles)) inputs.add(of_inputs[g + k]), gradients.add(of_gradients[g + k]);
+      if (!are_even(inputs, gradients, products)) is_left = true;
     }
     const bool goes_on = !is_left;
 #pragma omp for
