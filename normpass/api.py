@@ -35,6 +35,7 @@ def optimize(
     tune: bool = False,
     plan: Any = None,
     serialize: bool | passes.SerializeMinibatch = False,
+    winograd: bool = True,
 ) -> nn.Module:
     """A module that computes what `model` computes and keeps about half as much for backward.
 
@@ -61,6 +62,7 @@ def optimize(
             LayerNorm, frozen batch norms, eval mode), so that what lies between them stays in the cache: less
             memory, more time on a CPU. True, or a `normpass.passes.SerializeMinibatch` with the buffer's size.
             What is chosen depends on the shapes of the first call.
+        winograd: 3×3 convolutions of stride 1 may run as Winograd's on a CPU, where that is faster. False: torch's.
 
     Returns:
         The optimised module, in the same train/eval mode.
@@ -72,7 +74,7 @@ def optimize(
         InfeasibleBudgetError: no plan keeps to the budget; the message has the smallest that can be kept.
     """
     _check_model(model)
-    request = _request(changes, allow_lossy, plan, memory_budget)
+    request = _request(changes, allow_lossy, plan, memory_budget, winograd)
     if example_inputs is not None:
         check_example_inputs(model, example_inputs)
     if serialize is not False:
@@ -95,6 +97,7 @@ def plan(
     changes: Sequence[Any] = (),
     allow_lossy: bool = False,
     tune: bool = False,
+    winograd: bool = True,
 ) -> StepPlan:
     """What `optimize` would do for a memory budget: what is kept, what is rebuilt, and what that costs.
 
@@ -102,7 +105,7 @@ def plan(
     arguments and errors are those of `optimize`, which applies the plan: `optimize(model, plan=…)`.
     """
     _check_model(model)
-    request = _request(changes, allow_lossy, None, memory_budget)
+    request = _request(changes, allow_lossy, None, memory_budget, winograd)
     if request.changes:
         raise InvalidInputError("`plan` takes no changes: make them first, optimise with the budget then")
     arguments = _needed_inputs(example_inputs)
@@ -136,6 +139,7 @@ def explain(
     allow_lossy: bool = False,
     tune: bool = False,
     serialize: bool | passes.SerializeMinibatch = False,
+    winograd: bool = True,
 ) -> Report:
     """What `optimize` does to `model`: every norm with its rewrite or the reason it is left alone.
 
@@ -149,10 +153,10 @@ def explain(
     if is_optimised(model):
         model = restore(model)
     found = None
+    chosen: dict[str, Any] = {"changes": changes, "allow_lossy": allow_lossy, "winograd": winograd}
     if memory_budget is not None:
-        found = plan(model, example_inputs, memory_budget, changes=changes, allow_lossy=allow_lossy, tune=tune)
-    chosen: dict[str, Any] = {"changes": changes, "allow_lossy": allow_lossy, "plan": found, "serialize": serialize}
-    optimised = optimize(model, example_inputs, **chosen)
+        found = plan(model, example_inputs, memory_budget, tune=tune, **chosen)
+    optimised = optimize(model, example_inputs, plan=found, serialize=serialize, **chosen)
     return make_report(model, optimised, arguments, found)
 
 
@@ -192,13 +196,13 @@ def _needed_inputs(example_inputs: Any) -> tuple[tuple, dict]:
     return call_arguments(example_inputs)
 
 
-def _request(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any) -> Request:
+def _request(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any, winograd: bool) -> Request:
     if plan is not None and memory_budget is not None:
         raise InvalidInputError("give either `plan` or `memory_budget`: a plan was made for a budget already")
     if isinstance(changes, str):
         raise InvalidInputError(f'`changes` is a sequence of names or option objects: changes=("{changes}",)')
     decisions = DEFAULT if plan is None else _read_plan(plan).decisions
-    return Request(tuple(_change(c) for c in changes), bool(allow_lossy), decisions)
+    return Request(tuple(_change(c) for c in changes), bool(allow_lossy), bool(winograd), decisions)
 
 
 def _with_regions(request: Request, serialize: Any, memory_budget: Any) -> Request:

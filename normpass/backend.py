@@ -38,7 +38,7 @@ from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, sh
 from normpass.step_plan import parse_budget
 
 INNER = ("inductor", "aot_eager", "eager")
-_OPTIONS = ("inner", "memory_budget")
+_OPTIONS = ("inner", "memory_budget", "winograd")
 _IN_TWO: dict[Any, tuple[Callable, Callable]] = {
     split_norm_act: (prepare_norm_act, finish_norm_act),
     shared_norm_act: (prepare_shared_norm_act, finish_shared_norm_act),
@@ -60,6 +60,8 @@ class BackendOptions:
     """what compiles the rewritten graph, one of INNER"""
     memory_budget: float | str | None = None
     """what may be kept for backward: a fraction of what the plain graph keeps, or bytes ("12GB")"""
+    winograd: bool = True
+    """whether 3×3 convolutions may run as Winograd's on a CPU"""
 
 
 def compile_graph(
@@ -74,7 +76,7 @@ def compile_graph(
 
     Args:
         mode: as torch.compile's, for inner `inductor` alone (`"reduce-overhead"`, `"max-autotune"`, …).
-        options: `inner` (default `"inductor"`) and `memory_budget` (as for `normpass.optimize`).
+        options: `inner` (default `"inductor"`), `memory_budget` and `winograd` (as for `normpass.optimize`).
 
     Raises:
         InvalidInputError: an option or a value that is not known, or a budget that cannot be kept.
@@ -97,7 +99,7 @@ def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Ba
     """What the inner backend gets; the graph as it is where it cannot be rewritten."""
     plain = copy_graph(graph_module)
     try:
-        found = rewrite(graph_module, inputs, Request())
+        found = rewrite(graph_module, inputs, Request(winograd=bool(settings.winograd)))
     except Exception as error:
         if is_raising():
             raise

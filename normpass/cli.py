@@ -110,6 +110,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         "--buffer", type=_bytes, metavar="SIZE", help="what a sub-batch may take, as 10MiB (default: the last cache)"
     )
     parser.add_argument("--allow-lossy", action="store_true", help="allow in-place activated batch norm")
+    parser.add_argument("--no-winograd", action="store_true", help="leave 3x3 convolutions to torch")
     parser.add_argument("--change", action="append", default=[], help="change the model, as `leaky_relu`")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
     parser.set_defaults(run=_explain)
@@ -197,6 +198,7 @@ def _explain(options: argparse.Namespace) -> int:
         with Console(stderr=True).status("measuring"):
             serialize = passes.SerializeMinibatch(options.buffer) if options.serialize else False
             chosen = {"changes": options.change, "allow_lossy": options.allow_lossy, "serialize": serialize}
+            chosen["winograd"] = not options.no_winograd
             report = normpass.explain(model, inputs, memory_budget=options.budget, tune=options.tune, **chosen)
             curves = _curves(model, inputs or (), report, chosen) if options.plot else ()
     except ValueError as error:  # also of `measure`: a frozen model, an output without floating tensors

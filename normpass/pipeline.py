@@ -36,6 +36,8 @@ class Request:
 
     changes: tuple[Any, ...] = ()
     allow_lossy: bool = False
+    winograd: bool = True
+    """whether 3×3 convolutions may run as Winograd's on a CPU"""
     decisions: Decisions = DEFAULT
     serialize: Any = None
     """a `SerializeMinibatch`"""
@@ -87,7 +89,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
         facts = facts_of(graph_module, fakes)
     decisions = request.decisions
     choices = _rewrite_sites(graph, facts, inputs, request)
-    convolutions = set() if decisions.leaves_all else passes.CONVOLUTIONS.apply(graph, facts)
+    convolutions = set() if decisions.leaves_all else passes.CONVOLUTIONS.apply(graph, facts, request.winograd)
     graph.lint()
     facts = facts_of(graph_module, fakes, STAND_INS)
     passes.CONVOLUTIONS.note_scratch(facts)

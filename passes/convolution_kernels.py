@@ -3,7 +3,8 @@
     depthwise, 3, 5 or 7 columns       the gradient of the weight, in one reading of x and of the result's gradient
     3×3, stride 1                      all three passes, with 16 products for every 36 (`normpass.ops.winograd_conv2d`)
 
-On the CPU. Decided when the graph runs, by shape: on a GPU, without kernels or where it does not pay torch's runs.
+On the CPU. Decided when the graph runs, by shape: on a GPU, without kernels or where it does not pay torch's runs. So
+it does where Winograd's would be less exact, decided by the values. `optimize(winograd=False)` leaves 3×3 as they are.
 
 Changes nothing but rounding.
 """
@@ -29,12 +30,12 @@ _FUNCTIONS = (F.conv2d, torch.conv2d)
 class ConvolutionKernels:
     name: str = "convolution_kernels"
 
-    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
-        """Rewrite `graph` in place; the names of the new nodes."""
+    def apply(self, graph: fx.Graph, facts: Facts, winograd: bool = True) -> set[str]:
+        """Rewrite `graph` in place, with `winograd` those of 3×3 as well; the names of the new nodes."""
         names = set()
         for node in list(graph.nodes):
             arguments = bound(convolution_function, node) if node.target in _FUNCTIONS else None
-            if arguments is None or not _has_kernels(arguments, facts.results.get(arguments["weight"])):
+            if arguments is None or not _has_kernels(arguments, facts.results.get(arguments["weight"]), winograd):
                 continue
             with graph.inserting_before(node):
                 new = graph.call_function(convolution_function, node.args, node.kwargs)
@@ -58,11 +59,11 @@ def _arguments(node: fx.Node, facts: Facts) -> tuple[Any, Any]:
     return found
 
 
-def _has_kernels(arguments: dict[str, Any], weight: Any) -> bool:
+def _has_kernels(arguments: dict[str, Any], weight: Any, winograd: bool) -> bool:
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         return False
     stride, groups, padding = (arguments[name] for name in ("stride", "groups", "padding"))
     outputs, inputs, *kernel = weight.shape
     if is_depthwise(kernel, stride, groups, outputs) and inputs == 1:
         return True
-    return min(inputs, outputs) >= FEWEST_CHANNELS and is_winograd(kernel, stride, groups, padding)
+    return winograd and min(inputs, outputs) >= FEWEST_CHANNELS and is_winograd(kernel, stride, groups, padding)

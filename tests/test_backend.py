@@ -236,14 +236,15 @@ def test_without_gradients_the_graph_stays(net):
 
 
 def test_options():
-    assert read_options(None) == BackendOptions("inductor", None)
+    assert read_options(None) == BackendOptions("inductor", None, winograd=True)
+    assert read_options({"winograd": False}) == BackendOptions(winograd=False)
     assert read_options({"inner": "eager"}) == BackendOptions("eager", None)
 
 
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        ({"iner": "eager"}, normpass.InvalidInputError, "no option `iner`; there are inner, memory_budget"),
+        ({"iner": "eager"}, normpass.InvalidInputError, "no option `iner`; there are inner, memory_budget, winograd"),
         ({"inner": "tvm"}, normpass.InvalidInputError, "choose from inductor, aot_eager, eager"),
         ({"memory_budget": "much"}, normpass.InvalidInputError, "give a fraction such as 0.5"),
     ],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from training import (
@@ -612,6 +614,46 @@ def test_models_that_raise_what_plain_raises() -> None:
         (negative, image()),
     ]:
         assert error_of(normpass.optimize(model), x) == error_of(model, x)
+
+
+class Joined(nn.Module):
+    """A norm before an addition, one of a concatenation, one before a depthwise convolution."""
+
+    def __init__(self, eps: Any) -> None:
+        super().__init__()
+        self.first, self.depthwise = conv(), nn.Conv2d(2 * C, 2 * C, 3, padding=1, groups=2 * C)
+        self.a, self.b, self.c = (
+            nn.BatchNorm2d(C, eps=eps),
+            nn.BatchNorm2d(2 * C, eps=eps),
+            nn.BatchNorm2d(2 * C, eps=eps),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        z = self.b(torch.cat([F.relu(self.a(x) + x), x], 1))
+        return self.depthwise(F.silu(self.c(F.leaky_relu(z, 0.1))))
+
+
+@pytest.mark.parametrize("eps", [1, 10**6, 0, 0.0, -1, -1e-5, math.nan, math.inf, True], ids=str)
+@pytest.mark.parametrize("lossy", [False, True])
+def test_odd_eps(eps: Any, lossy: bool) -> None:
+    """The numbers or the error of plain, in train and eval mode."""
+    torch.manual_seed(0)
+    model = Joined(eps).double()
+    optimised = normpass.optimize(copy.deepcopy(model), allow_lossy=lossy)
+    for training in (True, False):
+        model.train(training), optimised.train(training)
+        try:
+            model(image())
+        except ValueError:
+            assert error_of(optimised, image()) == error_of(model, image())
+            continue
+        results = []
+        for m in (model, optimised):
+            x = image(requires_grad=True)
+            y = m(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])])
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 # --- norms of every kind --------------------------------------------------------------------------

@@ -177,9 +177,10 @@ template <class A> class Balance {
     A columns[4];
     sums_of_lanes(sums.columns, columns);
     const A right = columns[0] + columns[1] + (columns[2] + columns[3]);
-    const A extra = sums.pixels == nullptr ? A(0) : add_left(sums.place);
-    const A all = left_ + right, centre = column_ + columns[0] + extra;
-    const bool is_flat = all <= most_of_centre * centre && std::max(column_, columns[0]) <= most_of_column * all;
+    const Edge edge = sums.pixels == nullptr ? Edge{0, 0} : add_left(sums.place);
+    const A all = left_ + right, centre = column_ + columns[0] + edge.sum;
+    const A peak = std::max(std::max(column_, columns[0]), edge.largest);
+    const bool is_flat = all <= most_of_centre * centre && peak <= most_of_column * all;
     if (!(is_flat && all <= std::numeric_limits<A>::max())) of_block_.push_back(t);
     left_ = right, column_ = columns[1];
   }
@@ -188,15 +189,22 @@ template <class A> class Balance {
   std::vector<int64_t>& of_block() { return of_block_; }
 
  private:
-  // Sets what is known of the left half; returns the sum of pixels outside of the middle that all results read.
-  NORMPASS_SHARED A add_left(const Place& place) {
-    A sums[window * window], extra = 0;
+  // Of pixels outside of the middle that all results read.
+  struct Edge {
+    A sum, largest;
+  };
+
+  // Sets what is known of the left half.
+  NORMPASS_SHARED Edge add_left(const Place& place) {
+    A sums[window * window];
     for (int i = 0; i < window * window; i += 4) sums_of_lanes(pixels_ + i, sums + i);
     left_ = sums[0] + sums[1] + sums[4] + sums[5] + sums[8] + sums[9] + sums[12] + sums[13];
     column_ = sums[5] + sums[9];
-    if (!place.has_second_row) extra += sums[1] + sums[2];
-    if (!place.has_second_column) extra += sums[4] + sums[8];
-    return place.has_second_row || place.has_second_column ? extra : extra + sums[0];
+    const A above = place.has_second_row ? A(0) : A(1), before = place.has_second_column ? A(0) : A(1);
+    const A sum = above * (sums[1] + sums[2]) + before * (sums[4] + sums[8]);
+    const A largest = std::max(above * std::max(sums[1], sums[2]), before * std::max(sums[4], sums[8]));
+    // The first pixel alone takes part in no sum but its own.
+    return {sum + above * before * sums[0], largest};
   }
 
   V pixels_[window * window];

@@ -288,6 +288,42 @@ def test_other_convolutions_run_as_they_are(options, count, winograd_runs):
     assert not winograd_runs and ours(plain, images()) == count
 
 
+class Masked(nn.Module):
+    """Causal, as in PixelCNN: no result depends on a later pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64)
+        with torch.no_grad():
+            self.conv.weight[:, :, 1, 2:] = self.conv.weight[:, :, 2] = 0
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_masked_convolution_stays_causal():
+    model = normpass.optimize(Masked())
+    x = torch.randn(8, 64, 28, 28, generator=torch.Generator().manual_seed(0))
+    later = x.clone()
+    later[:, :, 11, 11] *= 1e6
+    before = [model(v).flatten(2)[:, :, : 11 * 28 + 11] for v in (x, later)]
+    assert torch.equal(*before)
+
+
+def test_without_winograd(winograd_runs):
+    """Asked for when optimised, or where it runs; a copy and a budget keep to it."""
+    plain = Bottleneck().double()
+    models = [normpass.optimize(copy.deepcopy(plain), winograd=False)]
+    models.append(copy.deepcopy(models[0]))
+    models.append(normpass.optimize(copy.deepcopy(plain), images(), memory_budget=0.9, winograd=False))
+    for model in models:
+        assert_same_step(copy.deepcopy(plain), model, images())
+    assert not normpass.explain(plain, images(), winograd=False).convolutions
+    with normpass.kernels.disabled("winograd"):
+        assert_same_step(copy.deepcopy(plain), normpass.optimize(copy.deepcopy(plain)), images())
+    assert not winograd_runs
+
+
 def test_a_three_by_three_of_what_was_padded(winograd_runs):
     plain, optimised = pair(Bottleneck, padding_mode="reflect")
     assert_same_step(plain, optimised, images())
