@@ -276,10 +276,12 @@ struct Extremes {
   double mean() const { return sum / std::max(count, 1.0); }
 };
 
-// Whether no product is too much of a sum of `products`.
-inline bool are_even(const Extremes& inputs, const Extremes& gradients, double products) {
-  const double most = most_of_products * products * inputs.mean() * gradients.mean();
-  return std::isfinite(most) && inputs.largest * gradients.largest <= most;
+// Whether no product is too much of a sum of `products`, and nothing overflows on the way to it.
+template <class A> bool are_even(const Extremes& inputs, const Extremes& gradients, double products) {
+  const double largest = inputs.largest * gradients.largest, most = inputs.mean() * gradients.mean() * products;
+  const double limit = static_cast<double>(std::numeric_limits<A>::max()) / 256;  // transformed, each is up to 16 values
+  const bool has_size = std::max(inputs.largest, gradients.largest) <= limit && largest * products <= limit;
+  return has_size && std::isfinite(most) && largest <= most_of_products * most;
 }
 
 }  // namespace winograd

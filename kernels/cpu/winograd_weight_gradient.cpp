@@ -56,7 +56,7 @@ int weight_gradient(const Convolution& conv, const A* grad, const A* x, A* dweig
         transform_tiles<tile>(conv, conv.to, grad, 0, results, begin, stop, 0, 0, out, gradient, some_gradients,
                               [](const V* d, V* to) { gradient_of(d, to); });
         seen.add(some_inputs, channels), seen_gradients.add(some_gradients, results);
-        if (!are_even(seen, seen_gradients, 4 * products)) is_left = true;  // the means may grow, but hardly that much
+        if (!are_even<A>(seen, seen_gradients, 4 * products)) is_left = true;  // the means may grow, but hardly that much
         for (int p = 0; p < positions; ++p)
           for (int64_t c = 0; c < channels; c += width)
             multiply<true>(results, gradient.values + p * gradient.plane, 1, row,
@@ -70,7 +70,7 @@ int weight_gradient(const Convolution& conv, const A* grad, const A* x, A* dweig
       Extremes inputs, gradients;
       for (int64_t k = 0; k < team; ++k)
         if (has_part(k, g, team, groups, tiles)) inputs.add(of_inputs[g + k]), gradients.add(of_gradients[g + k]);
-      if (!are_even(inputs, gradients, products)) is_left = true;
+      if (!are_even<A>(inputs, gradients, products)) is_left = true;
     }
     const bool goes_on = !is_left;
 #pragma omp for
