@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normpass.kernels import Running, kernels_for
-from normpass.operators import sum_as_first
 from normpass.ops.activation import activate
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.inplace_abn import inplace_abn_on
-from normpass.ops.layout import lies_in_order, memory_format_of
+from normpass.ops.layout import sum_lies_as_norm
 from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
@@ -96,19 +95,19 @@ class Statistics(NamedTuple):
 def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> Tensor:
     """The same layers one after the other, as the model had them.
 
-    `sum_into` says which term gives the sum its dtype, as in `term += other`: "norm", "residual" or "" for none;
+    `sum_into` says which term the sum is written into, as in `term += other`: "norm", "residual" or "" for none;
     "residual +" for none, but the residual comes first.
     """
     y = norm(x)
     if residual is not None:
         first, second = (residual, y) if sum_into.startswith("residual") else (y, residual)
-        y = sum_as_first(first, second) if sum_into in ("norm", "residual") else first + second
+        y = first.add_(second) if sum_into in ("norm", "residual") else first + second
     return activate(y, activation, activation_args)
 
 
 def fused_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x. x: (N, C, *); residual like x."""
-    if not is_fusible(norm, x, residual, activation):
+    if not is_fusible(norm, x, residual, activation, sum_into):
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
     args = op_args(device, norm, x, residual, activation, activation_args)
@@ -118,7 +117,7 @@ def fused_norm_act(norm, x, residual=None, activation="identity", activation_arg
 
 def split_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x; who saves the result saves its recipe instead."""
-    if not is_fusible(norm, x, residual, activation):
+    if not is_fusible(norm, x, residual, activation, sum_into):
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
     args = op_args(device, norm, x, residual, activation, activation_args)
@@ -141,7 +140,7 @@ def prepare_norm_act(norm, x, residual=None, activation="identity", activation_a
     Returns what `finish_norm_act` takes: the arguments of its op, or the plain layers' result where the norm
     cannot be fused. A compiler that runs `finish_norm_act` again in backward rebuilds z from x bit for bit.
     """
-    if not is_fusible(norm, x, residual, activation):
+    if not is_fusible(norm, x, residual, activation, sum_into):
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     return op_args(eager_device(x, residual), norm, x, residual, activation, activation_args, moments)
 
@@ -202,7 +201,7 @@ def running_of(norm: FunctionalBatchNorm) -> Running | None:
     return Running(mean, var, norm.momentum)
 
 
-def is_fusible(norm: FunctionalBatchNorm, x: Any, residual: Tensor | None, activation: str) -> bool:
+def is_fusible(norm: FunctionalBatchNorm, x: Any, residual: Tensor | None, activation: str, sum_into: str = "") -> bool:
     """Whether the op takes these as they are now. x: a tensor, or what has the dtype, device and shape of one."""
     if under_other_derivatives() or is_exporting():
         return False  # an exported graph is to have standard operators
@@ -222,7 +221,7 @@ def is_fusible(norm: FunctionalBatchNorm, x: Any, residual: Tensor | None, activ
     if residual is None:
         return True
     fits = residual.shape == x.shape and residual.dtype == x.dtype
-    return fits and lies_in_order(residual, memory_format_of(x))  # else the sum may lie as the residual does
+    return fits and sum_lies_as_norm(x, residual, sum_into)
 
 
 def _dtypes_fit(norm: FunctionalBatchNorm, x: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from normpass.graph import bound, name_of
 from normpass.ops.activation import Activation
@@ -56,13 +56,7 @@ _PRODUCERS = frozenset(
 # --- additions and the like -------------------------------------------------------------------------
 
 
-def sum_as_first(first: Tensor, second: Any) -> Tensor:
-    """`first += second` out of place: the result has the dtype of `first`."""
-    result = first + second
-    return result if result.dtype == first.dtype else result.to(first.dtype)
-
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add, sum_as_first, "add", "add_")
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 def is_add(node: fx.Node) -> bool:
@@ -82,7 +76,7 @@ def other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:
 
 def sums_in_place(add: fx.Node) -> bool:
     """Whether the result of an addition has its first operand's dtype, as `a += b` has."""
-    return add.target in (operator.iadd, sum_as_first, "add_")
+    return add.target in (operator.iadd, "add_")
 
 
 # --- activations ------------------------------------------------------------------------------------
@@ -196,6 +190,5 @@ __all__ = [
     "other_operand",
     "producer_name",
     "strides_of_pool",
-    "sum_as_first",
     "sums_in_place",
 ]

@@ -536,7 +536,7 @@ def _clone(tensor: Tensor) -> Tensor:
     if 0 not in tensor.stride() or tensor.numel() == 0:
         return tensor.clone()
     once = [slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride()]
-    return tensor[once].clone().expand(tensor.shape)
+    return tensor[tuple(once)].clone().expand(tensor.shape)
 
 
 def _like(value: Tensor, geometry: tuple) -> Tensor:

@@ -29,7 +29,7 @@ from normpass.kernels import Kernels, kernels_for
 from normpass.ops.activation import RULES
 from normpass.ops.cat_norm_act import cat_norm_act
 from normpass.ops.eager import eager_device, under_other_derivatives
-from normpass.ops.layout import memory_format_of
+from normpass.ops.layout import suggested_format
 from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.operands import can_run
@@ -75,7 +75,7 @@ def producer_statistics(x: Any, needs_moments: bool) -> Producer:
     statistics = _moments(x) if needs_moments else None
     device = eager_device(x)
     kernels = None if device is None else kernels_for(device)
-    memory_format = memory_format_of(x)
+    memory_format = suggested_format(x)
     if kernels is None or not can_run(kernels, x) or not x.is_contiguous(memory_format=memory_format):
         return Producer(x, statistics)
     if x.requires_grad and torch.is_grad_enabled():

@@ -27,10 +27,10 @@ from normpass.operators import (
     is_add,
     other_operand,
     producer_name,
-    sum_as_first,
     sums_in_place,
 )
 from normpass.ops.activation import Activation
+from normpass.ops.layout import activated_format, memory_format_of
 
 IDENTITY = Activation("identity")
 
@@ -116,11 +116,11 @@ class _Finder:
         reason, at = self._refusal(norm, x)
         if reason is not None:
             return replace(start, refused=reason, refused_at=at)
-        add, residual = self._residual(norm)
-        activation, out = self._activation(add if add is not None else norm)
+        add, residual = self._residual(norm, x)
+        activation, out = self._activation(add if add is not None else norm, x)
         if residual is not None and self._would_move(norm, x, out):
             add, residual = None, None
-            activation, out = self._activation(norm)
+            activation, out = self._activation(norm, x)
         written = self.facts.writer_after(out, out)
         arguments = bound(F.batch_norm, norm) or {}
         weight = arguments.get("weight")
@@ -171,7 +171,7 @@ class _Finder:
 
     # --- what follows ---
 
-    def _residual(self, norm: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    def _residual(self, norm: fx.Node, x: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None]:
         """The addition that alone uses the norm's result, and its other operand; or (None, None)."""
         if len(norm.users) != 1:
             return None, None
@@ -183,10 +183,10 @@ class _Finder:
             return None, None
         if not isinstance(self.facts.results.get(residual), Tensor):
             return None, None
-        into_residual = sums_in_place(add) and add.target is not sum_as_first and add.args[0] is not norm
+        into_residual = sums_in_place(add) and add.args[0] is not norm
         if into_residual and not (residual.target in BATCH_NORM and len(residual.users) == 1):
             return None, None  # it is the other operand that is written, and somebody else may see it
-        last = self._activation(add)[1] if into_residual else add  # what the site itself writes there is no more
+        last = self._activation(add, x)[1] if into_residual else add  # what the site itself writes there is no more
         if self.facts.writer_after(residual, last) is not None:
             return None, None  # kept as the residual, it must not change later
         value = self.facts.value_of(residual)
@@ -200,11 +200,14 @@ class _Finder:
         """Of two norms added to each other the later one takes the other as its residual."""
         return node.target in BATCH_NORM and len(node.users) == 1 and norm < node
 
-    def _activation(self, last: fx.Node) -> tuple[Activation, fx.Node]:
+    def _activation(self, last: fx.Node, x: fx.Node | None) -> tuple[Activation, fx.Node]:
         """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
         user = next(iter(last.users)) if len(last.users) == 1 else None
         activation = None if user is None else activation_of(user)
         if user is None or activation is None or self.facts.value_of(user) in self.doomed:
+            return IDENTITY, last
+        given = None if x is None else self.facts.results.get(x)
+        if self.facts.writer_after(last, last) is user and not _is_activated_alike(given):
             return IDENTITY, last
         return activation, user
 
@@ -214,6 +217,11 @@ class _Finder:
             return True
         state = [node for node in norm.all_input_nodes if node is not x]
         return self.facts.toucher_between(state, norm, out) is not None
+
+
+def _is_activated_alike(x: Any) -> bool:
+    """Whether an activation behind a norm of `x` lies alike in place and out of place."""
+    return not isinstance(x, Tensor) or (x.numel() > 0 and activated_format(x, "relu") is memory_format_of(x))
 
 
 def _input_of(norm: fx.Node) -> fx.Node | None:

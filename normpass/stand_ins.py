@@ -6,6 +6,7 @@ A stand-in gives its result and the tensors that the function writes to.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from normpass.functional import FunctionalBatchNorm, is_fusible, running_of, running_statistics_of, split_norm_act
-from normpass.ops.layout import memory_format_of
-from normpass.ops.pieces import are_pieces, channels_of
+from normpass.ops.layout import new_result
+from normpass.ops.pieces import are_pieces, channels_of, memory_format_of_pieces, new_concatenation
 from normpass.recipe import copying
 from normpass.sharing import Producer, producer_statistics, shared_norm_act, whole_of
 
@@ -23,14 +24,12 @@ StandIn = Callable[..., tuple[Any, Sequence[Tensor]] | None]
 
 
 class _Keeps(torch.autograd.Function):
-    """A result of the shape of `like`, with some of the arguments kept for backward."""
+    """Memory for a result, with some of the arguments kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Sequence[bool], shape: Sequence[int], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kept: Sequence[bool], result: Callable[[], Tensor], *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*(t for t, is_kept in zip(tensors, kept, strict=True) if is_kept))
-        x = tensors[0]
-        assert x is not None
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+        return result()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -45,13 +44,13 @@ def _norm_act(
     activation_args: Sequence[float] = (),
     sum_into: str = "",
 ) -> tuple[Tensor, Sequence[Tensor]] | None:
-    if not is_fusible(norm, x, residual, activation):
+    if not is_fusible(norm, x, residual, activation, sum_into):
         return None
     is_active = activation != "identity"
     tensors = (x, residual, norm.weight, norm.bias, *_statistics(norm, x, x.shape[1]))
     kept = (True, is_active, True, is_active, *[True] * (len(tensors) - 4))
     with copying(norm.bias):
-        return _Keeps.apply(kept, x.shape, *tensors), _moved(norm)
+        return _Keeps.apply(kept, functools.partial(new_result, x, activation), *tensors), _moved(norm)
 
 
 def _shared_norm_act(
@@ -62,9 +61,9 @@ def _shared_norm_act(
         return None
     channels = channels_of(xs)
     tensors = (*xs, norm.weight, norm.bias, *_statistics(norm, xs[0], channels))
-    shape = (xs[0].shape[0], channels, *xs[0].shape[2:])
     with copying(norm.bias):
-        return _Keeps.apply([True] * len(tensors), shape, *tensors), _moved(norm)
+        result = functools.partial(new_concatenation, xs, memory_format_of_pieces(xs))
+        return _Keeps.apply([True] * len(tensors), result, *tensors), _moved(norm)
 
 
 def _statistics(norm: FunctionalBatchNorm, x: Tensor, channels: int) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ from normpass.cumulative import cumulative_batch_norm, share_of_batch
 from normpass.facts import Facts, Step
 from normpass.graph import bound, called_on, function_of, is_in_place_call, key_of, name_of, replace_node
 from normpass.operators import activation_of
+from normpass.ops.layout import lies_as_new
 from normpass.recipe import tag
 from normpass.untouched import tensors_in
 
@@ -67,7 +68,7 @@ class NormalForm:
         saved = {v for step in facts.steps for v in step.saves}
         copying = (step for step in facts.steps if step.copies and not saved & facts.overwritten & set(step.reads))
         found = [step for step in copying if _nobody_sees_it(step, facts)]
-        changed = [_write_elsewhere(graph, step.node) for step in found]
+        changed = [_write_elsewhere(graph, step.node, facts) for step in found]
         return sum(changed)
 
 
@@ -175,7 +176,7 @@ def _returned(graph: fx.Graph) -> Iterator[fx.Node]:
 _OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "ipow": "pow"}
 
 
-def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> bool:
+def _write_elsewhere(graph: fx.Graph, node: fx.Node, facts: Facts) -> bool:
     function = _functional(node)
     if function is None or not isinstance(node.args[0], fx.Node):
         return False
@@ -183,12 +184,28 @@ def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> bool:
     args = node.args
     if is_in_place_call(node) and "inplace" not in node.kwargs:
         args = args[:-1]
+    if not _lies_as_first(function, args, kwargs, facts):
+        return False
     with graph.inserting_before(node):
         new = graph.call_function(function, args, kwargs)
     if activation_of(new) is None:  # which has the dtype of its argument, and rewrites look for it
         new.target = called_on(as_first, function)
     replace_node(graph, node, new)
     return True
+
+
+def _lies_as_first(function: Callable, args: tuple, kwargs: dict[str, Any], facts: Facts) -> bool:
+    """Whether what `function` gives has the shape and the strides of its first argument, as where it is written there.
+
+    (A slice that is written to keeps its gaps, and who computes with it later draws and lays out accordingly.)
+    """
+    args, kwargs = fx.map_arg((args, kwargs), lambda node: facts.results[node])
+    with torch.no_grad():
+        result = function(*args, **kwargs)
+    first = args[0]
+    if not isinstance(result, Tensor) or first.numel() == 0 or not torch.can_cast(result.dtype, first.dtype):
+        return False
+    return result.shape == first.shape and result.stride() == first.stride() and lies_as_new(first)
 
 
 def _functional(node: fx.Node) -> Callable | None:

@@ -26,7 +26,7 @@ from normpass.kernels import Kernels, kernels_for
 from .activation import activate_
 from .eager import eager_device
 from .inplace_abn_backward import _inplace_abn_backward, can_invert, check_invertible_site, inplace_abn_gradients
-from .layout import memory_format_of, statistics_dtype
+from .layout import activated_format, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
 from .normalise import check_has_values, normalise, refuse_statistics_gradient
 from .operands import Options, dense, layout_of, per_channel_operand
@@ -88,7 +88,7 @@ def _reference(
 ) -> Tensor:
     _check(x, weight, bias, mean, var, activation, activation_args)
     check_has_values("inplace_abn", x, batch_statistics)
-    x = x.contiguous(memory_format=memory_format_of(x))
+    x = dense_in(x, activated_format(x, activation))
     return activate_(normalise(x, None, weight, bias, mean, var, eps), activation, activation_args)
 
 
@@ -108,7 +108,7 @@ def _kernel(
     if kernels is None or not can_invert(kernels, x, (), values, activation, activation_args):
         return _reference(x, *values, eps, batch_statistics, activation, activation_args)
     memory_format, dtype = memory_format_of(x), statistics_dtype(x)
-    z = torch.empty_like(x, memory_format=memory_format)
+    z = new_result(x, activation)
     kernels.norm_act(
         z,
         dense(x, memory_format),
@@ -191,7 +191,7 @@ def _fake(
     activation_args: Sequence[float],
 ) -> Tensor:
     _check(x, weight, bias, mean, var, activation, activation_args)
-    return torch.empty_like(x, memory_format=memory_format_of(x))
+    return new_result(x, activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

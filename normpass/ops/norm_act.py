@@ -29,7 +29,7 @@ from normpass.kernels import Kernels, kernels_for
 
 from .activation import activate_
 from .eager import eager_device
-from .layout import check_like, memory_format_of, statistics_dtype
+from .layout import activated_format, check_like, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
 from .norm_act_backward import _norm_act_backward, norm_act_gradients
 from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
@@ -61,7 +61,7 @@ def norm_act(
         activation, activation_args: a name of `normpass.ops.Activation` and its arguments.
 
     Returns:
-        (N, C, *), dtype of `x`, channels_last where `x` is, otherwise contiguous.
+        (N, C, *), dtype of `x`, in the memory format in which ATen's functions give it.
 
     Raises:
         ValueError: a shape, dtype or activation other than these; an empty `x` with `batch_statistics`;
@@ -100,7 +100,7 @@ def _reference(
 ) -> Tensor:
     _check(x, residual, weight, bias, mean, var, activation, activation_args)
     check_has_values("norm_act", x, batch_statistics)
-    x = x.contiguous(memory_format=memory_format_of(x))
+    x = dense_in(x, activated_format(x, activation))
     return activate_(normalise(x, residual, weight, bias, mean, var, eps), activation, activation_args)
 
 
@@ -121,7 +121,7 @@ def _kernel(
     if kernels is None or not can_run(kernels, x, (residual,), values, activation, activation_args):
         return _reference(x, residual, *values, eps, batch_statistics, activation, activation_args)
     memory_format, dtype = memory_format_of(x), statistics_dtype(x)
-    z = torch.empty_like(x, memory_format=memory_format)
+    z = new_result(x, activation)
     kernels.norm_act(
         z,
         dense(x, memory_format),
@@ -240,7 +240,7 @@ def _fake(
     activation_args: Sequence[float],
 ) -> Tensor:
     _check(x, residual, weight, bias, mean, var, activation, activation_args)
-    return torch.empty_like(x, memory_format=memory_format_of(x))
+    return new_result(x, activation)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from normpass.kernels import Kernels
 
 from .activation import RULES
-from .layout import check_input, memory_format_of
+from .layout import check_input, is_dense_in_both, suggested_format
 from .operands import PLAIN_TYPES
 
 
@@ -57,9 +56,7 @@ def channels_of(xs: Sequence[Tensor]) -> int:
 
 def memory_format_of_pieces(xs: Sequence[Tensor]) -> torch.memory_format:
     """channels_last where all pieces are stored so, otherwise contiguous: as `torch.cat`."""
-    formats = {memory_format_of(x) for x in xs}
-    if len(formats) > 1:  # one of one channel may be called either: there the strides decide
-        formats = {suggest_memory_format(x) for x in xs}
+    formats = {suggested_format(x) for x in xs}
     return formats.pop() if len(formats) == 1 else torch.contiguous_format
 
 
@@ -69,9 +66,11 @@ def concatenated(xs: Sequence[Tensor]) -> Tensor:
 
 
 def new_concatenation(xs: Sequence[Tensor], memory_format: torch.memory_format) -> Tensor:
-    """Memory for the concatenation, dense in `memory_format`."""
+    """Memory for the norm of the concatenation, dense in `memory_format`; as contiguous where it is both."""
     first = xs[0]
     shape = (first.shape[0], channels_of(xs), *first.shape[2:])
+    if is_dense_in_both(shape):
+        memory_format = torch.contiguous_format
     return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
 
 

@@ -70,7 +70,7 @@ class Reader(torch.autograd.Function):
         ctx.shared, ctx.memory_format = GradientSum(), memory_format
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        return x
+        return x.detach()  # autograd's own view of x would have other strides along dimensions of one value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from normpass.kernels import Kernels, Winograd, kernels_for
 
 from .eager import eager_device
-from .layout import memory_format_of
+from .layout import convolution_format, memory_format_of
 from .library import declare
 from .operands import PLAIN_TYPES, dense
 from .winograd_tiles import compute_tiles
@@ -115,12 +115,6 @@ def _check(x: Tensor, weight: Tensor, padding: Pair, transposed: bool) -> tuple[
     return (x.shape[0], weight.shape[1 if transposed else 0], *result_size(x.shape[2:], padding, transposed))
 
 
-def _format_of(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """That of the result, and in which `x` is read."""
-    own = memory_format_of(x)
-    return memory_format_of(weight) if own is torch.contiguous_format else own
-
-
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, transposed: bool = False) -> Tensor:
     shape = _check(x, weight, padding, transposed)
     if transposed:
@@ -128,7 +122,7 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, tr
         y = y if bias is None else y + bias.view(1, -1, 1, 1)
     else:
         y = aten.convolution.default(x, weight, bias, _ONE, padding, _ONE, False, _NONE, 1)
-    result: Tensor = y.contiguous(memory_format=_format_of(x, weight))
+    result: Tensor = y.contiguous(memory_format=convolution_format(x, weight))
     return result
 
 
@@ -144,7 +138,7 @@ def _kernel(
     winograd = _able(kernels, x, weight, bias)
     if winograd is None or 0 in shape or not winograd.pays(x, shape[1], shape[2:], False):
         return _reference(x, weight, bias, padding, transposed)
-    memory_format = _format_of(x, weight)
+    memory_format = convolution_format(x, weight)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     weight_format = memory_format_of(weight)
     operands = dense(x, memory_format), dense(weight, weight_format), None if bias is None else bias.contiguous()
@@ -166,7 +160,7 @@ def _able(kernels: Kernels | None, *tensors: Tensor | None) -> Winograd | None:
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, transposed: bool = False) -> Tensor:
     shape = _check(x, weight, padding, transposed)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format_of(x, weight))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=convolution_format(x, weight))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
