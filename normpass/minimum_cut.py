@@ -61,12 +61,13 @@ def possible(facts: Facts, notes_itself: Collection[Any] = ()) -> Possible:
     watched = saved - facts.overwritten
     stays = (saved & facts.overwritten) | facts.unseen
     unkeepable = facts.overwritten | (facts.outputs - watched)
+    changed = _changed_state(facts, notes_itself)
     cheap: set[int] = set()
     dear: set[int] = set()
     copied: dict[int, int] = {}
     for step in facts.steps:
         values = [v for v in step.makes if v not in stays]
-        if not values or not _may_run_again(step, facts, notes_itself):
+        if not values or not _may_run_again(step, facts, notes_itself, changed):
             continue
         if any(v in stays or (v in unkeepable and v not in cheap) for v in step.reads):
             continue
@@ -83,11 +84,11 @@ def _copied(step: Step, facts: Facts) -> int:
     return sum(facts.small_outside.get(s, 0) for s in step.reads_outside if s not in there)
 
 
-def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any]) -> bool:
+def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any], changed: set[int]) -> bool:
     """Whether running a step twice gives the same twice, and nothing else."""
-    if step.target in notes_itself:  # what is state it copies
+    if step.target in notes_itself:  # what is state it copies, or autograd watches
         given = set(step.reads_outside) - facts.state
-        return given <= facts.saved_outside - facts.written_outside
+        return given <= facts.saved_outside - facts.written_outside and changed.isdisjoint(step.reads_outside)
     if step.is_random or step.is_foreign or step.copies:
         return False
     outside = set(step.reads_outside)
@@ -97,6 +98,12 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any]) -> b
     if (outside - moves) & facts.written_outside:
         return False
     return outside - moves <= facts.saved_outside | facts.small_outside.keys() and len(set(step.writes) - outside) <= 1
+
+
+def _changed_state(facts: Facts, notes_itself: Collection[Any]) -> set[int]:
+    """Parameters and buffers that the graph changes otherwise than norms do, perhaps unseen by autograd (`.data`)."""
+    others = (s for s in facts.steps if s.target not in notes_itself and s.target not in _MOVES_STATISTICS)
+    return {storage for step in others for storage in step.writes if storage in facts.state}
 
 
 def minimum_cut(found: Possible) -> frozenset[int]:

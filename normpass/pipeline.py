@@ -124,7 +124,7 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
     copies: dict[fx.Node, fx.Node] = {}
     runs = copy_graph(rewritten.graph_module, copies)
     if not decisions.leaves_all:
-        passes.JOINS.apply(runs.graph, {copies[n]: result for n, result in facts.results.items() if n in copies})
+        passes.JOINS.apply(runs.graph, facts, copies)
     for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):
         node.target = batch_norm
     runs.recompile()

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from normpass.convolution import convolution_function, is_depthwise, norm_act_convolution
+from normpass.facts import Facts
 from normpass.functional import fused_norm_act, split_norm_act
 from normpass.graph import bound, called_on, replace_node
 
@@ -29,8 +30,10 @@ _NORMS = (split_norm_act, fused_norm_act)
 class FuseNormConvolution:
     name: str = "fuse_norm_convolution"
 
-    def apply(self, graph: fx.Graph, results: Mapping[fx.Node, Any]) -> set[str]:
-        """Rewrite `graph` in place; the names of the new nodes. `results`: what nodes return, without memory."""
+    def apply(self, graph: fx.Graph, facts: Facts, copies: Mapping[fx.Node, fx.Node]) -> set[str]:
+        """Rewrite `graph` in place; the names of the new nodes. It is a copy of the graph that `facts` are about."""
+        results = {copies[node]: result for node, result in facts.results.items() if node in copies}
+        storages = {copies[node]: there for node, there in facts.storages.items() if node in copies}
         names = set()
         for node in list(graph.nodes):
             arguments = bound(convolution_function, node) if node.target is convolution_function else None
@@ -38,7 +41,7 @@ class FuseNormConvolution:
             if not isinstance(norm, fx.Node) or norm.target not in _NORMS or list(norm.users) != [node]:
                 continue
             call, x, residual, *activation = norm.args[:5]
-            if residual is not None or not _is_depthwise(arguments, results):
+            if residual is not None or not _is_depthwise(arguments, results) or not _is_alone(call, storages):
                 continue
             assert arguments is not None
             options = [arguments[name] for name in ("weight", "bias", "stride", "padding", "dilation", "groups")]
@@ -48,6 +51,15 @@ class FuseNormConvolution:
             names.add(replace_node(graph, node, new).name)
             graph.erase_node(norm)
         return names
+
+
+def _is_alone(call: fx.Node, storages: Mapping[fx.Node, frozenset[int]]) -> bool:
+    """Whether nobody else sees what a norm reads and moves: it runs later, where the convolution stands."""
+    state = call.all_input_nodes
+    there = frozenset(s for node in state for s in storages.get(node, ()))
+    known = {call, *state}
+    others = (node for node, lies in storages.items() if node not in known and not there.isdisjoint(lies))
+    return all(list(node.users) == [call] for node in state) and not any(node.users for node in others)
 
 
 def _is_depthwise(arguments: Any, results: Mapping[fx.Node, Any]) -> bool:
