@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
 
@@ -40,7 +40,7 @@ class FuseNormConvolution:
             norm = None if arguments is None else arguments["input"]
             if not isinstance(norm, fx.Node) or norm.target not in _NORMS or list(norm.users) != [node]:
                 continue
-            call, x, residual, *activation = norm.args[:5]
+            call, x, residual, *activation = cast("tuple[Any, ...]", norm.args[:5])
             if residual is not None or not _is_depthwise(arguments, results) or not _is_alone(call, storages):
                 continue
             assert arguments is not None
