@@ -34,7 +34,7 @@ def optimize(
     allow_lossy: bool = False,
     tune: bool = False,
     plan: Any = None,
-    serialize: bool | passes.SerializeMinibatch = False,
+    serialize: bool | passes.SerializeMinibatch | passes.SerializeNorms = False,
     winograd: bool = True,
 ) -> nn.Module:
     """A module that computes what `model` computes and keeps about half as much for backward.
@@ -61,7 +61,8 @@ def optimize(
         serialize: run chains of layers sub-batch by sub-batch where every sample is computed by itself (GroupNorm,
             LayerNorm, frozen batch norms, eval mode), so that what lies between them stays in the cache: less
             memory, more time on a CPU. True, or a `normpass.passes.SerializeMinibatch` with the buffer's size.
-            What is chosen depends on the shapes of the first call.
+            What is chosen depends on the shapes of the first call. Or a `normpass.passes.SerializeNorms`: the
+            convolutions that it names, between two norms in train mode, run block by block.
         winograd: 3×3 convolutions of stride 1 may run as Winograd's on a CPU, where that is faster. False: torch's.
 
     Returns:
@@ -138,7 +139,7 @@ def explain(
     changes: Sequence[Any] = (),
     allow_lossy: bool = False,
     tune: bool = False,
-    serialize: bool | passes.SerializeMinibatch = False,
+    serialize: bool | passes.SerializeMinibatch | passes.SerializeNorms = False,
     winograd: bool = True,
 ) -> Report:
     """What `optimize` does to `model`: every norm with its rewrite or the reason it is left alone.
@@ -208,8 +209,10 @@ def _request(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any, win
 def _with_regions(request: Request, serialize: Any, memory_budget: Any) -> Request:
     if memory_budget is not None:
         raise InvalidInputError("give either `serialize` or `memory_budget`: regions are not planned for a budget")
-    if serialize is not True and not isinstance(serialize, passes.SerializeMinibatch):
-        raise InvalidInputError(f"`serialize` is True, False or a SerializeMinibatch, not {serialize!r}")
+    if serialize is not True and not isinstance(serialize, (passes.SerializeMinibatch, passes.SerializeNorms)):
+        raise InvalidInputError(
+            f"`serialize` is True, False, a SerializeMinibatch or a SerializeNorms, not {serialize!r}"
+        )
     return replace(request, serialize=passes.SerializeMinibatch() if serialize is True else serialize)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | N
         largest=tuple(_largest(found)),
         memory=_measure(model, optimised, arguments),
         plan=plan,
-        regions=tuple(line for g in found.graphs for line in _region_lines(g)),
+        regions=(*(line for g in found.graphs for line in _region_lines(g)), *_unknown_paths(request.serialize, found)),
     )
 
 
@@ -185,13 +186,25 @@ def _readers(steps: list[Step]) -> dict[int, list[str]]:
 
 
 def _region_lines(graph: Rewritten) -> Iterator[str]:
-    """What runs sub-batch by sub-batch, and what does not, in words."""
+    """What runs sub-batch by sub-batch or block by block, and what does not, in words."""
+    if graph.blocks is not None:
+        yield from (f"{path}: block by block, with the norm before it" for path in graph.blocks.done)
+        yield from (f"{path} may be named in `paths`" for path in graph.blocks.possible)
+        yield from (f"{refusal.path} runs whole: {refusal.reason}" for refusal in graph.blocks.refusals)
     if graph.regions is None:
         return
     for group in graph.regions.groups:
         yield f"{group.name}: {group.iterations} sub-batches of {group.sub_batch} samples"
     for refusal in graph.regions.refusals:
         yield f"{refusal.path or 'the model'} runs whole: {refusal.reason}"
+
+
+def _unknown_paths(serialize: Any, found: Collected) -> list[str]:
+    """What a `SerializeNorms` names that is no convolution behind a norm of any graph."""
+    blocks = [graph.blocks for graph in found.graphs if graph.blocks is not None]
+    known = {path for b in blocks for path in (*b.done, *b.possible, *(refusal.path for refusal in b.refusals))}
+    paths = getattr(serialize, "paths", ())
+    return [f"{path} runs whole: no convolution behind a norm has this name" for path in paths if path not in known]
 
 
 def _measure(model: nn.Module, optimised: nn.Module, arguments: Arguments) -> Memory:

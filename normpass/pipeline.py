@@ -40,7 +40,7 @@ class Request:
     """whether 3×3 convolutions may run as Winograd's on a CPU"""
     decisions: Decisions = DEFAULT
     serialize: Any = None
-    """a `SerializeMinibatch`"""
+    """a `SerializeMinibatch` or a `SerializeNorms`"""
 
 
 @dataclass
@@ -64,6 +64,8 @@ class Rewritten:
     """names of the convolutions that have kernels of ours on the CPU"""
     regions: Any = None
     """what runs sub-batch by sub-batch, and what does not and why"""
+    blocks: Any = None
+    """the `SerializeNorms` that was asked for, and once the graph runs what it did"""
     keeps_gradients: bool = True
     ends: str = ""
     """why the graph ends where it does, where that is not the end of forward"""
@@ -84,7 +86,8 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
             region.recompile()
     has_changed = bool(request.changes) + passes.NORMAL_FORM.out_of_place(graph, plain)
     facts = facts_of(graph_module, fakes) if has_changed else plain
-    regions = None if request.serialize is None else request.serialize.apply(graph, facts)
+    serialize = request.serialize
+    regions = serialize.apply(graph, facts) if isinstance(serialize, passes.SerializeMinibatch) else None
     if regions is not None and regions.groups:
         facts = facts_of(graph_module, fakes)
     decisions = request.decisions
@@ -97,6 +100,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     again = frozenset() if decisions.leaves_all else _again(found, decisions)
     rewritten = Rewritten(graph_module, graph_module, choices, plain, found, again)
     rewritten.convolutions, rewritten.regions = frozenset(convolutions), regions
+    rewritten.blocks = serialize if isinstance(serialize, passes.SerializeNorms) else None
     rewritten.keeps_gradients, rewritten.ends = will_differentiate(inputs), _reason_of_break(graph_module)
     return rewritten
 
@@ -123,6 +127,9 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
     rewritten.rebuilt = passes.REBUILD.apply(graph, facts, rewritten.again, decisions.replayed, NOTES_ITSELF)
     copies: dict[fx.Node, fx.Node] = {}
     runs = copy_graph(rewritten.graph_module, copies)
+    storages = {copies[node]: there for node, there in facts.storages.items() if node in copies}
+    if isinstance(rewritten.blocks, passes.SerializeNorms):
+        rewritten.blocks = rewritten.blocks.apply(runs.graph, storages)
     if not decisions.leaves_all:
         passes.JOINS.apply(runs.graph, facts, copies)
     for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):

@@ -11,6 +11,7 @@ A rewrite is a frozen dataclass with a `name`, its `semantics`, and two methods:
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -112,6 +113,20 @@ def norm_node(graph: fx.Graph, site: Site) -> fx.Node:
     assert arguments is not None  # a site has been made of it
     del arguments["input"]
     return graph.call_function(FunctionalBatchNorm, (), arguments)
+
+
+def is_alone(call: fx.Node, storages: Mapping[fx.Node, frozenset[int]]) -> bool:
+    """Whether nobody else sees what a norm of these arguments reads and moves, so that it may run later.
+
+    Args:
+        call: what `norm_node` has made.
+        storages: where the results of nodes lie, from `normpass.facts`.
+    """
+    state = call.all_input_nodes
+    there = frozenset(s for node in state for s in storages.get(node, ()))
+    known = {call, *state}
+    others = (node for node, lies in storages.items() if node not in known and not there.isdisjoint(lies))
+    return all(list(node.users) == [call] for node in state) and not any(node.users for node in others)
 
 
 def refused(rewrite: str, site: Site) -> Refusal:

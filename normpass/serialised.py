@@ -16,6 +16,7 @@ derivatives, for tensors of other kinds, for a batch that is no larger than the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.nn import Parameter
 from normpass.autocast import autocast_state, same_autocast
 from normpass.ops.eager import under_other_derivatives
 from normpass.ops.library import is_exporting
+from normpass.recipe import copying
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class Region:
     part: Callable[..., Tensor]
     """`part(x, *extras)`, with what else it reads: weights, running statistics, numbers"""
     sub_batch: int
+    copied: tuple[int, ...] = ()
+    """which extras are kept as copies: plain layers do not keep them, so they may change before backward"""
 
 
 def run_region(region: Region, x: Tensor, *extras: Any) -> Tensor:
     """The region's result for x (N, *), by sub-batches where that is possible."""
     if not _is_divisible(region, x):
         return region.part(x, *extras)
-    result: Tensor = SerialisedRegion.apply(region, x, *extras)
+    with ExitStack() as stack:
+        for index in region.copied:
+            stack.enter_context(copying(extras[index]))
+        result: Tensor = SerialisedRegion.apply(region, x, *extras)
     return result
 
 

@@ -7,7 +7,8 @@ arXiv 1807.01702, with the convolution): z = act(norm(x)) is not written in forw
 CPU, in channels_last; decided when the graph runs, elsewhere both run one after the other and z is rebuilt, or kept if
 a plan says so.
 
-Refuses: a z with other readers; one that a residual is added to. Changes nothing but rounding.
+Refuses: a z with other readers; one that a residual is added to; a norm whose parameters or statistics something else
+sees, which it would pass. Changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from normpass.convolution import convolution_function, is_depthwise, norm_act_co
 from normpass.facts import Facts
 from normpass.functional import fused_norm_act, split_norm_act
 from normpass.graph import bound, called_on, replace_node
+from normpass.rewrite import is_alone
 
 _NORMS = (split_norm_act, fused_norm_act)
 
@@ -41,7 +43,7 @@ class FuseNormConvolution:
             if not isinstance(norm, fx.Node) or norm.target not in _NORMS or list(norm.users) != [node]:
                 continue
             call, x, residual, *activation = cast("tuple[Any, ...]", norm.args[:5])
-            if residual is not None or not _is_depthwise(arguments, results) or not _is_alone(call, storages):
+            if residual is not None or not _is_depthwise(arguments, results) or not is_alone(call, storages):
                 continue
             assert arguments is not None
             options = [arguments[name] for name in ("weight", "bias", "stride", "padding", "dilation", "groups")]
@@ -51,15 +53,6 @@ class FuseNormConvolution:
             names.add(replace_node(graph, node, new).name)
             graph.erase_node(norm)
         return names
-
-
-def _is_alone(call: fx.Node, storages: Mapping[fx.Node, frozenset[int]]) -> bool:
-    """Whether nobody else sees what a norm reads and moves: it runs later, where the convolution stands."""
-    state = call.all_input_nodes
-    there = frozenset(s for node in state for s in storages.get(node, ()))
-    known = {call, *state}
-    others = (node for node, lies in storages.items() if node not in known and not there.isdisjoint(lies))
-    return all(list(node.users) == [call] for node in state) and not any(node.users for node in others)
 
 
 def _is_depthwise(arguments: Any, results: Mapping[fx.Node, Any]) -> bool:

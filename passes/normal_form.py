@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,10 @@ class NormalForm:
         """Write out of place what autograd would copy; how many nodes that were."""
         saved = {v for step in facts.steps for v in step.saves}
         copying = (step for step in facts.steps if step.copies and not saved & facts.overwritten & set(step.reads))
-        found = [step for step in copying if _nobody_sees_it(step, facts)]
-        changed = [_write_elsewhere(graph, step.node, facts) for step in found]
-        return sum(changed)
+        found = [step.node for step in copying if _nobody_sees_it(step, facts) and _lies_as_first(step.node, facts)]
+        for node in found:
+            _write_elsewhere(graph, node)
+        return len(found)
 
 
 def _only_computes(step: Step, facts: Facts) -> bool:
@@ -176,30 +177,31 @@ def _returned(graph: fx.Graph) -> Iterator[fx.Node]:
 _OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "ipow": "pow"}
 
 
-def _write_elsewhere(graph: fx.Graph, node: fx.Node, facts: Facts) -> bool:
-    function = _functional(node)
-    if function is None or not isinstance(node.args[0], fx.Node):
-        return False
-    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-    args = node.args
-    if is_in_place_call(node) and "inplace" not in node.kwargs:
-        args = args[:-1]
-    if not _lies_as_first(function, args, kwargs, facts):
-        return False
+def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> None:
+    function, args, kwargs = _elsewhere(node)
+    assert function is not None  # `_lies_as_first` has looked
     with graph.inserting_before(node):
         new = graph.call_function(function, args, kwargs)
     if activation_of(new) is None:  # which has the dtype of its argument, and rewrites look for it
         new.target = called_on(as_first, function)
     replace_node(graph, node, new)
-    return True
 
 
-def _lies_as_first(function: Callable, args: tuple, kwargs: dict[str, Any], facts: Facts) -> bool:
-    """Whether what `function` gives has the shape and the strides of its first argument, as where it is written there.
+def _elsewhere(node: fx.Node) -> tuple[Callable | None, tuple, dict[str, Any]]:
+    """The call that makes a new tensor of what `node` writes; without a function where none is known."""
+    args = node.args[:-1] if is_in_place_call(node) and "inplace" not in node.kwargs else node.args
+    return _functional(node), args, {k: v for k, v in node.kwargs.items() if k != "inplace"}
+
+
+def _lies_as_first(node: fx.Node, facts: Facts) -> bool:
+    """Whether the new tensor has the shape and the strides of the one that is written to.
 
     (A slice that is written to keeps its gaps, and who computes with it later draws and lays out accordingly.)
     """
-    args, kwargs = fx.map_arg((args, kwargs), lambda node: facts.results[node])
+    function, *given = _elsewhere(node)
+    if function is None or not isinstance(node.args[0], fx.Node):
+        return False
+    args, kwargs = cast("tuple[Any, Any]", fx.map_arg(tuple(given), lambda source: facts.results[source]))
     with torch.no_grad():
         result = function(*args, **kwargs)
     first = args[0]

@@ -10,7 +10,8 @@ sub-batches, come from the traffic model (`normpass.traffic`): the cuts with the
 
 Refuses a unit that holds: a batch norm in train mode, a dropout in train mode, an operation not known to work sample
 by sample, something that writes to its input or to a constant, a switch of grad mode or autocast, a value that is
-read elsewhere too. Changes nothing but rounding.
+read elsewhere too; one whose input autograd does not keep and somebody outside may change. Changes nothing but
+rounding.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class SerializeMinibatch:
         calls: dict[fx.Node, fx.Node] = {}
         for group in found.groups:
             start = group.units[0].input
-            calls[group.units[-1].output] = _replace(graph, group, calls.get(start, start))
+            calls[group.units[-1].output] = _replace(graph, group, calls.get(start, start), facts)
         return found
 
     def _groups(self, units: Sequence[Unit], facts: Facts, buffer_bytes: int) -> list[Group]:
@@ -86,6 +87,12 @@ class SerializeMinibatch:
             footprint = max(unit.footprint for unit in units)
             groups = (make_group(units, batch, self.sub_batch * footprint),)
         return [group for group in groups if group.iterations > 1 and not _is_view(group, facts)]
+
+
+def _is_small(node: fx.Node, facts: Facts) -> bool:
+    """Whether a copy of the value of `node`, which is an input of the graph, costs next to nothing."""
+    storages = facts.storages.get(node, frozenset())
+    return facts.value_of(node) is None and storages <= facts.small_outside.keys()
 
 
 def _is_view(group: Group, facts: Facts) -> bool:
@@ -132,6 +139,9 @@ class _Judge:
         writer = self._writer_after(unit.input, unit.input)
         if writer is not None:
             return f"its input is changed in place, by `{called(writer)}`"
+        is_kept = any(self.steps[node].differentiable for node in unit.nodes)
+        if is_kept and not self.facts.is_watched(unit.input):
+            return "its input may be changed by others before backward"
         are_switched = self.switched[unit.nodes[0]] != self.switched[unit.output]
         return "grad mode or autocast is switched in it" if are_switched else None
 
@@ -147,7 +157,11 @@ class _Judge:
             return reason
         constants = [source for source in node.all_input_nodes if source not in self.variable]
         writer = next((w for c in constants if (w := self._writer_after(c, node)) is not None), None)
-        return f"`{called(writer)}` changes what it reads" if writer is not None else None
+        if writer is not None:
+            return f"`{called(writer)}` changes what it reads"
+        unwatched = next((c for c in constants if not facts.is_watched(c) and not _is_small(c, facts)), None)
+        is_changeable = self.steps[node].differentiable and unwatched is not None
+        return "what it reads may be changed by others before backward" if is_changeable else None
 
     def _writer_after(self, node: fx.Node, after: fx.Node) -> fx.Node | None:
         """The first node behind `after` that writes where the value of `node` lies."""
@@ -161,12 +175,13 @@ def _is_switch(node: fx.Node, result: Any) -> bool:
     return node.op == "call_function" and not isinstance(result, (Tensor, tuple, list, int, float))
 
 
-def _replace(graph: fx.Graph, group: Group, start: fx.Node) -> fx.Node:
+def _replace(graph: fx.Graph, group: Group, start: fx.Node, facts: Facts) -> fx.Node:
     """Put one call, which reads `start`, where the last of the group's nodes stood."""
     nodes = [node for unit in group.units for node in unit.nodes]
     inside = {start, *nodes}
     extras = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
-    region = Region(_body(nodes, start, extras), group.sub_batch)
+    copied = tuple(i for i, node in enumerate(extras) if not facts.is_watched(node) and _is_small(node, facts))
+    region = Region(_body(nodes, start, extras), group.sub_batch, copied)
     with graph.inserting_before(nodes[-1]):
         call = graph.call_function(region_function(region), (start, *extras))
     inherit(call, nodes[-1])

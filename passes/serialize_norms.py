@@ -7,13 +7,15 @@ before it can begin, so no region can span one. What is saved is memory traffic,
 once (`normpass.serial_norm` has the algebra; arXiv 1807.01702 and 1810.00307). It runs on a graph in which `split_bn`
 has put `split_norm_act` at both norms; x is what is kept, as there.
 
-Never made by default. It is made where `paths` names the convolution, which is what `tuned` is for: it times the
-whole and the blocked form at the real shapes and says which block wins, or none. No prediction says that it wins: on
-a CPU with a last-level cache of 32 MiB the blocked form took 0.9 to 1.4 times as long at ResNet-50's shapes, batch
-16, float32 (`tests/bench/results/bench_serialised_cpu_torch-2.15.0.json`); on a GPU it has not been measured yet.
+Never made by default: `optimize(model, serialize=SerializeNorms(paths=…))`. It is made where `paths` names the
+convolution, which is what `tuned` is for: it times the whole and the blocked form at the real shapes and says which
+block wins, or none. No prediction says that it wins: on a CPU with a last-level cache of 32 MiB the blocked form took
+0.9 to 1.4 times as long at ResNet-50's shapes, batch 16, float32
+(`tests/bench/results/bench_serialised_cpu_torch-2.15.0.json`); on a GPU it has not been measured yet.
 
-Refuses: a norm with a residual, a result that something else reads too, a convolution with another padding than
-numbers, and one that no batch norm follows. Changes nothing but rounding.
+Refuses: a norm with a residual, one whose parameters or statistics something else sees, a result that something else
+reads too, a convolution with another padding than numbers, and one that no batch norm follows. Changes nothing but
+rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import copy
 import operator
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,12 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normpass.convolution import convolution_function
+from normpass.errors import InvalidInputError
 from normpass.functional import FunctionalBatchNorm, split_norm_act
 from normpass.graph import bound, inherit, key_of
 from normpass.kernels import kernels_for
 from normpass.ops.moments import moments_with_update
 from normpass.recipe import recording
-from normpass.rewrite import Refusal, Semantics
+from normpass.rewrite import Refusal, Semantics, is_alone
 from normpass.serial_norm import norm_act_with_moments, serial_norm_act_conv
 from normpass.timing import wait_for
 
@@ -46,6 +49,21 @@ _CONVOLUTIONS = frozenset(
 )
 BLOCKS = tuple(2**20 * mib for mib in (1, 2, 4, 8, 16, 32, 64))
 """What `tuned` tries, in bytes."""
+
+
+Storages = Mapping[fx.Node, frozenset[int]]
+"""Where the results of nodes lie, from `normpass.facts`."""
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """The convolutions behind the norms of one graph."""
+
+    done: tuple[str, ...]
+    """those that run block by block"""
+    possible: tuple[str, ...]
+    """those that may be named, and are not"""
+    refusals: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,13 @@ class SerializeNorms:
     name: str = "serialize_norms"
     semantics: Semantics = Semantics.EXACT
 
-    def match(self, graph: fx.Graph) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
+    def __post_init__(self) -> None:
+        if self.block_bytes < 1:
+            raise InvalidInputError(f"`block_bytes` must be at least 1, it is {self.block_bytes}")
+        if isinstance(self.paths, str):
+            raise InvalidInputError(f'`paths` is a collection of names: paths=("{self.paths}",)')
+
+    def match(self, graph: fx.Graph, storages: Storages) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
         """Names of the convolutions between two norms that may be run so, and why others behind a norm may not."""
         found: list[str] = []
         refusals: list[Refusal] = []
@@ -65,20 +89,22 @@ class SerializeNorms:
             conv = _convolution_behind(node)
             if conv is None:
                 continue
-            reason = _reason_against(node, conv)
+            reason = _reason_against(node, conv, storages)
             if reason is None:
                 found.append(key_of(conv))
             else:
                 refusals.append(Refusal(self.name, key_of(conv), reason))
         return tuple(found), tuple(refusals)
 
-    def apply(self, graph: fx.Graph) -> tuple[str, ...]:
-        """Rewrite those of the matches that `paths` names; returns their names."""
-        wanted = set(self.match(graph)[0]) & set(self.paths)
+    def apply(self, graph: fx.Graph, storages: Storages) -> Blocked:
+        """Rewrite those of the matches that `paths` names."""
+        found, refusals = self.match(graph, storages)
+        wanted = set(found) & set(self.paths)
         chosen = [node for node in graph.nodes if node.target in _CONVOLUTIONS and key_of(node) in wanted]
         for node in chosen:
             _replace(graph, node, self.block_bytes)
-        return tuple(key_of(node) for node in chosen)
+        done = tuple(key_of(node) for node in chosen)
+        return Blocked(done, tuple(path for path in found if path not in done), refusals)
 
 
 def _convolution_behind(node: fx.Node) -> fx.Node | None:
@@ -88,7 +114,7 @@ def _convolution_behind(node: fx.Node) -> fx.Node | None:
     return next((user for user in node.users if user.target in _CONVOLUTIONS), None)
 
 
-def _reason_against(norm: fx.Node, conv: fx.Node) -> str | None:
+def _reason_against(norm: fx.Node, conv: fx.Node, storages: Storages) -> str | None:
     if norm.args[2] is not None:
         return "a residual is added behind the norm"
     if len(norm.users) != 1:
@@ -101,6 +127,9 @@ def _reason_against(norm: fx.Node, conv: fx.Node) -> str | None:
     readers = list(conv.users)
     if len(readers) != 1 or readers[0].target is not split_norm_act or readers[0].args[1] is not conv:
         return "no batch norm alone reads its result"
+    call = norm.args[0]
+    if not isinstance(call, fx.Node) or not is_alone(call, storages):
+        return "something else sees the parameters or statistics of the norm, which would run later"
     return None
 
 

@@ -30,8 +30,8 @@ ORDER = (
         "environment",
         "shared_copy",
     ),
-    ("operators", "recipe", "serialised", "weights", "export", "timing", "trial", "capture", "verify"),
-    ("facts", "nn", "replay", "functional", "report", "agreement", "plots", "concatenation"),
+    ("operators", "recipe", "weights", "export", "timing", "trial", "capture", "verify"),
+    ("facts", "nn", "replay", "functional", "serialised", "report", "agreement", "plots", "concatenation"),
     ("sites", "minimum_cut", "sharing", "convolution", "per_sample", "liveness", "cost"),
     ("rewrite", "stand_ins", "units", "serial_norm", "choose"),
     ("planner", "traffic"),  # the planner is given the rewrites, it never imports them

@@ -474,6 +474,7 @@ class Switched(Forward):
     """Grad mode is off, or autocast on, between two convolutions."""
 
     def forward(self, x):
+        x = torch.tanh(x)
         with self.function():
             x = self.conv(x)
         return torch.tanh(x) * x

@@ -8,6 +8,7 @@ from serialising import Bottleneck
 from torch import fx, nn
 from training import assert_equal, image, spread, train
 
+import normpass
 from normpass.functional import split_norm_act
 from normpass.graph import key_of
 from normpass.measure import kept_bytes
@@ -210,9 +211,9 @@ class Rewritten:
             program, values = graph_of(self.model, x)
             program = rewrite(program, values, Request()).graph_module
             graph = program.graph
-            self.matched, refusals = self.rewrite.match(graph)
+            self.matched, refusals = self.rewrite.match(graph, {})
             self.reasons = {refusal.path: refusal.reason for refusal in refusals}
-            self.done = self.rewrite.apply(graph)
+            self.done = self.rewrite.apply(graph, {}).done
             graph.lint()
             place = next(index for index, value in enumerate(values) if value is x)
             self.programs[self.model.training] = fx.GraphModule(program, graph), values, place
@@ -309,3 +310,46 @@ def test_tuning_returns_a_block_only_if_one_is_faster():
     assert best == (min(ratios, key=ratios.get) if min(ratios.values()) < 1 else None)
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
     assert norm.weight.grad is None
+
+
+# --- optimize ---------------------------------------------------------------------------------------
+
+
+class SeesStatistics(Net):
+    """Reads the running statistics of the norm before a convolution that is named, before that runs."""
+
+    def forward(self, x):
+        block, x = self.block, self.act(self.bn(self.conv(x)))
+        y = torch.relu(block.bn1(block.conv1(x)))
+        seen = block.bn1.running_mean.sum()
+        return block.conv3(torch.relu(block.bn2(block.conv2(y)))) * seen
+
+
+def test_what_is_named_runs_block_by_block():
+    rewrite = SerializeNorms(block_bytes=3000, paths=("block.conv2", "last.conv3", "nowhere"))
+    model, x = spread(Net()), image(5, 3, 9, 9, requires_grad=True)
+    optimised = normpass.optimize(copy.deepcopy(model), serialize=rewrite)
+    assert_equal(train(copy.deepcopy(model), (x,)), train(optimised, (x,)))
+    regions = normpass.explain(model, x.detach(), serialize=rewrite).regions
+    assert [line for line in regions if "block by block" in line] == [
+        "block.conv2: block by block, with the norm before it",
+        "last.conv3: block by block, with the norm before it",
+    ]
+    assert "block.conv3 may be named in `paths`" in regions
+    assert "nowhere runs whole: no convolution behind a norm has this name" in regions
+    assert any(line.startswith("block.conv1 runs whole: the norm's result has other readers") for line in regions)
+
+
+def test_no_norm_passes_who_reads_its_statistics():
+    rewrite = SerializeNorms(block_bytes=3000, paths=("block.conv2",))
+    model, x = spread(SeesStatistics()), image(5, 3, 9, 9, requires_grad=True)
+    optimised = normpass.optimize(copy.deepcopy(model), serialize=rewrite)
+    assert_equal(train(copy.deepcopy(model), (x,)), train(optimised, (x,)))
+    (line,) = [r for r in normpass.explain(model, x.detach(), serialize=rewrite).regions if "block.conv2" in r]
+    assert "something else sees the parameters or statistics of the norm" in line
+
+
+@pytest.mark.parametrize("options", [{"block_bytes": 0}, {"paths": "block.conv2"}])
+def test_wrong_options(options):
+    with pytest.raises(normpass.InvalidInputError, match=next(iter(options))):
+        SerializeNorms(**options)
