@@ -210,15 +210,21 @@ def _without_grad_warning() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Dynamo's warnings of graph breaks, which nobody asked about; `explain` has them."""
-    log = logging.getLogger("torch._dynamo")
-    level = log.level
-    if log.getEffectiveLevel() == logging.WARNING:
-        log.setLevel(logging.ERROR)
+    """Without Dynamo's warnings of graph breaks, which nobody asked about, and of errors, which plain's forward raises.
+
+    `explain` has the former.
+    """
+    quiet = {"torch._dynamo": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+    logs = [(logging.getLogger(name), level) for name, level in quiet.items()]
+    levels = [log.level for log, _ in logs]
+    for log, level in logs:
+        if log.getEffectiveLevel() >= logging.WARNING:
+            log.setLevel(level)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for (log, _), level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _without_mistakes() -> contextlib.AbstractContextManager:

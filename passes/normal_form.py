@@ -201,7 +201,7 @@ def _lies_as_first(node: fx.Node, facts: Facts) -> bool:
     function, *given = _elsewhere(node)
     if function is None or not isinstance(node.args[0], fx.Node):
         return False
-    args, kwargs = cast("tuple[Any, Any]", fx.map_arg(tuple(given), lambda source: facts.results[source]))
+    args, kwargs = cast("Any", fx.map_arg(cast("Any", given), lambda source: facts.results[source]))
     with torch.no_grad():
         result = function(*args, **kwargs)
     first = args[0]

@@ -128,6 +128,7 @@ IN_PLACE: dict[str, tuple[Callable, int]] = {
     "sin": (lambda y: y.sin_().exp(), 1),
     "relu": (lambda y: F.relu(y, inplace=True).sin(), 0),  # saves its result: no copy
     "add": (lambda y: y.add_(1).sin(), 0),
+    "with gaps": (lambda y: y[:, ::2].sin_().exp(), 0),  # which the result has as well
     "seen through a view": (lambda y: ((v := y.view(-1)), F.silu(y, inplace=True), v.sin())[2], 0),
     "seen by its own name": (lambda y: (F.silu(y, inplace=True), y.sin())[1], 0),
     "returned": (lambda y: (y, F.silu(y, inplace=True).sin())[::-1], 0),
