@@ -88,6 +88,9 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any], chan
     """Whether running a step twice gives the same twice, and nothing else."""
     if step.target in notes_itself:  # what is state it copies, or autograd watches
         given = set(step.reads_outside) - facts.state
+        parameters = (set(step.reads_outside) & facts.state) - set(step.writes)
+        if step.differentiable and parameters and parameters.isdisjoint(facts.saved_outside):
+            return False  # no backward goes through it, so that nobody watches its weight
         return given <= facts.saved_outside - facts.written_outside and changed.isdisjoint(step.reads_outside)
     if step.is_random or step.is_foreign or step.copies:
         return False

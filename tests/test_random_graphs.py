@@ -316,6 +316,12 @@ FOUND = {
         "v",
         (Step(between="args[0].add_(0.3)"),),
     ),
+    "a norm that only a mask is made of": Program(
+        ("nn.BatchNorm2d(4)",),
+        ("v = z.masked_fill(F.relu(z + self.l0(z)) < 1, 0.3) * 2",),
+        "v",
+        (Step(between="model.l0.weight.mul_(1.5)"),),
+    ),
     "written to twice": Program(
         ("nn.BatchNorm2d(4)",), ("v = self.l0(x)", "v = v.clamp_(-1, 1).mul_(z).exp()"), "v", (ALIKE,)
     ),
