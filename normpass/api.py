@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from normpass import passes
 from normpass.budget import check_plan, plan_step
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.explain import make_report
+from normpass.files import read_json
 from normpass.optimized import is_optimised, optimise_in_place, plain_copy
 from normpass.pipeline import Request
 from normpass.planner import DEFAULT
@@ -221,10 +221,7 @@ def _read_plan(plan: Any) -> StepPlan:
     if isinstance(plan, StepPlan):
         return plan
     if isinstance(plan, (str, Path)):
-        try:
-            plan = json.loads(Path(plan).read_text())
-        except (OSError, ValueError) as error:
-            raise InvalidInputError(f"`plan`: `{plan}` cannot be read as JSON: {error}") from error
+        plan = read_json(Path(plan), "plan")
     return StepPlan.from_json(plan)
 
 

@@ -8,11 +8,11 @@ which prints, goes to and from JSON, may be edited, and is applied by `optimize(
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from normpass import cost, tune
+from normpass import cost, passes, tune
 from normpass.choose import Chosen, Search, Selectable, flip
 from normpass.collect import captured_graphs
 from normpass.errors import InfeasibleBudgetError, InvalidInputError
@@ -22,7 +22,8 @@ from normpass.measure import format_bytes
 from normpass.minimum_cut import Possible, joined, minimum_cut
 from normpass.passes.rebuild_values import can_be_replayed
 from normpass.pipeline import Request, Rewritten
-from normpass.planner import DEFAULT, Decisions
+from normpass.planner import DEFAULT, Choice, Decisions
+from normpass.rewrite import Semantics
 from normpass.step_plan import INDICES, Row, StepPlan, parse_budget
 from normpass.trial import Arguments
 
@@ -146,24 +147,73 @@ def _selectable(found: Possible) -> Selectable:
 
 
 def check_plan(model: nn.Module, request: Request, arguments: Arguments | None) -> None:
-    """InvalidInputError for a name that is not in the model.
+    """InvalidInputError for a name that is not in the model, or of what cannot be done there.
 
     Without example inputs the graph is not known: then the modules that are named must be there.
     """
-    keys = request.decisions.keys
-    if arguments is not None:
-        graphs = captured_graphs(model, arguments, dataclasses.replace(request, decisions=DEFAULT)).graphs
-        known = {step.key for g in graphs if g.found is not None for step in g.found.facts.steps}
-        known |= {choice.site.path for g in graphs for choice in g.choices}
-        unknown = sorted(keys - known)
-    else:
+    _check_rewrites(request)
+    decisions = request.decisions
+    if arguments is None:
         modules = {name for name, _ in model.named_modules()}
-        unknown = sorted(key for key in keys if not _names_module(key, modules))
+        _refuse_unknown(model, sorted(key for key in decisions.keys if not _names_module(key, modules)))
+        return
+    only_rewrites = dataclasses.replace(DEFAULT, rewrites=decisions.rewrites)
+    graphs = captured_graphs(model, arguments, dataclasses.replace(request, decisions=only_rewrites)).graphs
+    steps = [step for g in graphs if g.found is not None for step in g.found.facts.steps]
+    choices = {choice.site.path: choice for g in graphs for choice in g.choices}
+    _refuse_unknown(model, sorted(decisions.keys - {step.key for step in steps} - choices.keys()))
+    _check_choices(decisions, choices)
+    _check_values(decisions, graphs, steps)
+
+
+def _refuse_unknown(model: nn.Module, unknown: list[str]) -> None:
     if unknown:
         raise InvalidInputError(
             f"`plan` names what is not in this {type(model).__name__}: {', '.join(unknown[:5])}; it was made for "
             "another model, or for other options"
         )
+
+
+def _check_rewrites(request: Request) -> None:
+    """Whether the rewrites that a plan names are there, and allowed."""
+    known = {rewrite.name: rewrite for rewrite in passes.SITES}
+    for path, name in request.decisions.rewrites.items():
+        if name is None:
+            continue
+        if name not in known:
+            raise InvalidInputError(
+                f"`plan.decisions.rewrites.{path}`: `{name}` is no rewrite; known are {', '.join(known)}, and null "
+                "leaves the norm alone"
+            )
+        if known[name].semantics is Semantics.LOSSY and not request.allow_lossy:
+            raise InvalidInputError(
+                f"`plan.decisions.rewrites.{path}`: `{name}` is lossy: give `allow_lossy=True`, or name another"
+            )
+
+
+def _check_choices(decisions: Decisions, choices: Mapping[str, Choice]) -> None:
+    for path, name in decisions.rewrites.items():
+        choice = choices.get(path)
+        if choice is None:
+            raise InvalidInputError(f"`plan.decisions.rewrites`: `{path}` is no norm of the model; take it out")
+        if name is not None and choice.match is None:
+            reason = "; ".join(dict.fromkeys(refusal.reason for refusal in choice.refusals))
+            raise InvalidInputError(f"`plan.decisions.rewrites.{path}`: `{name}` is refused there: {reason}")
+
+
+def _check_values(decisions: Decisions, graphs: Sequence[Rewritten], steps: Sequence[Step]) -> None:
+    """Whether what is to be kept, rebuilt or replayed is a result of which that can be said."""
+    found = [(g.found, v) for g in graphs if g.found is not None for v in g.found.cheap | g.found.dear]
+    values = {p.facts.steps[p.maker[v]].key for p, v in found}
+    replayable = {step.key for step in steps if can_be_replayed(step)}
+    for name, possible, what in (
+        ("kept", values, "can be kept or made again: it is kept, or is made again, in any case"),
+        ("rebuilt", values, "can be made again in backward"),
+        ("replayed", replayable, "is a max pooling that keeps indices"),
+    ):
+        wrong = sorted(getattr(decisions, name) - possible)
+        if wrong:
+            raise InvalidInputError(f"`plan.decisions.{name}`: `{wrong[0]}` is no result that {what}; take it out")
 
 
 def _names_module(key: str, modules: set[str]) -> bool:

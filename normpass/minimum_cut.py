@@ -22,8 +22,10 @@ import networkx as nx
 import torch
 import torch.nn.functional as F
 from networkx.algorithms.flow import boykov_kolmogorov
+from torch import fx
 
 from normpass.facts import Facts, Step
+from normpass.functional import FunctionalBatchNorm
 from normpass.operators import is_producer
 
 _MOVES_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
@@ -88,8 +90,7 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any], chan
     """Whether running a step twice gives the same twice, and nothing else."""
     if step.target in notes_itself:  # what is state it copies, or autograd watches
         given = set(step.reads_outside) - facts.state
-        parameters = (set(step.reads_outside) & facts.state) - set(step.writes)
-        if step.differentiable and parameters and parameters.isdisjoint(facts.saved_outside):
+        if step.differentiable and not _weight_of(step, facts) <= facts.saved_outside:
             return False  # no backward goes through it, so that nobody watches its weight
         return given <= facts.saved_outside - facts.written_outside and changed.isdisjoint(step.reads_outside)
     if step.is_random or step.is_foreign or step.copies:
@@ -101,6 +102,15 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any], chan
     if (outside - moves) & facts.written_outside:
         return False
     return outside - moves <= facts.saved_outside | facts.small_outside.keys() and len(set(step.writes) - outside) <= 1
+
+
+def _weight_of(step: Step, facts: Facts) -> frozenset[int]:
+    """Where the weight of a norm lies that is an input of the graph."""
+    call = step.node.args[0] if step.node.args else None
+    if not isinstance(call, fx.Node) or call.target is not FunctionalBatchNorm:
+        return frozenset()
+    weight = call.kwargs.get("weight")
+    return facts.storages.get(weight, frozenset()) & facts.state if isinstance(weight, fx.Node) else frozenset()
 
 
 def _changed_state(facts: Facts, notes_itself: Collection[Any]) -> set[int]:

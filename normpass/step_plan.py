@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normpass import entries
 from normpass.errors import InvalidInputError
 from normpass.files import write_json
 from normpass.liveness import Use
@@ -73,20 +74,26 @@ class StepPlan:
         Raises:
             InvalidInputError: it is no such plan.
         """
-        if not isinstance(data, Mapping) or data.get("version") != _VERSION or "decisions" not in data:
-            raise InvalidInputError(f"`plan` is not a plan of version {_VERSION}: write one with `StepPlan.to_json`")
-        found = dict(data["decisions"])
-        unknown = sorted(set(found) - {"rewrites", "kept", "rebuilt", "replayed"})
-        if unknown:
-            raise InvalidInputError(f"`plan` has unknown decisions: {', '.join(unknown)}")
-        kept, rebuilt, replayed = (frozenset(found.get(name, ())) for name in ("kept", "rebuilt", "replayed"))
-        decisions = Decisions(dict(found.get("rewrites", {})), kept, rebuilt, replayed)
-        predicted = {name: Use(**value) for name, value in data.get("predicted", {}).items()}
-        rows = tuple(Row(**row) for row in data.get("rows", ()))
-        return cls(decisions, rows, budget=str(data.get("budget", "")), **predicted)
+        given = entries.mapping(data, "plan", _ENTRIES, ("version", "decisions"))
+        if given["version"] != _VERSION or isinstance(given["version"], bool):
+            raise InvalidInputError(
+                f"`plan` is not a plan of version {_VERSION}, its `version` is {given['version']!r:.40}: make it again "
+                "with `normpass.plan` and write it with `StepPlan.save`"
+            )
+        rows = entries.items(given.get("rows", ()), "plan.rows")
+        return cls(
+            _decisions(given["decisions"]),
+            tuple(_row(row, f"plan.rows[{index}]") for index, row in enumerate(rows)),
+            budget=entries.text(given.get("budget", ""), "plan.budget"),
+            **_predicted(given.get("predicted", {})),
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON, whole or not at all.
+
+        Raises:
+            InvalidInputError: it cannot be written there.
+        """
         write_json(Path(path), self.to_json())
 
     def __str__(self) -> str:
@@ -105,6 +112,46 @@ class StepPlan:
                     f"{name}: kept {format_bytes(p.kept)}, peak {format_bytes(p.peak)}{rebuilding} (predicted)"
                 )
         return "\n".join(lines)
+
+
+_ENTRIES = ("version", "budget", "decisions", "predicted", "rows")
+_CHOICES = ("rewrites", "kept", "rebuilt", "replayed")
+
+
+def _decisions(data: Any) -> Decisions:
+    given = entries.mapping(data, "plan.decisions", _CHOICES)
+    rewrites = entries.mapping(given.get("rewrites", {}), "plan.decisions.rewrites")
+    for key, name in rewrites.items():
+        if name is not None:
+            entries.text(name, f"plan.decisions.rewrites.{key}")
+    kept, rebuilt, replayed = (entries.names(given.get(n, ()), f"plan.decisions.{n}") for n in _CHOICES[1:])
+    both = sorted(kept & rebuilt)
+    if both:
+        raise InvalidInputError(f"`plan.decisions`: `{both[0]}` is both in `kept` and in `rebuilt`; take one out")
+    return Decisions(rewrites, kept, rebuilt, replayed)
+
+
+def _predicted(data: Any) -> dict[str, Use]:
+    given, uses = entries.mapping(data, "plan.predicted", ("plain", "default", "planned")), {}
+    for name, value in given.items():
+        at, fields = f"plan.predicted.{name}", ("kept", "peak", "seconds")
+        use = entries.mapping(value, at, fields, fields)
+        kept, peak = (entries.whole(use[field], f"{at}.{field}") for field in fields[:2])
+        uses[name] = Use(kept, peak, entries.number(use["seconds"], f"{at}.seconds"))
+    return uses
+
+
+def _row(data: Any, at: str) -> Row:
+    names = tuple(field.name for field in dataclasses.fields(Row))
+    given = entries.mapping(data, at, names, names)
+    return Row(
+        entries.text(given["key"], f"{at}.key"),
+        entries.text(given["choice"], f"{at}.choice"),
+        entries.whole(given["bytes"], f"{at}.bytes"),
+        entries.number(given["seconds"], f"{at}.seconds"),
+        entries.whole(given["other_bytes"], f"{at}.other_bytes", None),
+        entries.number(given["other_seconds"], f"{at}.other_seconds", None),
+    )
 
 
 def parse_budget(budget: float | str, plain: int) -> int:

@@ -8,7 +8,8 @@ same shapes, is read from a file: one for each kind of device, thread count and 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,8 @@ from torch.utils import _pytree as pytree
 from normpass import cost
 from normpass.collect import captured_graphs
 from normpass.environment import device_name
-from normpass.files import write_json
+from normpass.errors import InvalidInputError
+from normpass.files import read_json, write_json
 from normpass.graph import key_of
 from normpass.liveness import Seconds
 from normpass.pipeline import Request, Rewritten
@@ -32,6 +34,7 @@ from normpass.timing import wait_for
 from normpass.trial import Arguments
 
 REPEATS = 3
+_log = logging.getLogger(__name__)
 
 
 class Timer:
@@ -96,8 +99,11 @@ def measured(model: nn.Module, arguments: Arguments, request: Request, folder: P
     timer = Timer(cache)
     captured_graphs(model, arguments, request, timer.run)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(sorted(cache.items())))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, dict(sorted(cache.items())))
+        except OSError as error:
+            _log.info("the measurements are not kept for the next time: %s", error)
     return timer.seconds
 
 
@@ -108,10 +114,11 @@ def cache_folder() -> Path:
 
 def _read(path: Path | None) -> dict[str, float]:
     try:
-        found = json.loads(path.read_text()) if path is not None else {}
-    except (OSError, ValueError):
-        return {}  # none yet, or one that was cut off: measured anew
-    return {k: v for k, v in found.items() if isinstance(v, float)} if isinstance(found, dict) else {}
+        found = {} if path is None else read_json(path, "tune")
+    except InvalidInputError:
+        return {}  # none yet, or one that is broken: measured anew
+    found = found if isinstance(found, dict) else {}
+    return {k: v for k, v in found.items() if isinstance(v, float) and 0 < v < math.inf}
 
 
 def _device_name(model: nn.Module) -> str:

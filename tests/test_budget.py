@@ -171,8 +171,8 @@ def test_a_plan_may_be_edited():
     [
         ("missing.json", "cannot be read as JSON"),
         ({"version": 1, "decisions": {}}, "is not a plan of version 2"),
-        ([1, 2], "is not a plan of version"),
-        ({"version": 2, "decisions": {"rebiult": []}}, "unknown decisions: rebiult"),
+        ([1, 2], "`plan` must be an object"),
+        ({"version": 2, "decisions": {"rebiult": []}}, "`rebiult` is not known"),
         ({"version": 2, "decisions": {"rebuilt": ["no.such.layer"]}}, "names what is not in this Residual: no.such"),
     ],
 )

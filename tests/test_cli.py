@@ -213,7 +213,7 @@ def test_bad_input_is_one_line_and_status_2(workspace, capsys, monkeypatch, comm
     ],
 )
 def test_file_that_cannot_be_written(workspace, capsys, monkeypatch, command):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", "out")
 
     monkeypatch.setattr(Path, "write_text", refuse)

@@ -23,6 +23,7 @@ ORDER = (
         "measure",
         "ops",
         "extras",
+        "entries",
         "files",
         "fold",
         "grouping",
