@@ -83,11 +83,14 @@ class Captured:
         if call is None:
             call = self._begin()
         try:
-            return call(*args, **kwargs)
+            result = call(*args, **kwargs)
         except Exception:  # perhaps all that was wrong with the frames that could not be captured
             if self._frames is not None:
                 self._frames.forget()
             raise
+        if self._frames is not None and self._frames.unsaid:
+            self._frames.say()
+        return result
 
     @property
     def failures(self) -> dict[Any, str]:
@@ -124,6 +127,9 @@ class _Frames:
         self._inner = self._torchdynamo_orig_backend = inner
         self.failed: dict[Any, str] = {}
         """code that could not be captured -> why"""
+        self.unsaid: list[str] = []
+        """what is to be said of that, once the call that met it has not raised"""
+        self._said: set[str] = set()
         self._given_up: set[Any] = set()
         """frames that Dynamo leaves to Python"""
 
@@ -144,15 +150,24 @@ class _Frames:
             if _raises and ours is not None:
                 raise
             self.failed[key] = f"{type(error).__name__}: {_first_line(error)}"
-            _log.info("%s is not captured: %s", frame.f_code.co_qualname, self.failed[key])
+            self.unsaid.append(f"{frame.f_code.co_qualname} is not captured: {self.failed[key]}")
             return _python_once()
         if found.guarded_code is not None or not found.apply_to_code or _is_skipped(frame.f_code):
             return found
         self._given_up.add(key)
         return ConvertFrameReturn(frame_exec_strategy=found.frame_exec_strategy, apply_to_code=False)
 
+    def say(self) -> None:
+        """Log what was not captured, each once."""
+        for line in self.unsaid:
+            if line not in self._said:
+                _log.warning("normpass: %s; it runs as it is", line)
+        self._said.update(self.unsaid)
+        self.unsaid.clear()
+
     def forget(self) -> None:
         """Try again what could not be captured."""
+        self.unsaid.clear()
         self.failed.clear()
         self._given_up.clear()
 

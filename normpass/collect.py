@@ -37,10 +37,11 @@ def captured_graphs(
     with trial(model), torch.enable_grad():
         optimised = optimise_in_place(trial_copy(model).train(), request)
         state = state_of(optimised)
+        state.is_logging = False
         state.observers.append(lambda rewritten, inputs: found.graphs.append(rewritten))
         if observer is not None:
             state.observers.append(observer)
         args, kwargs = copied_inputs(arguments)
         optimised(*args, **kwargs)
-    found.failures = state.failures + list(state.call.failures.values())
+    found.failures = [*state.plain_calls, *state.failures, *state.call.failures.values()]
     return found

@@ -211,6 +211,7 @@ def _measure(model: nn.Module, optimised: nn.Module, arguments: Arguments) -> Me
     request = state_of(optimised).request
     with trial(model), torch.enable_grad():
         copies = [trial_copy(model).train(), optimise_in_place(trial_copy(model).train(), request)]
+        state_of(copies[1]).is_logging = False
         args, kwargs = copied_inputs(arguments)
         kept = [kept_bytes(m, *args, **kwargs) for m in copies]
         peak = [peak_bytes(m, *args, **kwargs) for m in copies]

@@ -50,6 +50,12 @@ class State:
     """called with every graph that is rewritten, and its inputs"""
     failures: list[str] = field(default_factory=list)
     """why graphs run as they were captured"""
+    plain_calls: list[str] = field(default_factory=list)
+    """why calls have run as the plain model, each once"""
+    captures: int = 0
+    """how many graphs there have been"""
+    is_logging: bool = True
+    """whether they are logged; a report has them anyway"""
 
     def needs_capture(self, training: bool) -> bool:
         """Whether the plain forward would not be what was asked for."""
@@ -104,6 +110,7 @@ def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
             return plain.forward(self, *args, **kwargs)
         state = self.__dict__.get(_STATE)
         if state is None or "_is_replica" in self.__dict__:  # of DataParallel: another one at every call
+            _say(state, self, "it is a replica of DataParallel")
             return plain.forward(self, *args, **kwargs)
         return _run(self, state, plain.forward, args, kwargs)
 
@@ -120,11 +127,28 @@ def _run(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs
         return _run_in_modes(module, state, forward, args, kwargs)
     if reason is None or (reason is OTHER_HOOKS and needs_capture):  # it notes no recipes under them
         result = state.call(module, *args, **kwargs)
+        if not state.captures:
+            is_off = state.call.is_off
+            _say(
+                state,
+                module,
+                "TorchDynamo is switched off" if is_off else "TorchDynamo captures nothing of its forward",
+            )
         if needs_capture and (state.failures or state.call.failures):
             _refuse_stale_change(state, module.training, "a part of it cannot be captured")
         return result
     _refuse_stale_change(state, module.training, reason)
+    _say(state, module, reason)
     return forward(module, *args, **kwargs)
+
+
+def _say(state: State | None, module: nn.Module, reason: str) -> None:
+    """Log once why calls run as the plain model."""
+    if state is None or reason in state.plain_calls:
+        return
+    state.plain_calls.append(reason)
+    if state.is_logging:
+        _log.warning("normpass: %s runs as the plain model: %s", type(module).__name__, reason)
 
 
 def _run_in_modes(module: nn.Module, state: State, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -252,6 +276,7 @@ def _compile(
     state: State, model: weakref.ref[nn.Module], graph_module: fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     """What Dynamo is to run in the place of one graph."""
+    state.captures += 1
     name_from_root(graph_module.graph, model())
     plain = copy_graph(graph_module)
     try:
