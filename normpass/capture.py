@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +35,7 @@ from normpass.errors import NormpassError
 from normpass.graph import global_hooks
 from normpass.ops.eager import is_only_default_device, under_other_derivatives
 from normpass.ops.library import is_exporting
+from normpass.random_state import ignore_next_restore, ignore_no_more
 
 _log = logging.getLogger(__name__)
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -88,6 +90,8 @@ class Captured:
             if self._frames is not None:
                 self._frames.forget()
             raise
+        finally:
+            ignore_no_more()
         if self._frames is not None and self._frames.unsaid:
             self._frames.say()
         return result
@@ -134,6 +138,12 @@ class _Frames:
         """frames that Dynamo leaves to Python"""
 
     def __call__(self, frame: Any, *others: Any) -> Any:
+        state = random.getstate()
+        found = self._look_at(frame, *others)
+        ignore_next_restore(state)
+        return found
+
+    def _look_at(self, frame: Any, *others: Any) -> Any:
         from torch._dynamo.types import ConvertFrameReturn
 
         key, is_shared = _key(frame), frame.f_code is _SEQUENTIAL

@@ -14,6 +14,7 @@ Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14),
 - `functools.lru_cache` is traced through as if it did not cache. The call breaks the graph (not in torch and einops).
 - a hook that is registered after the first call is not called. Guarded, by a setting of Dynamo's.
 - a batch norm with a cumulative average makes a number of its counter, which breaks the graph. One node.
+- random numbers that other threads draw meanwhile come again (`normpass.random_state`).
 - `torch.compiler.is_compiling()` is true: a model then takes a branch that it does not take without us. False in the
   user's code, true in torch's and ours.
 
@@ -50,6 +51,7 @@ from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
 from normpass import cumulative, fake_norm
+from normpass.random_state import without_restore
 
 _COMPILING = (
     *(torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling),
@@ -66,6 +68,7 @@ def capturing() -> Iterator[None]:
     replaced: tuple[tuple[Any, str, Any], ...] = (
         (torch._dynamo.utils, "warn_once", lambda *args, **kwargs: None),  # of breaks that nobody asked about
         (symbolic_convert, "is_stdlib", lambda module: False),
+        *((convert_frame, name, found) for name, found in without_restore().items() if hasattr(convert_frame, name)),
         (InstructionTranslatorBase, "inline_user_function_return", _with_cumulative(InstructionTranslatorBase)),
         (RandomVariable, "is_supported_random_obj", staticmethod(lambda value: False)),
         (UserDefinedObjectVariable, "_supported_random_functions", staticmethod(frozenset)),

@@ -16,7 +16,7 @@ FOLDERS = {
 # From the bottom up. The modules of one line do not know each other; "normpass" is the package's own
 # `__init__`, "ops" and "passes" whole packages (whose own files may know each other).
 ORDER = (
-    ("_version", "errors", "graph", "untouched", "kernels", "kinds", "cumulative", "fake_norm"),
+    ("_version", "errors", "graph", "untouched", "kernels", "kinds", "cumulative", "fake_norm", "random_state"),
     (
         "autocast",
         "dynamo_limits",
