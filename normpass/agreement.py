@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from normpass.errors import ConversionError, InvalidInputError
-from normpass.export import Arguments, opset_of
+from normpass.export import Arguments, operators_beyond_onnx, opset_of
 from normpass.extras import needed
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -109,9 +109,11 @@ class OnnxRuntime:
         try:
             self.session = runtime.InferenceSession(proto.SerializeToString(), options, providers=_providers(runtime))
         except Exception as error:
+            strange = operators_beyond_onnx(proto)
+            advice = f"replace {', '.join(strange)} by standard operators" if strange else "use another opset"
             raise InvalidInputError(
                 f"onnxruntime {runtime.__version__} cannot load the graph, of opset {opset_of(proto)} "
-                f"({' '.join(str(error).split())[:200]}): use another opset"
+                f"({' '.join(str(error).split())[:200]}): {advice}"
             ) from error
         self.inputs = self.session.get_inputs()
 
@@ -126,7 +128,7 @@ class OnnxRuntime:
         except Exception as error:
             shapes = [tuple(t.shape) for t in arguments.tensors]
             raise ConversionError(
-                f"onnxruntime does not run the converted model on inputs of shape {shapes} "
+                f"onnxruntime does not run the graph on inputs of shape {shapes} "
                 f"({' '.join(str(error).split())[:200]}); nothing was written"
             ) from error
 

@@ -75,3 +75,11 @@ def openmp_runtimes() -> list[str] | None:
         return None
     paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
     return sorted(path for path in paths if _OPENMP.search(path))
+
+
+def memory_bytes() -> int:
+    """What this machine has; 1 PiB where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 2**50

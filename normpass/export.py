@@ -9,6 +9,7 @@ alone, whatever was rewritten.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -101,14 +102,7 @@ def export_folded(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -
 
 
 def _exported(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    dimension = torch.export.Dim(BATCH)
-
-    def dynamic(leaf: Any) -> Any:
-        return {0: dimension} if isinstance(leaf, Tensor) and leaf.dim() else None
-
-    shapes: Any = None
-    if dynamic_batch:
-        shapes = pytree.tree_map(dynamic, arguments.kwargs or arguments.args)
+    shapes = _dynamic_shapes(model, arguments) if dynamic_batch else None
     try:
         return torch.export.export(model, arguments.args, arguments.kwargs, dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
@@ -120,6 +114,18 @@ def _exported(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> to
         ) from error
     except Exception as error:  # whatever the model's own code raises while it is traced
         raise _cannot(model, error) from error
+
+
+def _dynamic_shapes(model: nn.Module, arguments: Arguments) -> dict[str, Any]:
+    """By parameter of forward, as torch.export wants it: `*args` is a tuple, `**kwargs` a dict."""
+    dimension = torch.export.Dim(BATCH)
+
+    def dynamic(leaf: Any) -> Any:
+        return {0: dimension} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+    bound = inspect.signature(model.forward).bind(*arguments.args, **arguments.kwargs)
+    shapes: dict[str, Any] = pytree.tree_map(dynamic, dict(bound.arguments))
+    return shapes
 
 
 def _cannot(model: nn.Module, error: Exception) -> InvalidModelError:
@@ -178,7 +184,7 @@ def _check_size(program: torch.export.ExportedProgram) -> None:
 
 
 def _check_operators(proto: Any, opset: int | None) -> None:
-    strange = sorted({f"{n.domain}::{n.op_type}" for n in nodes_of(proto.graph) if n.domain not in ("", "ai.onnx")})
+    strange = operators_beyond_onnx(proto)
     if strange:
         raise InvalidModelError(
             f"the graph has operators that are not standard ONNX: {', '.join(strange)}; use other layers there"
@@ -186,6 +192,11 @@ def _check_operators(proto: Any, opset: int | None) -> None:
     written = opset_of(proto)
     if opset is not None and written != opset:
         raise InvalidInputError(f"this model cannot be written in opset {opset}: use --opset {written} or newer")
+
+
+def operators_beyond_onnx(proto: Any) -> list[str]:
+    """The operators that are not of the standard, with their domain."""
+    return sorted({f"{n.domain}::{n.op_type}" for n in nodes_of(proto.graph) if n.domain not in ("", "ai.onnx")})
 
 
 def opset_of(proto: Any) -> int:

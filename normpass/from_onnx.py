@@ -8,6 +8,7 @@ running both.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from normpass.agreement import OnnxRuntime, check_onnx, compare
 from normpass.convert import Conversion, versions_of
+from normpass.environment import memory_bytes
 from normpass.errors import ConversionError, InvalidInputError
 from normpass.export import Arguments, innermost, nodes_of, opset_of, quiet
 from normpass.extras import needed
@@ -51,8 +53,9 @@ def convert_onnx(source: str | Path, out: str | Path) -> Conversion:
     with appearing(out) as file:
         after = rewritten(before)
         check_onnx(after)
-        plain, folded = OnnxRuntime(before), OnnxRuntime(after)
-        agreement = compare(plain, folded, _calls(before), folded.name)
+        plain, folded, calls = OnnxRuntime(before), OnnxRuntime(after), _calls(before)
+        _check_runs(source, plain, calls[0][1])
+        agreement = compare(plain, folded, calls, folded.name)
         file.write_bytes(after.SerializeToString())
     left = {norm.name or norm.output[0]: why for norm, why in norms_left(after)}
     return Conversion(
@@ -78,7 +81,7 @@ def read_onnx(path: Path) -> Any:
         raise InvalidInputError(f"no file `{path}`: name an ONNX file")
     try:
         proto = onnx.load(path)
-        onnx.checker.check_model(proto)
+        onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # of protobuf, of the checker, of the file
         reason = " ".join(str(error).split())[:200]
         raise InvalidInputError(f"`{path}` is no valid ONNX file ({reason}): export it again") from error
@@ -182,9 +185,35 @@ def _inputs(proto: Any) -> list[tuple[list[int | None], torch.dtype]]:
         kind = value.type.tensor_type
         if kind.elem_type not in _DTYPES:
             raise InvalidInputError(f"input `{value.name}` has element type {kind.elem_type}, which cannot be drawn")
-        shape = [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim]
+        shape = [d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in kind.shape.dim]
+        _check_shape(value.name, shape)
         found.append((shape, _DTYPES[kind.elem_type]))
     return found
+
+
+def _check_shape(name: str, shape: list[int | None]) -> None:
+    """InvalidInputError for an input that holds nothing, or more than the machine does."""
+    shown = "×".join("?" if size is None else str(size) for size in shape)
+    if 0 in shape:
+        raise InvalidInputError(
+            f"input `{name}` is {shown} and holds no values to compare: export it with another size"
+        )
+    needed_bytes, there = 8 * math.prod(size or _FREE for size in shape), memory_bytes()
+    if needed_bytes > there:
+        raise InvalidInputError(
+            f"input `{name}` is {shown} and takes {needed_bytes / 2**30:.3g} GiB to be drawn, and this machine has "
+            f"{there / 2**30:.3g}: export it with smaller sizes"
+        )
+
+
+def _check_runs(source: Path, plain: OnnxRuntime, arguments: Arguments) -> None:
+    try:
+        plain(arguments)
+    except ConversionError as error:
+        raise InvalidInputError(
+            f"`{source}` itself does not run, and cannot be verified: {error}; a size that it leaves open is taken to "
+            f"be {_FREE}, that of the batch 2: write fixed ones into the file (onnx.tools.update_model_dims)"
+        ) from error
 
 
 def _calls(proto: Any) -> list[tuple[int | None, Arguments]]:

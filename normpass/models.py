@@ -6,18 +6,23 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import math
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 
 from torch import nn
+
+from normpass.environment import memory_bytes
 
 _FORMS = "`torchvision:NAME`, `timm:NAME` or `package.module:callable`"
 _WHERE = {
     "torchvision:": "`torchvision.models.list_models()` lists them",
     "timm:": "`timm.list_models()` lists them",
 }
+_DIGITS = 19
+"""of a size that torch can hold, at most"""
 _WARN_WITHOUT_INIT_WEIGHTS = ("googlenet", "inception_v3")
 
 
@@ -66,10 +71,21 @@ def parse_input(text: str) -> tuple[int, ...]:
         ValueError: it does not read like that.
     """
     sizes = text.strip().lower().split("x")
-    if not all(size.isascii() and size.isdigit() and int(size) for size in sizes):
+    if not all(size.isascii() and size.isdigit() and len(size) < _DIGITS and int(size) for size in sizes):
         several = " (several inputs go through `parse_inputs`)" if "," in text else ""
-        raise ValueError(f"`{text}` is not a shape: write its sizes joined by x, like 2x3x224x224{several}")
-    return tuple(map(int, sizes))
+        raise ValueError(f"`{text:.80}` is not a shape: write its sizes joined by x, like 2x3x224x224{several}")
+    shape = tuple(map(int, sizes))
+    _check_memory([shape], text)
+    return shape
+
+
+def _check_memory(shapes: Sequence[tuple[int, ...]], text: str) -> None:
+    """Raise ValueError where the inputs alone, in float32, do not fit into this machine's memory."""
+    needed, there = sum(4 * math.prod(shape) for shape in shapes), memory_bytes()
+    if needed > there:
+        raise ValueError(
+            f"`{text:.80}` takes {needed / 2**30:.3g} GiB, and this machine has {there / 2**30:.3g}: name smaller sizes"
+        )
 
 
 def parse_inputs(text: str) -> list[tuple[int, ...]]:
@@ -78,7 +94,9 @@ def parse_inputs(text: str) -> list[tuple[int, ...]]:
     Raises:
         ValueError: one of them does not read as a shape.
     """
-    return [parse_input(part) for part in text.split(",")]
+    shapes = [parse_input(part) for part in text.split(",")]
+    _check_memory(shapes, text)
+    return shapes
 
 
 def _from_torchvision(name: str) -> nn.Module:

@@ -234,6 +234,19 @@ def test_several_inputs_by_name(tmp_path):
 # --- verification ---------------------------------------------------------------------------------
 
 
+class Star(Net):
+    def forward(self, *args, **others):
+        return super().forward(sum(args) + sum(others.values()))
+
+
+@pytest.mark.parametrize("inputs", [1, 2, {"a": 0, "b": 1}], ids=str)
+def test_a_dynamic_batch_of_arguments_without_names(inputs, tmp_path):
+    model, x = trained(Star(), 4, 3, 8, 8).eval(), torch.randn(3, 3, 8, 8)
+    given = dict.fromkeys(inputs, x) if isinstance(inputs, dict) else (x,) * inputs
+    found = normpass.convert(model, tmp_path / "n.onnx", given, dynamic_batch=True)
+    assert found.dynamic_batch and found.agreement.batch_sizes == (3, 5)
+
+
 def test_a_wrong_file_is_not_published(net, tmp_path, monkeypatch, capsys):
     (tmp_path / "net.onnx").write_text("old")
     monkeypatch.setattr("normpass.fold._affine", lambda tensors, eps: (torch.rsqrt(tensors[3] + eps), -tensors[2]))
@@ -330,6 +343,13 @@ BAD = {
     "convert torchvision:resnet51 n.onnx --input 2x3x8x8": "did you mean `torchvision:resnet50`",
     "convert tinyconv:Tiny n.onnx --input 2x4x8x8": "does not run on inputs of shape [(2, 4, 8, 8)]",
     "convert tinyconv:Tiny n.onnx --input 2xQ": "`2xQ` is not a shape",
+    "convert tinyconv:Tiny n.onnx --input 0x3x8x8": "`0x3x8x8` is not a shape",
+    "convert tinyconv:Tiny n.onnx --input=-2x3x8x8": "`-2x3x8x8` is not a shape",
+    "convert tinyconv:Tiny n.onnx --input 2x3x1000000000000x8": "GiB, and this machine has",
+    "convert tinyconv:Tiny n.onnx --input 2x3x8x8,2x3x1000000x1000000": "name smaller sizes",
+    f"convert tinyconv:Tiny n.onnx --input {'9' * 5000}x3": "9999` is not a shape",
+    "convert tinyconv:Tiny n.onnx --input 2x3x8x8,2x3x8x8": "takes 2 positional arguments but 3 were given",
+    "convert tinyconv:Tiny n.onnx --input 2x3x8x8x1x1x1x1": "does not run on inputs of shape",
     "convert tinyconv:Tiny n.onnx": "--input",
     "convert tinyconv:Tiny": "write `normpass convert MODEL OUT",
     "convert tinyconv:Tiny n.bin --input 2x3x8x8": ".onnx, .pt2, .safetensors",
@@ -354,6 +374,11 @@ BAD = {
     "convert --from-onnx none.onnx n.onnx": "no file `none.onnx`",
     "convert --from-onnx junk.onnx n.onnx": "`junk.onnx` is no valid ONNX file",
     "convert --from-onnx old.onnx n.onnx": "has opset 12, below 13",
+    "convert --from-onnx custom.onnx n.onnx": "replace mine::Twice by standard operators",
+    "convert --from-onnx zero.onnx n.onnx": "input `x` is 0×4×5×5 and holds no values",
+    "convert --from-onnx huge.onnx n.onnx": "input `x` is 1000000000000×4×5×5 and takes",
+    "convert --from-onnx open.onnx n.onnx": "write fixed ones into the file",
+    "convert --from-onnx rank.onnx n.onnx": "`rank.onnx` is no valid ONNX file",
     "convert --from-onnx old.onnx n.pt2": "only ONNX can be written",
     "convert --from-onnx old.onnx n.onnx --input 2x3": "--input does not go with --from-onnx",
     "convert --from-onnx old.onnx": "argument",
@@ -370,6 +395,11 @@ def test_bad_input_gets_one_line_and_leaves_nothing(workspace, capsys):
         (workspace / name).write_bytes(b"no such thing" * 50)
     (workspace / "folder.onnx").mkdir()
     onnx.save(conv_norm_graph(opset=12), "old.onnx")
+    for name, batch in {"zero": 0, "huge": 10**12}.items():
+        onnx.save(conv_norm_graph(batch=batch), f"{name}.onnx")
+    onnx.save(with_input(conv_norm_graph(), ["N", "C", 5, 5]), "open.onnx")
+    onnx.save(with_input(conv_norm_graph(), [1] * 9), "rank.onnx")
+    onnx.save(with_custom_operator(conv_norm_graph()), "custom.onnx")
     before = sorted(os.listdir())
     for command, words in BAD.items():
         try:
@@ -415,6 +445,21 @@ def conv_norm_graph(opset=17, op="Conv", training=False, shared=False, batch="N"
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, 4, 7, 7]) for n in ("y", *["c"] * shared)]
     graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def with_input(proto, shape):
+    """The graph for an input of another shape; its own 4 channels are 6 where they are left open."""
+    proto.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, shape))
+    for tensor in proto.graph.initializer:
+        if tensor.name == "w":
+            tensor.CopyFrom(numpy_helper.from_array(torch.rand(4, 6, 1, 1).numpy(), "w"))
+    return proto
+
+
+def with_custom_operator(proto):
+    proto.graph.node[3].op_type, proto.graph.node[3].domain = "Twice", "mine"
+    proto.opset_import.append(helper.make_opsetid("mine", 1))
+    return proto
 
 
 def from_onnx(tmp_path, proto):
