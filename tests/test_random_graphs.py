@@ -1,7 +1,7 @@
 """Random modules train like the plain ones: convolutions, norms, joins, views, writes, Python.
 
 `random_modules` writes them. Each is trained for three steps, plain and optimised, in float64, with what a training
-loop may do in between. After every step outputs and their layout, gradients of parameters and inputs, inputs,
+loop may do in between. After every step outputs and their strides, gradients of parameters and inputs, inputs,
 parameters, buffers and attributes are the same, and where one raises, so does the other, with the same class.
 
 A number may differ by 1e-9 of the largest in its tensor, by 1e-11 of the largest of its step, or by 100 times what
@@ -71,11 +71,6 @@ def arguments(step: Step, seed: int, noise: int = 0) -> list[Tensor]:
     return [given, seconds[step.second](), x, z]
 
 
-def order_of(t: Tensor) -> list[int]:
-    """The dimensions as they lie in memory, on which the draw of a dropout depends."""
-    return sorted((d for d in range(t.dim()) if t.shape[d] > 1), key=lambda d: -t.stride(d))
-
-
 def strided_like(t: Tensor) -> Tensor:
     """A gradient that is not contiguous, for `t`."""
     return torch.randn(t.shape[::-1], dtype=t.dtype).permute(*reversed(range(t.dim())))
@@ -142,7 +137,7 @@ class Training:
         self._reach(index, "forward")
         outputs = leaves(self.model(*args))
         self._note(index, "output", dict(enumerate(outputs)))
-        self.numbers[f"{index} layouts"] = [(order_of(t), t.requires_grad) for t in outputs]
+        self.numbers[f"{index} layouts"] = [(t.stride(), t.requires_grad) for t in outputs]
         self._reach(index, "between", step.between, given | {"outputs": outputs, "args": args})
         self._note(index, "input", dict(enumerate(args)))
         self._reach(index, "backward")
