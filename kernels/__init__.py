@@ -187,6 +187,8 @@ class Kernels(Protocol):
 
     most_pieces: int
     """of a concatenation, in one call"""
+    adds_gradients: bool
+    """whether `norm_act_backward` takes a gradient in two parts, `grad` and `other`"""
 
     @property
     def failures(self) -> Sequence[str]:
@@ -229,7 +231,9 @@ class Kernels(Protocol):
         activation: str,
         activation_args: Sequence[float],
         layout: Layout,
-    ) -> None: ...
+        other: Tensor | None = None,
+    ) -> None:
+        """With `other` for kernels that have `adds_gradients` alone: like `grad`, whose sum is rounded as if stored."""
 
     def cat_norm_act(
         self,

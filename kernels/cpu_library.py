@@ -51,6 +51,7 @@ class CpuKernels:
     """The `Kernels` of the CPU, from the shared library at `path`."""
 
     most_pieces = 1 << 31
+    adds_gradients = False
     failures = ()  # they are compiled when the package is installed
 
     def __init__(self, path: Path):

@@ -51,6 +51,7 @@ class CudaKernels:
     """The `Kernels` of CUDA devices that norms need; a kernel that cannot run is a `CudaError`, nothing written."""
 
     most_pieces = PIECES[-1]
+    adds_gradients = True
 
     def __init__(self, device: Device):
         self._device = device
@@ -119,11 +120,12 @@ class CudaKernels:
         activation: str,
         activation_args: Sequence[float],
         layout: Layout,
+        other: Tensor | None = None,
     ) -> None:
         if activation == "identity":
             residual = None  # it has no part in act'
         site = [_pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, x, residual, var, site, batch_statistics, activation, layout)
+        call = _Backward(grad, other, x, residual, var, site, batch_statistics, activation, layout)
         self._backward("norm_act_backward", call, dx, dresidual, dweight, dbias)
 
     def cat_norm_act(
@@ -219,7 +221,7 @@ class CudaKernels:
         layout: Layout,
     ) -> None:
         site = [_pointer(weight), _pointer(bias), 0, var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, z, None, var, site, batch_statistics, activation, layout)
+        call = _Backward(grad, None, z, None, var, site, batch_statistics, activation, layout)
         self._backward("inplace_abn_backward", call, dx, None, dweight, dbias)
 
     def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
@@ -246,7 +248,7 @@ class CudaKernels:
         """One pass where dx needs no sums over the batch or no sums are needed at all, otherwise two."""
         through_sums = call.batch_statistics and dx is not None
         reduces = through_sums or dweight is not None or dbias is not None
-        alignment = _alignment(dx, dresidual, call.grad, call.kept, call.residual)
+        alignment = _alignment(dx, dresidual, call.grad, call.other, call.kept, call.residual)
         coefficients = 0
         if reduces:
             plan = self._backward_plan(op, "reduce", call, alignment)
@@ -265,15 +267,15 @@ class CudaKernels:
             if not through_sums:
                 return
             if dresidual is not None:  # the first pass left dy there
-                call = call._replace(grad=dresidual, residual=None, activation="identity")
+                call = call._replace(grad=dresidual, other=None, residual=None, activation="identity")
                 dresidual = None
         plan = self._backward_plan(op, "apply", call, alignment)
         outputs = _pointer(dx), _pointer(dresidual), 0, 0, coefficients
         plan.launch(*outputs, *call.pointers(), *plan.geometry.parameters)
 
     def _backward_plan(self, op: str, entry: str, call: _Backward, alignment: int) -> _Plan:
-        has_residual = call.residual is not None
-        return self._plan(op, entry, call.kept, call.layout, alignment, call.activation, has_residual)
+        has_residual, parts = call.residual is not None, 1 if call.other is None else 2
+        return self._plan(op, entry, call.kept, call.layout, alignment, call.activation, has_residual, parts=parts)
 
     def _plan(
         self,
@@ -285,12 +287,13 @@ class CudaKernels:
         activation: str = "",
         has_residual: bool = False,
         pieces: int = 0,
+        parts: int = 1,
     ) -> _Plan:
-        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual, pieces
+        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual, pieces, parts
         plan = self._plans.get(key)
         if plan is None:
             shape = geometry(layout, x.element_size(), alignment, self._device.multiprocessors(x.device.index))
-            variant = variant_of(op, x.dtype, shape, activation, has_residual, pieces)
+            variant = variant_of(op, x.dtype, shape, activation, has_residual, pieces, parts)
             grid = shape.tiles, shape.slabs
             launch = self._device.kernel(variant, entry, grid, THREADS, x.device.index)
             plan = self._plans[key] = _Plan(launch, shape)
@@ -308,6 +311,7 @@ class _Backward(NamedTuple):
     """What a gradient is computed from. `site` ends the kernels' pointers and begins their numbers."""
 
     grad: Tensor
+    other: Tensor | None
     kept: Tensor
     residual: Tensor | None
     var: Tensor
@@ -317,7 +321,8 @@ class _Backward(NamedTuple):
     layout: Layout
 
     def pointers(self) -> tuple[float, ...]:
-        return self.grad.data_ptr(), self.kept.data_ptr(), _pointer(self.residual), *self.site
+        kept = self.kept.data_ptr(), _pointer(self.residual)
+        return self.grad.data_ptr(), _pointer(self.other), *kept, *self.site
 
 
 def variant_of(
@@ -327,8 +332,12 @@ def variant_of(
     activation: str = "",
     has_residual: bool = False,
     pieces: int = 0,
+    parts: int = 1,
 ) -> Variant:
-    """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation; with `pieces` of a concatenation."""
+    """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation.
+
+    With `pieces` of a concatenation, or a gradient that comes in so many `parts`.
+    """
     macros = {"STORAGE": _STORAGE[dtype], "VECTOR": str(shape.vector), "ROWS": str(shape.rows).lower()}
     if dtype.itemsize == 2:
         macros["NARROW"] = "1"
@@ -338,6 +347,8 @@ def variant_of(
         macros["PIECES"] = str(pieces)
     elif activation:
         macros["RESIDUAL"] = str(has_residual).lower()
+    if parts > 1:
+        macros["PARTS"] = str(parts)
     return Variant(op, tuple((f"NORMPASS_{name}", value) for name, value in macros.items()))
 
 

@@ -29,7 +29,7 @@ class GuardedKernels:
     def __init__(self, kernels: CudaKernels) -> None:
         self._kernels = kernels
         self._failures: dict[str, None] = {}
-        self.most_pieces = kernels.most_pieces
+        self.most_pieces, self.adds_gradients = kernels.most_pieces, kernels.adds_gradients
         self.supports = kernels.supports
 
     @property

@@ -24,7 +24,7 @@ class Variant(NamedTuple):
 _GRID = "q" * 7
 _SITE = "q" * 4 + "d" * 3
 """weight, bias, mean, var; eps and the activation's arguments"""
-_BACKWARD = "q" * 8 + _SITE
+_BACKWARD = "q" * 9 + _SITE
 
 
 def signature(variant: Variant, entry: str) -> str:

@@ -65,8 +65,11 @@ def norm_act_backward(
     activation: str,
     activation_args: Sequence[float],
     layout: Layout,
+    other: Tensor | None = None,
 ) -> None:
     scale, wide = _scale(weight, var, eps), _wide(x, layout)
+    if other is not None:
+        grad = _view(grad, layout) + _view(other, layout)
     y = _y(wide, scale, bias, mean)
     if residual is not None:
         y = y + _wide(residual, layout)

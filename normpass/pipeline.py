@@ -132,6 +132,7 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
         rewritten.blocks = rewritten.blocks.apply(runs.graph, storages)
     if not decisions.leaves_all:
         passes.JOINS.apply(runs.graph, facts, copies)
+        passes.TWO_READERS.apply(runs.graph, facts, copies)
     for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):
         node.target = batch_norm
     runs.recompile()

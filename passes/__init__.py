@@ -19,6 +19,7 @@ from normpass.passes.serialize_norms import SerializeNorms
 from normpass.passes.share_statistics import ShareStatistics
 from normpass.passes.sparse_switchable import SparseSwitchable
 from normpass.passes.split_bn import SplitBN
+from normpass.passes.two_readers import TwoReaders
 from normpass.rewrite import Rewrite
 
 NORMAL_FORM = NormalForm()  # first: what comes after knows one spelling of each thing
@@ -31,6 +32,7 @@ SITES: tuple[Rewrite, ...] = (  # the first that matches a site is taken
 CONVOLUTIONS = ConvolutionKernels()
 REBUILD = RebuildValues()  # after all that makes nodes: a plan says what is made again
 JOINS = FuseNormConvolution()  # of what runs: what is planned and reported is the graph before
+TWO_READERS = TwoReaders()  # after JOINS, which knows norms with one result
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
     "group_norm": GroupNorm,
@@ -45,6 +47,7 @@ __all__ = [
     "NORMAL_FORM",
     "REBUILD",
     "SITES",
+    "TWO_READERS",
     "ConvolutionKernels",
     "FuseNormAct",
     "FuseNormConvolution",
@@ -59,4 +62,5 @@ __all__ = [
     "ShareStatistics",
     "SparseSwitchable",
     "SplitBN",
+    "TwoReaders",
 ]

@@ -7,11 +7,18 @@
 // Either writes dresidual = dy where it is wanted; `reduce` also writes dx = a·dy for running statistics, so that
 // each case moves every tensor as seldom as it can.
 //
-// Macros: those of norm_act.cu and NORMPASS_SITE.
+// The gradient of a z that was handed out twice comes in two parts, grad and other: they are added as they are read, and
+// rounded as if their sum had been stored.
+//
+// Macros: those of norm_act.cu, NORMPASS_SITE, and NORMPASS_PARTS where the gradient comes in two.
 #pragma once
 
 #include "norm_site.cuh"
 #include "reduce.cuh"
+
+#ifndef NORMPASS_PARTS
+#define NORMPASS_PARTS 1
+#endif
 
 namespace normpass {
 
@@ -19,7 +26,7 @@ namespace normpass {
 template <class Storage> struct Backward {
   Storage *dx, *dresidual;
   Statistics<Storage>*dweight, *dbias, *coefficients;
-  const Storage *grad, *kept, *residual;
+  const Storage *grad, *other, *kept, *residual;
   Parameters<Statistics<Storage>> parameters;
 };
 
@@ -36,14 +43,19 @@ template <class T, class Site> struct Channel {
   T slope, shift;
 };
 
+// How many tensors are read: x or z, the parts of the gradient, the residual.
+template <bool RESIDUAL> NORMPASS_DEVICE constexpr int tensors_read() { return 1 + NORMPASS_PARTS + (RESIDUAL ? 1 : 0); }
+
 // Vectors of what is read at LOADS positions.
 template <class Storage, int VECTOR, int LOADS, bool RESIDUAL> struct Batch {
-  Vector<Storage, VECTOR> grad[LOADS], kept[LOADS], residual[LOADS];
+  static constexpr bool ADDS = NORMPASS_PARTS == 2;
+  Vector<Storage, VECTOR> grad[LOADS], other[LOADS], kept[LOADS], residual[LOADS];
   long long offsets[LOADS];
 
   template <class AnyWalk> NORMPASS_DEVICE int read(AnyWalk& walk, const Backward<Storage>& call, bool reads_kept) {
     return next_vectors(walk, offsets, [&](int k, long long offset) {
       grad[k] = load<VECTOR>(call.grad + offset);
+      if (ADDS) other[k] = load<VECTOR>(call.other + offset);
       if (reads_kept) kept[k] = load<VECTOR>(call.kept + offset);
       if (RESIDUAL) residual[k] = load<VECTOR>(call.residual + offset);
     });
@@ -53,7 +65,9 @@ template <class Storage, int VECTOR, int LOADS, bool RESIDUAL> struct Batch {
   NORMPASS_DEVICE Statistics<Storage> dy(const Site& site, const Activation& activation, int k, int i) const {
     Statistics<Storage> y = site.y(activation, kept[k][i]);
     if (RESIDUAL) y = sum_of(y, residual[k][i]);
-    return activation.gradient(grad[k][i], y);
+    Statistics<Storage> whole = grad[k][i];
+    if (ADDS) whole = as_stored(sum_of(whole, other[k][i]), Storage());
+    return activation.gradient(whole, y);
   }
 };
 
@@ -62,7 +76,7 @@ NORMPASS_DEVICE void backward_reduce(const Backward<Storage>& call, const Activa
                                      Statistics<Storage>* partials, unsigned* arrivals, const Grid& grid) {
   using T = Statistics<Storage>;
   constexpr int CHANNELS = ROWS ? VECTOR : 1;
-  constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(RESIDUAL ? 3 : 2, false);
+  constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(tensors_read<RESIDUAL>(), false);
   Walk<VECTOR, ROWS> walk(grid, false);
   Site sites[CHANNELS];
   Sums<T> own[CHANNELS];
@@ -106,7 +120,7 @@ template <class Storage, int VECTOR, bool ROWS, class Site, bool RESIDUAL, class
 NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activation& activation, const Grid& grid) {
   using T = Statistics<Storage>;
   constexpr int CHANNELS = ROWS ? VECTOR : 1;
-  constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(RESIDUAL ? 3 : 2, true);
+  constexpr int LOADS = loads_in_flight<Vector<Storage, VECTOR>>(tensors_read<RESIDUAL>(), true);
   Walk<VECTOR, ROWS> walk(grid, true);
   bool through_sums = call.coefficients != nullptr;
   Channel<T, Site> own[CHANNELS];
@@ -150,14 +164,15 @@ NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activat
   NORMPASS_STORAGE *__restrict__ dx, NORMPASS_STORAGE *__restrict__ dresidual,                                     \
       normpass::Statistics<NORMPASS_STORAGE> *dweight, normpass::Statistics<NORMPASS_STORAGE> *dbias,              \
       normpass::Statistics<NORMPASS_STORAGE> *coefficients, const NORMPASS_STORAGE *__restrict__ grad,             \
-      const NORMPASS_STORAGE *__restrict__ kept, const NORMPASS_STORAGE *__restrict__ residual,                    \
+      const NORMPASS_STORAGE *__restrict__ other, const NORMPASS_STORAGE *__restrict__ kept,                       \
+      const NORMPASS_STORAGE *__restrict__ residual,                                                               \
       const normpass::Statistics<NORMPASS_STORAGE> *weight, const normpass::Statistics<NORMPASS_STORAGE> *bias,    \
       const normpass::Statistics<NORMPASS_STORAGE> *mean, const normpass::Statistics<NORMPASS_STORAGE> *var,       \
       double eps, double argument_1, double argument_2
 
 #define NORMPASS_BACKWARD \
   normpass::Backward<NORMPASS_STORAGE> { \
-    dx, dresidual, dweight, dbias, coefficients, grad, kept, residual, { weight, bias, mean, var, eps } \
+    dx, dresidual, dweight, dbias, coefficients, grad, other, kept, residual, { weight, bias, mean, var, eps } \
   }
 
 extern "C" __global__ void __launch_bounds__(normpass::THREADS, 1)

@@ -65,6 +65,13 @@ template <class Storage> NORMPASS_DEVICE unsigned pair(float low, float high, St
 }
 #endif
 
+// What is read again of a value that is stored.
+NORMPASS_DEVICE float as_stored(float value, float) { return value; }
+NORMPASS_DEVICE double as_stored(double value, double) { return value; }
+template <class Narrow> NORMPASS_DEVICE float as_stored(float value, Narrow type) {
+  return low_half(narrow(value, type), type);
+}
+
 // VECTOR values as the words of the machine. Words are taken apart by hand: what the compiler makes of a struct of
 // 16-bit values is several narrow accesses where one of 16 bytes is meant.
 template <class Storage, int VECTOR> struct Vector {

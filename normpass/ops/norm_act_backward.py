@@ -162,10 +162,17 @@ def norm_act_gradients(
     activation: str,
     activation_args: Sequence[float],
     needs: Sequence[bool],
+    other: Tensor | None = None,
 ) -> Gradients:
-    """What `norm_act_backward` returns, not differentiable, with None for what is not needed or absent."""
+    """What `norm_act_backward` returns, not differentiable, with None for what is not needed or absent.
+
+    `other`: what is to be added to `grad`, in shape and dtype of x.
+    """
     values, options = (weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
-    if kernels is None or not can_run(kernels, x, (grad, residual), values, activation, activation_args):
+    runs = kernels is not None and can_run(kernels, x, (grad, other, residual), values, activation, activation_args)
+    if other is not None and not (runs and kernels.adds_gradients):
+        grad, other = grad + other, None
+    if kernels is None or not runs:
         return _reference_gradients(grad, x, residual, *values, *options, needs)
     memory_format, dtype = memory_format_of(x), statistics_dtype(x)
     dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
@@ -186,6 +193,7 @@ def norm_act_gradients(
         per_channel_operand(var, dtype),
         *options,
         layout_of(x, memory_format),
+        *((dense(other, memory_format),) if other is not None else ()),
     )
     return dx, dresidual, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)
 

@@ -59,7 +59,8 @@ def of_shape(dtype, shape, activations) -> Iterator:
     for activation in activations:
         for residual in (False, True) if activation in ("relu", "identity", "silu", "leaky_relu") else (False,):
             yield variant_of("norm_act", dtype, shape, activation, residual)
-            yield variant_of("norm_act_backward", dtype, shape, activation, residual)
+            for parts in (1, 2):
+                yield variant_of("norm_act_backward", dtype, shape, activation, residual, parts=parts)
         if activation in ("relu", "silu"):
             for source, pieces in itertools.product(("cat_norm_act", "cat_norm_act_backward"), PIECES):
                 yield variant_of(source, dtype, shape, activation, pieces=pieces)

@@ -189,6 +189,21 @@ def check_norm_act_backward(kernels: Kernels, site: Site, needs: Sequence[bool] 
     compare(site, results, wanted, dy, slack=3 if dresidual is not None else 1)
 
 
+def check_gradient_in_two_parts(kernels: Kernels, site: Site, needs: Sequence[bool] = (True, True, True, True)) -> None:
+    """The kernels add two parts to the bits of their sum as it would be stored."""
+    parts = site.grad, site.grad.flip(0) * 0.37
+    found = []
+    for grad, *other in (parts, (parts[0] + parts[1],)):
+        results = outputs(site, needs)
+        kernels.norm_act_backward(
+            *(*results, grad, site.x, site.added, site.weight, site.bias, site.mean, site.var, EPS),
+            *(site.batch_statistics, site.activation, site.args, site.layout, *other),
+        )
+        found.append(results)
+    for name, apart, whole in zip(("dx", "dresidual", "dweight", "dbias"), *found, strict=True):
+        assert apart is None or torch.equal(apart, whole), f"{name} is not that of the sum"
+
+
 def split(site: Site, t: Tensor, channels: Sequence[int]) -> list[Tensor]:
     """The pieces of a concatenation in memory of their own, named (N, Cᵢ, rest) as the layouts are."""
     return [piece.contiguous() for piece in t.split(list(channels), 1)]

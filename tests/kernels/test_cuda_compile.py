@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
@@ -38,8 +39,9 @@ def variants(source: str, layout: Layout, dtype: torch.dtype, activations: Seque
     elif source == "inplace_abn_backward":
         yield variant_of(source, dtype, shape, "leaky_relu")
     else:
-        for name in activations:
-            yield from (variant_of(source, dtype, shape, name, residual) for residual in (False, True))
+        parts = (1, 2) if source == "norm_act_backward" else (1,)
+        for name, residual, count in itertools.product(activations, (False, True), parts):
+            yield variant_of(source, dtype, shape, name, residual, parts=count)
 
 
 def functions(variant: Variant, architecture: str) -> list[tuple[str, int, int]]:
@@ -66,7 +68,12 @@ def test_kernels_compile_without_spills(architecture, source, layout, dtype, res
             macros = dict(variant.macros)
             row = {"architecture": architecture, "source": source, "kernel": name, "layout": layout}
             row |= {"dtype": str(dtype), "activation": macros.get("NORMPASS_ACTIVATION", "")}
-            row |= {"residual": macros.get("NORMPASS_RESIDUAL", ""), "registers": registers, "spilled_bytes": spills}
+            row |= {
+                "residual": macros.get("NORMPASS_RESIDUAL", ""),
+                "parts": macros.get("NORMPASS_PARTS", "1"),
+                "registers": registers,
+                "spilled_bytes": spills,
+            }
             results.add("cuda_registers", row)
             assert registers * THREADS <= 65536
             assert spills == 0, f"{variant}: {name} spills {spills} bytes"

@@ -87,6 +87,12 @@ def test_norm_act_backward(kernels, dtype, layout):
     checks.check_norm_act_backward(kernels, Site(layout, dtype, "relu", residual=True))
 
 
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+def test_gradient_in_two_parts(kernels, dtype):
+    for layout in FEWEST:
+        checks.check_gradient_in_two_parts(kernels, Site(layout, dtype, "relu", residual=True))
+
+
 @EACH_CASE
 def test_inplace_abn_backward(kernels, dtype, layout):
     checks.check_inplace_abn_backward(kernels, Site(layout, dtype, "leaky_relu").keep_weight_from_zero())
@@ -167,6 +173,8 @@ def test_norm_act_backward_computes_what_is_needed(kernels, residual, activation
     for needs in itertools.product([True, False], [residual, False], [True, False], [True, False]):
         if any(needs):
             checks.check_norm_act_backward(kernels, site, needs)
+            if activation == "identity" or not residual:
+                checks.check_gradient_in_two_parts(kernels, site, needs)
 
 
 @pytest.mark.parametrize("batch_statistics", [True, False], ids=["batch", "frozen"])

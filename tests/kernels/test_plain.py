@@ -27,7 +27,9 @@ def test_every_formula(dtype):
         checks.check_moments(plain, site.x, layout)
         checks.check_norm_act(plain, site)
         for frozen in (False, True):
-            checks.check_norm_act_backward(plain, Site(layout, dtype, residual=True, batch_statistics=not frozen))
+            join = Site(layout, dtype, residual=True, batch_statistics=not frozen)
+            checks.check_norm_act_backward(plain, join)
+            checks.check_gradient_in_two_parts(plain, join)
         whole = Site(layout, dtype)
         checks.check_cat_norm_act(plain, whole, pieces)
         checks.check_cat_norm_act_backward(plain, whole, pieces, [index % 2 == 0 for index in range(len(pieces))])
