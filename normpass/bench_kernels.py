@@ -5,8 +5,10 @@ Bytes are the fewest that the algorithm moves, in arrays the size of x: see `KER
 
 from __future__ import annotations
 
+import statistics as statistics_of
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from normpass import ops
 from normpass.bench_layers import COPY, Case, copy_step, make_inputs, name_of, of_copy
-from normpass.timing import Clock, alternate
+from normpass.timing import Clock, alternate, wait_for
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Statistics:
 
 Kernel = Callable[[tuple[Tensor, ...], Statistics], object]
 _EPS = 1e-5
+_CALLS = 50
+_FEW, _MANY = 2, 16
 _LEAKY = ("leaky_relu", (0.01,))
 _ALL = (True, True, True, True)
 
@@ -52,6 +56,8 @@ class KernelRow:
     gigabytes_per_second: float
     of_copy: float
     """the time of copying as many bytes over this time: 1 is the speed of the copy"""
+    call_microseconds: float
+    """of Python until the call returns, on a tensor so small that nothing else takes time: median over the rounds"""
 
 
 def _moments(inputs: tuple[Tensor, ...], s: Statistics) -> object:
@@ -87,7 +93,7 @@ KERNELS: dict[str, tuple[int, Kernel]] = {
     "norm_act": (2, _norm_act),  # read x, write z; the rebuild of z in backward is this too
     "norm_act_backward": (5, _norm_act_backward),  # read x, dz; read x, dz, write dx
     "norm_add_act": (3, _norm_add_act),  # and read the residual
-    "norm_add_act_backward": (8, _norm_add_act_backward),  # and read the residual twice, write its gradient
+    "norm_add_act_backward": (7, _norm_add_act_backward),  # and read the residual, write its gradient; dx is from that
     "inplace_abn_backward": (5, _inplace_abn_backward),  # read z, dz; read z, dz, write dx
 }
 
@@ -106,15 +112,41 @@ def bench_kernels(case: Case, rounds: int = 10) -> list[KernelRow]:
         steps = {name: partial(_step, kernel, inputs, statistics) for name, (_, kernel) in KERNELS.items()}
         copy = partial(copy_step, [given[0] for given in inputs], torch.empty_like(inputs[0][0]))
         times = alternate({**steps, COPY: copy}, case.device, rounds)
+        calls = _call_microseconds(case, rounds)
     size = inputs[0][0].nbytes
     rows = []
-    for name, (*_, time) in times.items():
+    for name, (*_, taken) in times.items():
         arrays = 2 if name == COPY else KERNELS[name][0]
-        speed = arrays * size / time.median * 1e-9
-        fraction = of_copy(time, times[COPY][-1], arrays)
+        speed = arrays * size / taken.median * 1e-9
+        fraction = of_copy(taken, times[COPY][-1], arrays)
         described = (name, case.shape, name_of(case.dtype), case.layout, arrays)
-        rows.append(KernelRow(*described, time.median, time.low, time.high, speed, fraction))
+        rows.append(KernelRow(*described, taken.median, taken.low, taken.high, speed, fraction, calls[name]))
     return rows
+
+
+def _call_microseconds(case: Case, rounds: int) -> dict[str, float]:
+    """Of each op, and of the copy; on a GPU the calls are queued, and nobody waits for them in between."""
+    inputs = make_inputs(replace(case, shape=(_FEW, _MANY, *[_FEW] * (len(case.shape) - 2))), count=3)[0]
+    statistics, target = _statistics(inputs[0]), torch.empty_like(inputs[0])
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(kernel, inputs, statistics) for name, (_, kernel) in KERNELS.items()
+    }
+    calls[COPY] = partial(target.copy_, inputs[0])
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            taken[name].append(_seconds_of(call, case.device) / _CALLS * 1e6)
+    return {name: statistics_of.median(found[1:]) for name, found in taken.items()}  # the first compiles
+
+
+def _seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    wait_for(device)
+    start = time.perf_counter()
+    for _ in range(_CALLS):
+        call()
+    seconds = time.perf_counter() - start
+    wait_for(device)
+    return seconds
 
 
 def _statistics(x: Tensor) -> Statistics:

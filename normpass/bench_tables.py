@@ -15,7 +15,13 @@ from normpass.bench_networks import Row
 from normpass.measure import Ratio, format_bytes
 from normpass.plots import Point
 
-_HEADS = {"eager_contiguous": "contiguous", "eager_out_of_place": "out of place", "cudnn": "cuDNN", "aten": "ATen"}
+_HEADS = {
+    "ours_kept": "kept",
+    "eager_contiguous": "contiguous",
+    "eager_out_of_place": "out of place",
+    "cudnn": "cuDNN",
+    "aten": "ATen",
+}
 
 
 def network_table(rows: Sequence[Row], title: str) -> Table:
@@ -85,6 +91,8 @@ def kernel_table(cases: Sequence[Sequence[KernelRow]], title: str) -> Table:
     table = Table("shape", *heads, title=f"ops alone, of copy's speed, {first.dtype}, {first.layout}: {title}")
     for rows in cases:
         table.add_row(shape_text(rows[0].shape), *(f"{seconds_text(r.seconds)} {r.of_copy:.2f}" for r in rows))
+    table.add_section()
+    table.add_row("one call", *(f"{row.call_microseconds:.1f} µs" for row in cases[0]))
     return table
 
 

@@ -68,9 +68,9 @@ def alternate(
     names = list(steps)
     calls = {name: _calls(steps[name], device, least_seconds) for name in names}
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        with _without_collector():
+    with _without_collector():
+        for turn in range(rounds):
+            first = turn % len(names)
             for name in names[first:] + names[:first]:
                 phases = _sample(steps[name], device, calls[name])
                 samples[name].append((*phases, sum(phases)))
@@ -108,7 +108,7 @@ def _sample(step: Step, device: torch.device, calls: int) -> tuple[float, ...]:
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Garbage is collected before, not in the middle of a sample."""
+    """Garbage is collected once before, which takes as long as many samples, and in the middle of none."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

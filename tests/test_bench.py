@@ -27,6 +27,7 @@ from normpass.bench_networks import Setting
 from normpass.kernels import kernels_for
 from normpass.measure import Ratio
 from normpass.plots import Point
+from normpass.recipe import Rebuilds
 
 CPU = torch.device("cpu")
 SMALL = (2, 3, 6, 6)
@@ -108,7 +109,8 @@ def test_alternate_refuses_its_arguments(steps, rounds):
 @pytest.mark.parametrize("layer", bench_layers.LAYERS)
 def test_layers(layer):
     rows = {row.contender: row for row in bench_layers.bench_layer(Case(layer, SMALL), 2, "aot_eager")}
-    assert list(rows) == ["ours", "eager", "eager_out_of_place", "eager_contiguous", "compile", "copy"]
+    names = ["ours", "ours_kept", "eager", "eager_out_of_place", "eager_contiguous", "compile", "copy"]
+    assert list(rows) == names
     assert all(row.error == "" for row in rows.values())
     assert list(rows["ours"].phases) == ["forward", "backward", "both"]
     assert rows["eager"].phases["both"].ratio == Ratio(1.0, 1.0, 1.0)
@@ -131,7 +133,7 @@ def test_the_contenders_compute_the_same(layer):
 
 def test_a_layer_in_sixteen_bits_and_contiguous():
     rows = bench_layers.bench_layer(Case("bn_add_relu", SMALL, torch.bfloat16, "contiguous"), 1, None)
-    assert [row.contender for row in rows] == ["ours", "eager", "eager_out_of_place", "copy"]
+    assert [row.contender for row in rows] == ["ours", "ours_kept", "eager", "eager_out_of_place", "copy"]
     assert {(row.dtype, row.layout) for row in rows} == {("bfloat16", "contiguous")}
 
 
@@ -151,7 +153,10 @@ def test_ops_alone():
     rows = {row.kernel: row for row in bench_kernels.bench_kernels(Case("bn_relu", SMALL), 2)}
     assert list(rows) == [*bench_kernels.KERNELS, "copy"]
     assert rows["copy"].of_copy == 1.0
-    assert all(row.seconds > 0 and row.of_copy > 0 for row in rows.values())
+    assert all(row.seconds > 0 and row.of_copy > 0 and row.call_microseconds > 0 for row in rows.values())
+    assert rows["norm_act_backward"].arrays == 5 and rows["norm_add_act_backward"].arrays == 7
+    shown = text(bench_tables.kernel_table([list(rows.values())], "here"))
+    assert "one call" in shown and f"{rows['moments'].call_microseconds:.1f} µs" in shown
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -165,6 +170,34 @@ def test_convolutions_beside_the_vendors(layout):
     assert all(row.seconds > 0 and row.vendor_seconds > 0 and row.ratio.median > 0 for row in found)
     shown = text(bench_tables.convolution_table(found, "here"))
     assert "2x16x8x8 to 24" in shown and "depthwise 5x5" in shown
+
+
+@pytest.mark.parametrize("layer", bench_layers.LAYERS)
+def test_ours_rebuilds_what_somebody_reads_in_backward(layer):
+    """As in training: once a step, and the bytes of it count as ours alone."""
+    case, kind = Case(layer, SMALL), bench_layers.LAYERS[layer]
+    x, dz, *residual = bench_layers.make_inputs(case, 3 if kind.residual else 2)[0]
+    found = {}
+    for name, module in bench_layers.contenders(case, None).items():
+        with Rebuilds() as rebuilds:
+            z = module(x.clone().requires_grad_(), *(residual or [None]))
+            torch.autograd.grad(z, list(module.parameters()), dz)
+        found[name] = rebuilds.total
+    assert found.pop("ours") == 1 and set(found.values()) == {0}
+    assert kind.arrays == ((4, 7, 11) if kind.residual else (3, 5, 8)) == kind.arrays_of("eager")
+    assert kind.arrays_of("ours") == ((4, 10, 14) if kind.residual else (3, 7, 10))
+
+
+def test_the_collector_runs_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing.gc, "collect", lambda: calls.append(1))
+    timing.alternate({"a": lambda turn, clock: (clock.lap(), clock.lap())}, CPU, rounds=5, least_seconds=0)
+    assert calls == [1]
+
+
+def test_a_gpu_has_rows_of_small_batches():
+    batches = {shape.partition("x")[0] for shape in bench_layers.DEFAULT_SHAPES["cuda"]}
+    assert batches == {"256", "32"}
 
 
 def test_the_fraction_of_the_copy_counts_arrays():

@@ -54,6 +54,7 @@ OPS = (
     *(f"op:{shape}" for shape in SHAPES),
     *(f"layer:{layer}:{SHAPES[0]}" for layer in ("bn_relu", "bn_add_relu", "bn_silu")),
     *(f"layer:bn_relu:{shape}" for shape in SHAPES[2:5]),
+    *("op:32x256x56x56", "op:32x1024x14x14", "layer:bn_relu:32x256x56x56"),
 )
 
 
