@@ -354,6 +354,25 @@ def is_disabled(name: str) -> bool:
     return _disabled[name] > 0
 
 
+@contextmanager
+def replaced(device: str, kernels: Kernels) -> Iterator[None]:
+    """Run other kernels on a device type while this is entered: ones that count, or check what they are given.
+
+    It holds for the whole process; see `disabled`.
+    """
+    with _lock:
+        before = _loaded.get(device)
+        _loaded[device] = kernels, type(kernels).__name__
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is None:
+                del _loaded[device]
+            else:
+                _loaded[device] = before
+
+
 def status() -> list[Status]:
     """What there is for each device in `DEVICES`; loads what was not loaded yet."""
     found = [(device, *_load(device)) for device in DEVICES]

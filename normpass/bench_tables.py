@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from normpass.bench_bytes import ByteRow
 from normpass.bench_convolutions import ConvolutionRow
 from normpass.bench_kernels import KernelRow
 from normpass.bench_layers import COPY, LayerRow, shape_text
@@ -93,6 +94,17 @@ def kernel_table(cases: Sequence[Sequence[KernelRow]], title: str) -> Table:
         table.add_row(shape_text(rows[0].shape), *(f"{seconds_text(r.seconds)} {r.of_copy:.2f}" for r in rows))
     table.add_section()
     table.add_row("one call", *(f"{row.call_microseconds:.1f} µs" for row in cases[0]))
+    return table
+
+
+def byte_table(rows: Sequence[ByteRow]) -> Table:
+    """A line for each contender: gigabytes that the norms of a step move, and of eager's."""
+    first, eager = rows[0], next(row.total for row in rows if row.contender == "eager")
+    heads = ("contender", "norms, forward", "norms, backward", "gradients added", "run again", "together", "of eager's")
+    table = Table(*heads, title=f"{first.network}, {shape_text(first.input)}, {first.dtype}: GB that a step moves")
+    for row in rows:
+        parts = row.forward, row.backward, row.additions, row.replays, row.total
+        table.add_row(row.contender, *(f"{part * 1e-9:.2f}" for part in parts), f"{row.total / eager:.2f}")
     return table
 
 

@@ -1,5 +1,5 @@
 """The command line: `normpass demo`, `explain MODEL`, `convert MODEL OUT`, `bench [MODEL…]`,
-`bench kernels`, `bench convolutions`, `bench frontier MODEL`, `kernels`.
+`bench kernels`, `bench convolutions`, `bench frontier MODEL`, `bench bytes MODEL`, `kernels`.
 
 Reads the arguments, prints what the library returns. Bad input ends with status 2 and one line on stderr
 that says what to do; status 1 means that the work itself failed (the demo's losses differ, ours did not run).
@@ -21,9 +21,10 @@ from torch import nn
 
 import normpass
 from normpass import bench, cli_convert, demo, kernels, measure, models, passes
+from normpass.bench_bytes import byte_rows
 from normpass.bench_layers import DEFAULT_SHAPES, LAYERS, LAYOUTS, Case
 from normpass.bench_networks import NETWORKS, Setting
-from normpass.bench_tables import frontier_points
+from normpass.bench_tables import byte_table, frontier_points
 from normpass.contenders import COMPILED, CONTENDERS, FRONTIER
 from normpass.environment import environment, last_level_cache, openmp_runtimes
 from normpass.files import write_json
@@ -35,7 +36,7 @@ _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BENCH_DTYPES = ("float32", "bfloat16", "float16")
 _BAD_INPUT = 2
 _FAILED = 1
-_BENCHES = ("kernels", "convolutions", "frontier")
+_BENCHES = ("kernels", "convolutions", "frontier", "bytes")
 _WIDE = 160  # columns of a table that goes into a file
 
 
@@ -75,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     words = "convolutions that have kernels on the CPU, beside the vendor's"
     _add_bench_convolutions(commands.add_parser("bench convolutions", help=words))
     _add_bench_frontier(commands.add_parser("bench frontier", help="time against memory over a sweep of budgets"))
+    _add_bench_bytes(
+        commands.add_parser("bench bytes", help="bytes that the norms of a step move on CUDA, without a GPU")
+    )
     kernels_ = commands.add_parser("kernels", help="say which kernels are there, and why others are not")
     kernels_.add_argument("--json", type=_output, metavar="FILE", help="write it here as well")
     kernels_.set_defaults(run=_kernels)
@@ -158,6 +162,30 @@ def _add_bench_convolutions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=_count, default=10, help="samples of each (default: %(default)s)")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the figures here as well")
     parser.set_defaults(run=_bench_convolutions)
+
+
+def _add_bench_bytes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="as for explain")
+    words = "shape of the one input (default: %(default)s)"
+    parser.add_argument("--input", type=_shape, default="256x3x224x224", help=words)
+    parser.add_argument("--dtype", choices=_BENCH_DTYPES, default="bfloat16", help="(default: %(default)s)")
+    words = "fractions of what the plain model keeps, to plan for (default: 0.8)"
+    parser.add_argument("--budget", type=float, nargs="+", default=[0.8], metavar="FRACTION", help=words)
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the figures here as well")
+    parser.set_defaults(run=_bench_bytes)
+
+
+def _bench_bytes(options: argparse.Namespace) -> int:
+    record = bench.Record(options.json, environment("cpu", options.given))
+    try:
+        rows = byte_rows(
+            options.model, models.load(options.model), options.input, getattr(torch, options.dtype), options.budget
+        )
+        record.add("bytes", rows)
+    except OSError as error:
+        return _cannot_write(options.json, error, "--json")
+    _console().print(byte_table(rows))
+    return 0
 
 
 def _add_common(parser: argparse.ArgumentParser, rounds: int) -> None:

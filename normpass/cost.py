@@ -73,9 +73,14 @@ def rates_of(device: str) -> Rates:
     return RATES.get(device, RATES["cpu"])
 
 
-def seconds(step: Step, record: Facts) -> float:
-    """Of running `step` once, forward."""
-    rates = rates_of(record.device)
+def seconds(step: Step, record: Facts, device: str | None = None) -> float:
+    """Of running `step` once, forward, on the record's device or another."""
+    rates = rates_of(device or record.device)
+    traffic = moved(step, record) / rates.bytes
     arithmetic = step.flops / (rates.flops if step.groups == 1 else rates.grouped_flops)
-    traffic = (sum(record.sizes[v] for v in (*step.reads, *step.makes)) + step.weights) / rates.bytes
     return max(arithmetic, traffic) + rates.call
+
+
+def moved(step: Step, record: Facts) -> int:
+    """Bytes that `step` reads and writes, forward."""
+    return sum(record.sizes[v] for v in (*step.reads, *step.makes)) + step.weights

@@ -47,7 +47,7 @@ ORDER = (
     ("from_onnx",),
     ("normpass",),
     ("digits", "models"),
-    ("bench_layers", "bench_serialised", "contenders", "overhead"),
+    ("bench_bytes", "bench_layers", "bench_serialised", "contenders", "overhead"),
     ("bench_convolutions", "bench_kernels", "bench_networks"),
     ("bench_tables",),
     ("bench", "demo", "cli_convert"),
