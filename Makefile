@@ -25,7 +25,7 @@ test: $(VENV)/.installed  ## run the tests, without the long sweeps over network
 	$(ONE_THREAD) $(PY) -m pytest -m "not nets" --numprocesses 2 --dist loadfile
 
 test-nets: $(VENV)/.installed  ## run the long sweeps over networks and record the results
-	$(ONE_THREAD) $(PY) -m pytest -m nets tests/nets --results tests/bench/results
+	$(ONE_THREAD) $(PY) -m pytest -m nets tests --results tests/bench/results
 
 check: $(VENV)/.checkers  ## ruff, types, layers
 	$(VENV)/bin/ruff check .

@@ -163,8 +163,13 @@ def freeze(model: nn.Module, what: str) -> None:
             module.weight.requires_grad_(False)
 
 
-@pytest.mark.parametrize("evaluating", [False, True], ids=["train", "eval"])
-@pytest.mark.parametrize("make", [ConvNet, Deep], ids=["residual", "chain"])
+NETS = pytest.mark.nets
+
+
+@pytest.mark.parametrize(
+    "make, evaluating",
+    [(ConvNet, False), (Deep, True), pytest.param(ConvNet, True, marks=NETS), pytest.param(Deep, False, marks=NETS)],
+)
 def test_without_gradients_for_some(make, evaluating: bool) -> None:
     """The same numbers, and never more kept than plain keeps, whatever is frozen after whatever else."""
     torch.manual_seed(0)

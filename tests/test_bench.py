@@ -221,6 +221,7 @@ def test_geometric_mean_of_the_shapes():
 # --- networks -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.nets
 def test_every_contender_on_a_network(network):
     setting = Setting((2, 3, 32, 32), rounds=1, compile_backend="aot_eager")
     names = (*contenders.CONTENDERS, "compile@0.5", "ours@0.3")

@@ -226,6 +226,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setitem(step_times.SIZES, "resnet18", 32)
 
 
+@pytest.mark.nets
 def test_the_parts_run_on_the_cpu(on_the_cpu):
     """What needs no GPU of them: a mistake in a script would cost the whole run."""
     found = step_times.measured("resnet18:2:ours")

@@ -216,7 +216,13 @@ def test_batch_norm_pairs_go_through_the_ordinary_rewrites():
     assert kept_bytes(wide, x) == kept_bytes(small, x)
 
 
-@pytest.mark.parametrize("pair", [("instance", "instance"), ("layer", "layer"), ("batch", "instance")])
+PAIRS_OF_OTHERS = [
+    ("batch", "instance"),
+    *(pytest.param((kind, kind), marks=pytest.mark.nets) for kind in ("instance", "layer")),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS_OF_OTHERS)
 def test_other_pairs_become_nodes_of_their_own_and_keep_their_input_alone(pair):
     model = switchable_net().float()
     for layer in (model.stem[1], model.bn):
