@@ -91,13 +91,14 @@ def byte_rows(
         models[name] = optimise_in_place(copy.deepcopy(plain), Request(decisions=chosen))
     rows = []
     for name, candidate in models.items():
-        moved = (count * shape[0] // SAMPLES for count in _moved(candidate, x))
-        rows.append(ByteRow(*described, name, *moved, _of_replays(rewritten, decisions.get(name, Decisions()))))
+        forward, backward, added = (count * shape[0] // SAMPLES for count in _moved(candidate, x))
+        replays = _of_replays(rewritten, decisions.get(name, Decisions()))
+        rows.append(ByteRow(*described, name, forward, backward, added, replays))
     return rows
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    other = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last).train()
+    other = copy.deepcopy(model).to(dtype=dtype).to(memory_format=torch.channels_last).train()
     for module in other.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.to(_dtype_of_norms(dtype))
@@ -142,7 +143,8 @@ def _moved(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
         device.launches.clear()
         with _profiled() as forward:
             loss = model(x).float().mean()
-        by_kernels, _ = device.total(), device.launches.clear()
+        by_kernels = device.total()
+        device.launches.clear()
         with _profiled() as backward:
             loss.backward()
     size = x.element_size()
