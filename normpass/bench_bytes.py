@@ -24,15 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchRuntimeError
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
 from normpass import cost, kernels
 from normpass.budget import plan_graphs
+from normpass.errors import InvalidInputError
 from normpass.kernels.cuda_counting import CountingDevice
 from normpass.kernels.cuda_kernels import CudaKernels
 from normpass.kernels.cuda_library import GuardedKernels
 from normpass.optimized import optimise_in_place
-from normpass.pipeline import Request, Rewritten, rewrite
+from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, rewrite
 from normpass.planner import Decisions
 from normpass.traffic import graph_of
 
@@ -77,6 +79,10 @@ def byte_rows(
         shape: of the input, (N, C, H, W): bytes are those of N samples, and plans are made for them.
         dtype: of activations and convolutions; norms keep their parameters in float32.
         budgets: fractions of what the plain model keeps; which results these keep is planned by CUDA's rates.
+
+    Raises:
+        InvalidInputError: it does not run on an input of that shape, or a budget cannot be kept.
+        InvalidModelError: it is no single graph.
     """
     plain = _in_dtype(model, dtype)
     rewritten = _rewritten(plain, shape, dtype)
@@ -118,7 +124,12 @@ def _rewritten(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Re
         is_parameter = isinstance(tensor, nn.Parameter)
         without_memory[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if is_parameter else other
     x = torch.empty(tuple(shape), dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
-    return rewrite(*graph_of(copy.deepcopy(model, without_memory), x), Request())
+    try:
+        graph_module, inputs = graph_of(copy.deepcopy(model, without_memory), x)
+    except TorchRuntimeError as error:
+        name = type(model).__name__
+        raise InvalidInputError(f"{name} does not run on an input of shape {tuple(shape)}: {error}") from error
+    return rewrite(graph_module, inputs, Request())
 
 
 def _rebuilt(rewritten: Rewritten) -> frozenset[str]:
@@ -131,7 +142,8 @@ def _of_replays(rewritten: Rewritten, decisions: Decisions) -> int:
     """What runs again: arguments and results, of a pooling with its indices."""
     assert rewritten.found is not None
     facts = rewritten.found.facts
-    again = [step for step in facts.steps if step.key in decisions.rebuilt | decisions.replayed]
+    keys = decisions.rebuilt | decisions.replayed
+    again = [step for step in facts.steps if step.key in keys and step.target not in NOTES_ITSELF]  # which are launches
     return sum(cost.moved(step, facts) + (step.internals if step.key in decisions.replayed else 0) for step in again)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from normpass import kernels
+from normpass import cli, kernels
 from normpass.bench_bytes import ByteRow, byte_rows
 from normpass.bench_tables import byte_table
+from normpass.errors import InvalidInputError
 from normpass.kernels.cuda_counting import CountingDevice
 from normpass.kernels.cuda_kernels import CudaKernels
 from normpass.kernels.cuda_library import GuardedKernels
@@ -78,6 +80,23 @@ def test_at_four_fifths_of_the_bytes_widening_convolutions_run_again_and_no_join
     assert resnet["ours@0.8"].forward == resnet["ours_kept"].forward
     assert resnet["ours@0.8"].backward == resnet["ours_kept"].backward
     assert 3e9 < resnet["ours@0.8"].replays < 5e9
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(InvalidInputError, match=r"Sequential does not run on an input of shape \(4, 3, 8, 8\)"):
+        byte_rows("net", chain(1, False), (4, 3, 8, 8), torch.bfloat16)
+    with pytest.raises(InvalidInputError, match="`memory_budget=0.01` is"):
+        byte_rows("net", chain(2, False), SHAPE, torch.bfloat16, budgets=(0.01,))
+
+
+def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli.models, "load", lambda name: chain(1, True))
+    path = tmp_path / "bytes.json"
+    assert cli.main(["bench", "bytes", "tests:net", "--input", "4x8x8x8", "--budget", "0.9", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["bytes"]
+    assert [row["contender"] for row in found] == ["eager", "ours", "ours_kept", "ours@0.9"]
+    assert "GB that a step moves" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["bench", "bytes", "tests:net", "--input", "4x3x8x8"]) == 2
 
 
 # --- the counting device ------------------------------------------------------------------------------
