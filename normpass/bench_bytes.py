@@ -81,7 +81,8 @@ def byte_rows(
         budgets: fractions of what the plain model keeps; which results these keep is planned by CUDA's rates.
 
     Raises:
-        InvalidInputError: it does not run on an input of that shape, or a budget cannot be kept.
+        InvalidInputError: it does not run on an input of that shape.
+        InfeasibleBudgetError: a budget cannot be kept.
         InvalidModelError: it is no single graph.
     """
     plain = _in_dtype(model, dtype)

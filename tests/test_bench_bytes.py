@@ -14,7 +14,7 @@ from torchvision.models import resnet50
 from normpass import cli, kernels
 from normpass.bench_bytes import ByteRow, byte_rows
 from normpass.bench_tables import byte_table
-from normpass.errors import InvalidInputError
+from normpass.errors import InfeasibleBudgetError, InvalidInputError
 from normpass.kernels.cuda_counting import CountingDevice
 from normpass.kernels.cuda_kernels import CudaKernels
 from normpass.kernels.cuda_library import GuardedKernels
@@ -85,8 +85,8 @@ def test_at_four_fifths_of_the_bytes_widening_convolutions_run_again_and_no_join
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(InvalidInputError, match=r"Sequential does not run on an input of shape \(4, 3, 8, 8\)"):
         byte_rows("net", chain(1, False), (4, 3, 8, 8), torch.bfloat16)
-    with pytest.raises(InvalidInputError, match="`memory_budget=0.01` is"):
-        byte_rows("net", chain(2, False), SHAPE, torch.bfloat16, budgets=(0.01,))
+    with pytest.raises(InfeasibleBudgetError, match="`memory_budget=1e-06` is 0 B, and no plan keeps fewer"):
+        byte_rows("net", chain(2, False), SHAPE, torch.bfloat16, budgets=(1e-6,))
 
 
 def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):

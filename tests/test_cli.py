@@ -267,7 +267,9 @@ def test_bench_kernels(workspace, capsys):
     ]
     found = json.loads((workspace / "k.json").read_text())
     assert found["command"] == f"normpass {command}"
-    assert len(found["layers"]) == 2 * 2 * len(("ours", "ours_kept", "eager", "eager_out_of_place", "eager_contiguous", "copy"))
+    assert len(found["layers"]) == 2 * 2 * len(
+        ("ours", "ours_kept", "eager", "eager_out_of_place", "eager_contiguous", "copy")
+    )
     assert {row["kernel"] for row in found["kernels"]} > {"moments", "norm_act", "copy"}
     assert set(found["call_overhead_microseconds"])
 
