@@ -90,8 +90,8 @@ NORMPASS_SHARED void second_pass(A* x, const A* dz, int64_t count, const PerLane
 #pragma GCC unroll 1
     for (int64_t i = 0; i < n; ++i) {
       const A centred = x[p + i] - at.mean[i], y = multiply_add(centred, at.scale[i], at.shift[i]);
-      const A rest = through ? multiply_add(at.by_centred[i], centred, at.constant[i]) : A(0);
-      x[p + i] = multiply_add(at.scale[i], activation.gradient(dz[p + i], y), rest);
+      const A rest = multiply_add(at.by_centred[i], centred, at.constant[i]);
+      x[p + i] = multiply_add(at.scale[i], activation.gradient(dz[p + i], y), through ? rest : A(0));
     }
   }
 }
