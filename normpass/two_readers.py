@@ -21,12 +21,17 @@ Twice = tuple[Tensor, Tensor]
 
 
 def split_norm_act_twice(
-    norm: Any, x: Tensor, residual: Any = None, activation: str = "identity", activation_args: Any = (), *others: Any
+    norm: Any,
+    x: Tensor,
+    residual: Any = None,
+    activation: str = "identity",
+    activation_args: Any = (),
+    sum_into: str = "",
 ) -> Twice:
     """`split_norm_act` for two readers; who saves either result saves the recipe instead."""
     device = eager_device(x, residual)
-    if device is None or not _pays(device, norm, x, residual, activation):
-        z = split_norm_act(norm, x, residual, activation, activation_args, *others)
+    if device is None or not _pays(device, norm, x, residual, activation, sum_into):
+        z = split_norm_act(norm, x, residual, activation, activation_args, sum_into)
         return z, z
     args = op_args(device, norm, x, residual, activation, activation_args)
     notes = notes_now()
@@ -39,22 +44,27 @@ def split_norm_act_twice(
 
 
 def fused_norm_act_twice(
-    norm: Any, x: Tensor, residual: Any = None, activation: str = "identity", activation_args: Any = (), *others: Any
+    norm: Any,
+    x: Tensor,
+    residual: Any = None,
+    activation: str = "identity",
+    activation_args: Any = (),
+    sum_into: str = "",
 ) -> Twice:
     """`fused_norm_act` for two readers, who keep its result."""
     device = eager_device(x, residual)
-    if device is None or not _pays(device, norm, x, residual, activation):
-        z = fused_norm_act(norm, x, residual, activation, activation_args, *others)
+    if device is None or not _pays(device, norm, x, residual, activation, sum_into):
+        z = fused_norm_act(norm, x, residual, activation, activation_args, sum_into)
         return z, z
     args = op_args(device, norm, x, residual, activation, activation_args)
     with copying(None if activation == "identity" else norm.bias):
         return norm_act_twice(device, *args)
 
 
-def _pays(device: str, norm: Any, x: Tensor, residual: Tensor | None, activation: str) -> bool:
+def _pays(device: str, norm: Any, x: Tensor, residual: Tensor | None, activation: str, sum_into: str) -> bool:
     tensors = x, residual, norm.weight, norm.bias
     is_differentiated = any([t is not None and t.requires_grad for t in tensors])
-    return is_differentiated and hands_out_twice(device) and is_fusible(norm, x, residual, activation)
+    return is_differentiated and hands_out_twice(device) and is_fusible(norm, x, residual, activation, sum_into)
 
 
 TWICE: dict[Any, Callable[..., Twice]] = {split_norm_act: split_norm_act_twice, fused_norm_act: fused_norm_act_twice}

@@ -14,6 +14,7 @@ from training import image, spread
 
 import normpass
 from normpass import kernels
+from normpass.functional import FunctionalBatchNorm
 from normpass.kernels import plain
 from normpass.measure import kept_bytes
 from normpass.optimized import state_of
@@ -257,3 +258,15 @@ class _Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_a_sum_that_lies_as_its_other_term(adding):
+    """As without two results: where one row is all there is, ATen lays a sum out as its first term, the residual."""
+    norm = FunctionalBatchNorm(torch.zeros(4), torch.ones(4), torch.ones(4, requires_grad=True), torch.zeros(4), True)
+    x = torch.randn(1, 4, 1, 3).contiguous(memory_format=torch.channels_last)
+    residual = torch.randn(1, 4, 1, 3)
+    for once, twice in TWICE.items():
+        for sum_into in ("", "residual +"):
+            expected = F.relu(residual + norm(x) if sum_into else norm(x) + residual)
+            assert once(norm, x, residual, "relu", (), sum_into).stride() == expected.stride()
+            assert [z.stride() for z in twice(norm, x, residual, "relu", (), sum_into)] == [expected.stride()] * 2
