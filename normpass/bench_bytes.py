@@ -17,15 +17,13 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchRuntimeError
-from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
 from normpass import cost, kernels
 from normpass.budget import plan_graphs
@@ -33,6 +31,7 @@ from normpass.errors import InvalidInputError
 from normpass.kernels.cuda_counting import CountingDevice
 from normpass.kernels.cuda_kernels import CudaKernels
 from normpass.kernels.cuda_library import GuardedKernels
+from normpass.measure import profiled
 from normpass.optimized import optimise_in_place
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, rewrite
 from normpass.planner import Decisions
@@ -154,13 +153,13 @@ def _moved(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
     with kernels.replaced("cpu", GuardedKernels(CudaKernels(device))):
         model(x)  # is captured
         device.launches.clear()
-        with _profiled() as forward:
+        with profiled(shapes=True) as of_forward:
             loss = model(x).float().mean()
         by_kernels = device.total()
         device.launches.clear()
-        with _profiled() as backward:
+        with profiled(shapes=True) as of_backward:
             loss.backward()
-    size = x.element_size()
+    size, forward, backward = x.element_size(), _operators(of_forward), _operators(of_backward)
     joins, added = (3 * size * sum(map(_of_addition, events)) for events in (forward, backward))
     norms, gradients = (size * sum(map(_of_norm, events)) for events in (forward, backward))
     return by_kernels + joins + norms, device.total() + gradients, added
@@ -170,17 +169,8 @@ Event = tuple[str, list[list[int]]]
 """An operator and the shapes of its arguments."""
 
 
-@contextmanager
-def _profiled() -> Iterator[list[Event]]:
-    """What ATen runs inside, filled in at the end."""
-    events: list[Event] = []
-    options = torch._C._profiler._ExperimentalConfig()
-    _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, True, False, False, False, False, options))
-    try:
-        yield events
-    finally:
-        records = [record for thread in _disable_profiler_legacy() for record in thread]
-        events += [(record.name(), record.shapes()) for record in records if record.kind() == "push"]
+def _operators(records: list[Any]) -> list[Event]:
+    return [(record.name(), record.shapes()) for record in records if record.kind() == "push"]
 
 
 def _of_norm(event: Event) -> int:

@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -347,22 +348,30 @@ def _warm_step(
 
 
 @contextlib.contextmanager
+def profiled(*, shapes: bool = False, memory: bool = False) -> Iterator[list[Any]]:
+    """What torch's profiler records on the CPU inside, of every thread, filled in on leaving."""
+    records: list[Any] = []
+    options = torch._C._profiler._ExperimentalConfig()
+    _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, shapes, memory, False, False, False, options))
+    try:
+        yield records
+    finally:
+        records += [record for thread in _disable_profiler_legacy() for record in thread]
+
+
+@contextlib.contextmanager
 def _recorded() -> Iterator[list[tuple[float, int | None]]]:
     """The CPU's (seconds, bytes) events, filled in on leaving; bytes are None where forward ended."""
-    options = torch._C._profiler._ExperimentalConfig()
     events: list[tuple[float, int | None]] = []
-    _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, options))
-    try:
+    with profiled(memory=True) as records:
         yield events
-    finally:
-        records = [record for thread in _disable_profiler_legacy() for record in thread]
-        start = next(record for record in records if record.name() == "__start_profile")
-        for record in records:
-            if record.kind() == "memory_alloc":
-                events.append((start.cpu_elapsed_us(record) * 1e-6, record.cpu_memory_usage()))
-            elif record.kind() == "push" and record.name() == _FORWARD_END:
-                events.append((start.cpu_elapsed_us(record) * 1e-6, None))
-        events.sort(key=lambda event: event[0])
+    start = next(record for record in records if record.name() == "__start_profile")
+    for record in records:
+        if record.kind() == "memory_alloc":
+            events.append((start.cpu_elapsed_us(record) * 1e-6, record.cpu_memory_usage()))
+        elif record.kind() == "push" and record.name() == _FORWARD_END:
+            events.append((start.cpu_elapsed_us(record) * 1e-6, None))
+    events.sort(key=lambda event: event[0])
 
 
 def _timeline(
