@@ -9,12 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from normpass.kernels.cuda_driver import Launch
-from normpass.kernels.cuda_variant import Variant
+from normpass.kernels.cuda_variant import GRID, Variant
 
 MULTIPROCESSORS = 132
 _ITEMSIZE = {"float": 4, "double": 8, "normpass::Half": 2, "normpass::BFloat16": 2}
-_GRID = 7
-"""Numbers that end every launch: see `cuda_geometry.Geometry.parameters`."""
 
 
 class Moved(NamedTuple):
@@ -52,7 +50,7 @@ def _bytes(variant: Variant, entry: str, args: tuple[float, ...]) -> int:
     if entry == "running_stats":
         return 0
     macros = dict(variant.macros)
-    channels, _, positions = args[-_GRID : 3 - _GRID]
+    channels, _, positions = args[-len(GRID) : 3 - len(GRID)]
     values = channels * positions * (1 if macros["NORMPASS_ROWS"] == "true" else int(macros["NORMPASS_VECTOR"]))
     return int(values * _ITEMSIZE[macros["NORMPASS_STORAGE"]] * _arrays(macros, entry, args, channels))
 

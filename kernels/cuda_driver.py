@@ -27,7 +27,6 @@ class Gpu:
         self.api = bindings("driver")
         call(self.api, "cuInit", 0)
         self._context = call(self.api, "cuDevicePrimaryCtxRetain", call(self.api, "cuDeviceGet", index))
-        self._thread = threading.local()
         with self.current(), self.outside_capture():
             flags = self.api.CUstream_flags.CU_STREAM_NON_BLOCKING
             self._stream = call(self.api, "cuStreamCreate", int(flags))

@@ -21,7 +21,8 @@ class Variant(NamedTuple):
         return f"{self.source}({', '.join(values)})"
 
 
-_GRID = "q" * 7
+GRID = "q" * 7
+"""`cuda_geometry.Geometry.parameters`, which end the arguments"""
 _SITE = "q" * 4 + "d" * 3
 """weight, bias, mean, var; eps and the activation's arguments"""
 _BACKWARD = "q" * 9 + _SITE
@@ -32,13 +33,13 @@ def signature(variant: Variant, entry: str) -> str:
     pieces = "q" * int(dict(variant.macros).get("NORMPASS_PIECES", "0"))
     return {
         "probe": "qdq",
-        "moments": "q" * 5 + "dd" + "qq" + _GRID,
-        "norm_act": "q" * 3 + _SITE + _GRID,
-        "reduce": _BACKWARD + "d" + "qq" + _GRID,
-        "apply": _BACKWARD + _GRID,
-        "cat_norm_act": "q" + _SITE + pieces * 2 + _GRID,
-        "cat_norm_act_backward": "q" * 3 + _SITE + "q" + pieces * 4 + "d" + "qq" + _GRID,
-        "add_statistics_gradient": "q" * 4 + _GRID,
+        "moments": "q" * 5 + "dd" + "qq" + GRID,
+        "norm_act": "q" * 3 + _SITE + GRID,
+        "reduce": _BACKWARD + "d" + "qq" + GRID,
+        "apply": _BACKWARD + GRID,
+        "cat_norm_act": "q" + _SITE + pieces * 2 + GRID,
+        "cat_norm_act_backward": "q" * 3 + _SITE + "q" + pieces * 4 + "d" + "qq" + GRID,
+        "add_statistics_gradient": "q" * 4 + GRID,
         "running_stats": "q" * 4 + "dd" + "q",
     }[entry]
 
