@@ -127,6 +127,10 @@ class Facts:
         """The value that the result of `node` lies in as it returns it; None for an input of the graph."""
         return self.values.get(node)
 
+    def storages_in(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, frozenset[int]]:
+        """`storages` of a copy of the graph, whose nodes are the values of `copies`."""
+        return {copies[node]: there for node, there in self.storages.items() if node in copies}
+
     def step_of(self) -> dict[fx.Node, Step]:
         return {step.node: step for step in self.steps}
 

@@ -127,9 +127,8 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
     rewritten.rebuilt = passes.REBUILD.apply(graph, facts, rewritten.again, decisions.replayed, NOTES_ITSELF)
     copies: dict[fx.Node, fx.Node] = {}
     runs = copy_graph(rewritten.graph_module, copies)
-    storages = {copies[node]: there for node, there in facts.storages.items() if node in copies}
     if isinstance(rewritten.blocks, passes.SerializeNorms):
-        rewritten.blocks = rewritten.blocks.apply(runs.graph, storages)
+        rewritten.blocks = rewritten.blocks.apply(runs.graph, facts.storages_in(copies))
     if not decisions.leaves_all:
         passes.JOINS.apply(runs.graph, facts, copies)
         passes.TWO_READERS.apply(runs.graph, facts, copies)

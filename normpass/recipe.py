@@ -281,9 +281,7 @@ class Notes(Copier):
 
     def note(self, tensor: Tensor, recipe: Recipe) -> None:
         """From now on `recipe` makes the storage of `tensor`, as long as that is not written to."""
-        storage = tensor.untyped_storage()
-        key, version = storage._cdata, tensor._version
-        self._entries[key] = recipe, version, _Reference(storage)
+        key, version = self._keep_as(recipe, tensor)
         for kept in self._recent.get(key, ()):
             held = kept.tensor
             if held is not None and kept.version == version:
@@ -292,12 +290,17 @@ class Notes(Copier):
                     kept.exchange(source)
 
     def copy(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._entries[storage._cdata] = Copied(tensor), tensor._version, _Reference(storage)
+        self._keep_as(Copied(tensor), tensor)
 
     def ignore(self, tensor: Tensor) -> None:
+        self._keep_as(Unread(tensor), tensor)
+
+    def _keep_as(self, source: Any, tensor: Tensor) -> tuple[int, int]:
+        """Whoever saves `tensor` as it is now saves `source`; the key of its storage, and its version."""
         storage = tensor.untyped_storage()
-        self._entries[storage._cdata] = Unread(tensor), tensor._version, _Reference(storage)
+        key, version = storage._cdata, tensor._version
+        self._entries[key] = source, version, _Reference(storage)
+        return key, version
 
     def forget(self, tensor: Tensor) -> None:
         self._entries.pop(tensor.untyped_storage()._cdata, None)
@@ -392,21 +395,36 @@ def copied(tensor: Tensor | None) -> Any:
 
 
 class copying:
-    """Inside, who keeps this vector keeps a copy: for what a plain norm does not keep, so that it may change later."""
+    """Inside, who keeps these vectors keeps copies: for what plain layers do not keep, so that it may change later."""
 
-    __slots__ = ("_copier", "_tensor")
+    __slots__ = ("_copier", "_tensors")
 
-    def __init__(self, tensor: Tensor | None):
-        owner = None if tensor is None else _owner_of_hooks()
-        self._tensor, self._copier = tensor, owner if isinstance(owner, Copier) else None
+    def __init__(self, *tensors: Tensor | None):
+        self._tensors = [t for t in tensors if t is not None]
+        owner = _owner_of_hooks() if self._tensors else None
+        self._copier = owner if isinstance(owner, Copier) else None
 
     def __enter__(self) -> None:
-        if self._copier is not None and self._tensor is not None:
-            self._copier.copy(self._tensor)
+        if self._copier is not None:
+            for tensor in self._tensors:
+                self._tell(self._copier, tensor)
 
     def __exit__(self, *exc: object) -> None:
-        if self._copier is not None and self._tensor is not None:
-            self._copier.forget(self._tensor)
+        if self._copier is not None:
+            for tensor in self._tensors:
+                self._copier.forget(tensor)
+
+    def _tell(self, copier: Copier, tensor: Tensor) -> None:
+        copier.copy(tensor)
+
+
+class unread(copying):
+    """Inside, who keeps these tensors does not read them: they may change."""
+
+    __slots__ = ()
+
+    def _tell(self, copier: Copier, tensor: Tensor) -> None:
+        copier.ignore(tensor)
 
 
 Copies = tuple[tuple[Any, Any], ...]
@@ -490,21 +508,6 @@ class _Write:
         same = self.geometry == _geometry(base)
         target = base if same else base.as_strided(*self.geometry[:3])
         self.function(*others[: self.position], target, *others[self.position :], **kwargs)
-
-
-@contextmanager
-def unread(*tensors: Tensor | None) -> Iterator[None]:
-    """Inside, who keeps these tensors does not read them: they may change."""
-    owner = _owner_of_hooks()
-    copier = owner if isinstance(owner, Copier) else None
-    kept = [] if copier is None else [t for t in tensors if t is not None]
-    for tensor in kept:
-        copier.ignore(tensor)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for tensor in kept:
-            copier.forget(tensor)  # type: ignore[union-attr]
 
 
 # --- details --------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ derivatives, for tensors of other kinds, for a batch that is no larger than the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +45,7 @@ def run_region(region: Region, x: Tensor, *extras: Any) -> Tensor:
     """The region's result for x (N, *), by sub-batches where that is possible."""
     if not _is_divisible(region, x):
         return region.part(x, *extras)
-    with ExitStack() as stack:
-        for index in region.copied:
-            stack.enter_context(copying(extras[index]))
+    with copying(*[extras[index] for index in region.copied]):
         result: Tensor = SerialisedRegion.apply(region, x, *extras)
     return result
 

@@ -35,7 +35,7 @@ class FuseNormConvolution:
     def apply(self, graph: fx.Graph, facts: Facts, copies: Mapping[fx.Node, fx.Node]) -> set[str]:
         """Rewrite `graph` in place; the names of the new nodes. It is a copy of the graph that `facts` are about."""
         results = {copies[node]: result for node, result in facts.results.items() if node in copies}
-        storages = {copies[node]: there for node, there in facts.storages.items() if node in copies}
+        storages = facts.storages_in(copies)
         names = set()
         for node in list(graph.nodes):
             arguments = bound(convolution_function, node) if node.target is convolution_function else None
