@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from normpass.graph import is_state, key_of, name_of
 from normpass.ops.layout import memory_format_of
 from normpass.recipe import Copier
-from normpass.untouched import tensors_in
+from normpass.untouched import function_of, tensors_in
 
 _KNOWN_LIBRARIES = frozenset({"aten", "prim", "prims", "normpass"})
 
@@ -194,7 +194,7 @@ class FakeInputs:
             self.make()
 
     def _histories_now(self) -> list[Any]:
-        return [(t.requires_grad, t.grad_fn) for t in self.values if isinstance(t, Tensor)]
+        return [(t.requires_grad, function_of(t)) for t in self.values if isinstance(t, Tensor)]
 
 
 def _holds_number(value: Any) -> bool:
@@ -351,7 +351,7 @@ class _Recorder(Copier):
             else:
                 step.passes |= self._value(storage) not in makes or storage in before
         step.makes = tuple(makes)
-        self._functions.append((step, [t.grad_fn for t in tensors_in(result) if t.requires_grad]))
+        self._functions.append((step, [function_of(t) for t in tensors_in(result) if t.requires_grad]))
         if isinstance(result, Tensor) and (value := self._value(self.identity(result))) is not None:
             self.facts.values[step.node] = value
         self._note_saved(step, written)
@@ -409,7 +409,7 @@ class _Recorder(Copier):
 
     def _without_backward(self, output: Any) -> set[int]:
         """The identities of steps that no backward from the results reaches: what they save is freed at once."""
-        waiting = [t.grad_fn for t in (*tensors_in(output), *self._inputs)]
+        waiting = [function_of(t) for t in (*tensors_in(output), *self._inputs)]
         reached: set[Any] = {None}
         while waiting:
             function = waiting.pop()

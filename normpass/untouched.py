@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,14 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def function_of(tensor: Tensor) -> Any:
+    """`tensor.grad_fn`; None too for a part of `unbind` and the like whose base was written to, which has none left."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
 
 
 def leaves_of(model: nn.Module, values: object) -> list[Tensor]:

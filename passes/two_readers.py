@@ -22,7 +22,7 @@ from torch import fx
 from normpass.facts import Facts
 from normpass.graph import inherit
 from normpass.two_readers import TWICE
-from normpass.untouched import tensors_in
+from normpass.untouched import function_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,15 @@ class TwoReaders:
             node = copies.get(known)
             if node not in present or node is None or node.target not in TWICE or len(node.users) != 2:
                 continue
-            if _is_private(known, facts) and gradients[getattr(result, "grad_fn", None)] == 2:
+            if _is_private(known, facts) and gradients[function_of(result)] == 2:
                 names.add(_hand_out_twice(graph, node).name)
         return names
 
 
 def _gradients(facts: Facts) -> Counter[Any]:
     """Autograd's node -> how many gradients it is given, each by an edge of the graph of one forward."""
-    waiting = [t.grad_fn for t in tensors_in(list(facts.results.values())) if t.grad_fn is not None]
+    results = tensors_in(list(facts.results.values()))
+    waiting = [function for result in results if (function := function_of(result)) is not None]
     found: Counter[Any] = Counter()
     seen: set[Any] = set()
     while waiting:

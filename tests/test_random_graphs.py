@@ -320,6 +320,15 @@ FOUND = {
     "written to twice": Program(
         ("nn.BatchNorm2d(4)",), ("v = self.l0(x)", "v = v.clamp_(-1, 1).mul_(z).exp()"), "v", (ALIKE,)
     ),
+    "parts of what is written to": Program(
+        ("nn.BatchNorm2d(4)",),
+        ("v = F.relu(torch.stack(x.unbind(1)[::-1], 1))", "x[:, :2] += x[:, :2]", "w = F.relu(self.l0(v))"),
+        "[w, v]",
+        (ALIKE,),
+    ),
+    "parts of what is written to, returned": Program(
+        ("nn.BatchNorm2d(4)",), ("v = x.unbind(1)", "x.mul_(2)", "w = F.relu(self.l0(x))"), "[w, *v]", (ALIKE,)
+    ),
     "written to where it is no leaf": Program(
         (), ("x.detach().unbind(1)[0].add_(0.1)", "v = x.add_(z)"), "v", (ALIKE,)
     ),
