@@ -101,7 +101,16 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any], chan
         return False
     if (outside - moves) & facts.written_outside:
         return False
-    return outside - moves <= facts.saved_outside | facts.small_outside.keys() and len(set(step.writes) - outside) <= 1
+    if not outside - moves <= facts.saved_outside | facts.small_outside.keys():
+        return False
+    return _writes_one_argument(step, facts)
+
+
+def _writes_one_argument(step: Step, facts: Facts) -> bool:
+    """Whether a step in place writes to what is its argument, and only one argument lies there."""
+    inside = set(step.writes) - set(step.reads_outside)
+    there = [n for n in step.node.all_input_nodes if not inside.isdisjoint(facts.storages.get(n, ()))]
+    return not inside or (len(there) == 1 and sum(a is there[0] for a in step.node.args) == 1)
 
 
 def _weight_of(step: Step, facts: Facts) -> frozenset[int]:

@@ -20,7 +20,6 @@ from normpass.graph import copy_graph, give_keys
 from normpass.minimum_cut import Possible, minimum_cut, needed_values, possible
 from normpass.nn import NORM_NODES
 from normpass.passes.normal_form import dropout
-from normpass.passes.rebuild_values import writes_one_argument
 from normpass.planner import DEFAULT, Choice, Decisions, choose_rewrites
 from normpass.sharing import WITHOUT_RECIPE
 from normpass.sites import find_sites
@@ -175,9 +174,8 @@ def _again(found: Possible, decisions: Decisions) -> frozenset[int]:
 
 def _closed(found: Possible, again: Collection[int]) -> frozenset[int]:
     """`again` without what is made from a value that can neither be kept nor is made again."""
-    facts, closed = found.facts, set(again)
-    unkeepable = facts.overwritten
-    for step in facts.steps:
-        if any(v in unkeepable and v not in closed for v in step.reads) or not writes_one_argument(step, facts):
+    closed = set(again)
+    for step in found.facts.steps:
+        if any(v in found.fixed and v not in closed for v in step.reads):
             closed.difference_update(step.makes)
     return frozenset(closed)

@@ -82,13 +82,6 @@ def _rebuilt(step: Step, facts: Facts) -> Callable:
     return _again(function, copies)
 
 
-def writes_one_argument(step: Step, facts: Facts) -> bool:
-    """Whether a step in place writes to what is its argument, and only one argument lies there."""
-    inside = set(step.writes) - set(step.reads_outside)
-    there = [n for n in step.node.all_input_nodes if _lies_in(n, inside, facts)]
-    return not inside or (len(there) == 1 and sum(a is there[0] for a in step.node.args) == 1)
-
-
 def _lies_in(argument: Any, storages: set[int], facts: Facts) -> bool:
     return isinstance(argument, fx.Node) and not storages.isdisjoint(facts.storages.get(argument, ()))
 
@@ -173,4 +166,4 @@ def _instance_norm(
 
 _AGAIN: dict[Any, Callable] = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
 
-__all__ = ["RebuildValues", "can_be_replayed", "writes_one_argument"]
+__all__ = ["RebuildValues", "can_be_replayed"]

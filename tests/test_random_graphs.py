@@ -320,6 +320,12 @@ FOUND = {
     "written to twice": Program(
         ("nn.BatchNorm2d(4)",), ("v = self.l0(x)", "v = v.clamp_(-1, 1).mul_(z).exp()"), "v", (ALIKE,)
     ),
+    "an output that is written to with itself": Program(
+        ("nn.BatchNorm2d(4)", "nn.Conv2d(4, 4, 1)"),
+        ("v = x * x.mean((2, 3), True).sigmoid()", "v.lerp_(v, 0.4)", "w = self.l1(self.l0(x - v).clamp_(-1, 1))"),
+        "[w, v]",
+        (Step(between="outputs[-1].detach().add_(0.1)"),),
+    ),
     "parts of what is written to": Program(
         ("nn.BatchNorm2d(4)",),
         ("v = F.relu(torch.stack(x.unbind(1)[::-1], 1))", "x[:, :2] += x[:, :2]", "w = F.relu(self.l0(v))"),
