@@ -118,10 +118,17 @@ class Training:
             except Exception as error:
                 self.numbers[f"{index} raised"] = type(error).__name__
                 self.numbers[f"{index} message"] = str(error)
-                self.model.zero_grad()  # how far backward came is nobody's promise
+                self._undo_backward(index)
             self._note_state(index)
             self._update()
         return self.numbers
+
+    def _undo_backward(self, index: int) -> None:
+        """How far a backward that raises came is nobody's promise: gradients, and what `checkpoint` ran again."""
+        self.model.zero_grad()
+        if self.numbers[f"{index} reached"] == "backward":
+            for name, buffer in self.model.named_buffers():
+                buffer.data.copy_(self.numbers[f"{index} buffer {name}"])
 
     def _note(self, index: int, what: str, values: dict[Any, Tensor | None]) -> None:
         """Tensors as they are now."""
@@ -140,6 +147,7 @@ class Training:
         self.numbers[f"{index} layouts"] = [(t.stride(), t.requires_grad) for t in outputs]
         self._reach(index, "between", step.between, given | {"outputs": outputs, "args": args})
         self._note(index, "input", dict(enumerate(args)))
+        self._note(index, "buffer", dict(self.model.named_buffers()))
         self._reach(index, "backward")
         returned = differentiate(step.backward, outputs, [x, z])
         self._reach(index, "end")
