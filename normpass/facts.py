@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,6 +197,12 @@ class FakeInputs:
         return [(t.requires_grad, function_of(t)) for t in self.values if isinstance(t, Tensor)]
 
 
+def _functions_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """What backward goes through on its way from any of `tensors`, or from what they are views of."""
+    alive = [t for t in tensors if t.requires_grad]
+    return [function_of(t) for t in (*alive, *(t._base for t in alive if t._base is not None))]
+
+
 def _holds_number(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
 
@@ -351,7 +357,7 @@ class _Recorder(Copier):
             else:
                 step.passes |= self._value(storage) not in makes or storage in before
         step.makes = tuple(makes)
-        self._functions.append((step, [function_of(t) for t in tensors_in(result) if t.requires_grad]))
+        self._functions.append((step, _functions_of((*tensors_in(result), *written.values()))))
         if isinstance(result, Tensor) and (value := self._value(self.identity(result))) is not None:
             self.facts.values[step.node] = value
         self._note_saved(step, written)
@@ -417,7 +423,8 @@ class _Recorder(Copier):
                 reached.add(function)
                 waiting += [next_function for next_function, _ in function.next_functions]
         unread = (step for step, functions in self._functions if functions and reached.isdisjoint(functions))
-        return {id(step) for step in unread if self.facts.state.issuperset(step.writes)}
+        others = self._outside.keys() - self.facts.state  # the caller may have views of these
+        return {id(step) for step in unread if others.isdisjoint(step.writes)}
 
     def identity(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -328,6 +328,12 @@ FOUND = {
     "written to twice": Program(
         ("nn.BatchNorm2d(4)",), ("v = self.l0(x)", "v = v.clamp_(-1, 1).mul_(z).exp()"), "v", (ALIKE,)
     ),
+    "kept by what is written in place and nobody reads": Program(
+        ("nn.Conv2d(4, 4, 1)",),
+        ("v = self.l0(F.relu6(x * 0.5))", "(x / 3).index_add_(1, torch.tensor([1, 0]), x[:, :2])"),
+        "[v, z]",
+        (Step(between="outputs[-1].detach().add_(0.1)", second="detached"),),
+    ),
     "an output that is written to with itself": Program(
         ("nn.BatchNorm2d(4)", "nn.Conv2d(4, 4, 1)"),
         ("v = x * x.mean((2, 3), True).sigmoid()", "v.lerp_(v, 0.4)", "w = self.l1(self.l0(x - v).clamp_(-1, 1))"),
