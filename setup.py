@@ -1,12 +1,16 @@
 """Builds the CPU's kernels (kernels/cpu/*.cpp) as plain shared libraries, one for each instruction set.
 
 Everything else is in pyproject.toml. A library that cannot be built (no compiler, no OpenMP, another processor) is
-left out, and the installation goes on: `normpass kernels` says what there is.
+left out, and the installation goes on: `normpass kernels` says what there is. A library that was built before, from
+the same sources with the same flags, is taken as it is: it carries their fingerprint (kernels/cpu/fingerprint.cpp).
 """
 
+import hashlib
 import os
 import platform
+import shutil
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -19,6 +23,9 @@ INSTRUCTION_SETS = {
     "baseline": [],
 }
 ON_X86_ONLY = ("avx512", "avx2")
+SOURCES = sorted(glob("kernels/cpu/*.cpp"))
+HEADERS = sorted(glob("kernels/cpu/*.h") + glob("kernels/include/*.h"))
+COMPILER_VARIABLES = ("CC", "CXX", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "LDSHARED")
 
 
 class BuildLibraries(build_ext):
@@ -35,22 +42,55 @@ class BuildLibraries(build_ext):
         return extension.export_symbols
 
     def build_extension(self, extension):
-        target = self.get_ext_fullpath(extension.name)
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = fingerprint(extension.extra_compile_args)
+        built = [path for path in (target, in_place(extension)) if not self.force and carries(path, digest)]
+        if not built:
+            target.unlink(missing_ok=True)  # of other sources
+            self.compile_and_link(extension, str(target), digest)
+        elif built[0] != target:
+            shutil.copy(built[0], target)
+
+    def compile_and_link(self, extension, target, digest):
         folder = os.path.join(self.build_temp, extension.name)  # the same sources, compiled anew for each
-        flags = extension.extra_compile_args
+        flags = [*extension.extra_compile_args, f'-DNORMPASS_FINGERPRINT="{digest}"']
         objects = self.compiler.compile(extension.sources, output_dir=folder, extra_postargs=flags)
-        os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
         self.compiler.link_shared_object(objects, target, extra_postargs=["-fopenmp"], target_lang="c++")
+
+    def copy_extensions_to_source(self):
+        for extension in self.extensions:
+            if not Path(self.build_lib, self.get_ext_filename(extension.name)).exists():
+                in_place(extension).unlink(missing_ok=True)  # of other sources
+        super().copy_extensions_to_source()
+
+
+def in_place(extension):
+    """Where the library lies in the source tree, from where an editable installation loads it."""
+    return Path("kernels", extension.name.split(".")[-1] + ".so")
+
+
+def fingerprint(flags):
+    digest = hashlib.sha256()
+    for path in ["setup.py", *SOURCES, *HEADERS]:
+        content = Path(path).read_bytes()
+        digest.update(f"{path} {len(content)}\n".encode() + content)
+    variables = [f"{name}={os.environ.get(name, '')}" for name in COMPILER_VARIABLES]
+    digest.update("\n".join([platform.machine(), *flags, *variables]).encode())
+    return digest.hexdigest()
+
+
+def carries(path, digest):
+    return path.exists() and digest.encode() in path.read_bytes()
 
 
 def libraries():
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    headers = sorted(glob("kernels/cpu/*.h") + glob("kernels/include/*.h"))
     return [
         Extension(
             f"normpass.kernels._cpu_{name}",
-            sorted(glob("kernels/cpu/*.cpp")),
-            depends=headers,
+            SOURCES,
+            depends=HEADERS,
             extra_compile_args=[*FLAGS, *flags],
             optional=True,
         )
