@@ -189,6 +189,8 @@ class Kernels(Protocol):
     """of a concatenation, in one call"""
     adds_gradients: bool
     """whether `norm_act_backward` takes a gradient in two parts, `grad` and `other`"""
+    masks: frozenset[str]
+    """activations for which `norm_act` writes a mask of a residual join, and `norm_act_backward` reads it"""
 
     @property
     def failures(self) -> Sequence[str]:
@@ -211,7 +213,10 @@ class Kernels(Protocol):
         activation: str,
         activation_args: Sequence[float],
         layout: Layout,
-    ) -> None: ...
+        mask: Tensor | None = None,
+    ) -> None:
+        """`mask` for an activation in `masks`, with a residual: memory for it (`masks.bytes_of_mask`), from `x` and
+        `residual` whose addresses 16 divides."""
 
     def norm_act_backward(
         self,
@@ -232,8 +237,12 @@ class Kernels(Protocol):
         activation_args: Sequence[float],
         layout: Layout,
         other: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
-        """With `other` for kernels that have `adds_gradients` alone: like `grad`, whose sum is rounded as if stored."""
+        """`other` for kernels that have `adds_gradients` alone: like `grad`, whose sum is rounded as if stored.
+
+        `mask`: what `norm_act` wrote, and then `residual` is None.
+        """
 
     def cat_norm_act(
         self,

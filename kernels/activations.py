@@ -22,6 +22,16 @@ SELU_SCALE = 1.0507009873554804934193349852946
 
 
 @dataclass(frozen=True)
+class TwoSlopes:
+    """A derivative that is one of two numbers: one bit says which, and backward need not know y."""
+
+    passes: Callable[..., Tensor]
+    """(y, *args): where the gradient passes as it is"""
+    below: Callable[..., Tensor]
+    """(grad, *args): what is left of it elsewhere"""
+
+
+@dataclass(frozen=True)
 class Rule:
     """One activation. Every function takes the tensor(s) first, then the activation's arguments."""
 
@@ -36,6 +46,7 @@ class Rule:
     backward_reads_output: bool = False
     constraint: tuple[str, Callable[..., bool]] = ("", lambda *args: True)
     """What the arguments must satisfy: in words, and as a predicate."""
+    two_slopes: TwoSlopes | None = None
 
 
 def _elu_inverse(z: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
@@ -55,6 +66,7 @@ RULES: dict[str, Rule] = {
         forward=F.relu,
         forward_=torch.relu_,
         backward=lambda g, y: aten.threshold_backward(g, y, 0),
+        two_slopes=TwoSlopes(lambda y: ~(y <= 0), torch.zeros_like),
     ),
     "hardtanh": Rule(
         arguments=("min", "max"),
@@ -62,6 +74,7 @@ RULES: dict[str, Rule] = {
         forward_=aten.hardtanh_,
         backward=aten.hardtanh_backward,
         constraint=("min <= max", lambda low, high: low <= high),
+        two_slopes=TwoSlopes(lambda y, low, high: ~((y <= low) | (y >= high)), lambda g, *args: torch.zeros_like(g)),
     ),
     "leaky_relu": Rule(
         arguments=("slope",),
@@ -70,6 +83,7 @@ RULES: dict[str, Rule] = {
         backward=lambda g, y, slope: aten.leaky_relu_backward(g, y, slope, False),
         inverse=lambda z, slope: F.leaky_relu(z, 1 / slope),
         inverse_exists=lambda slope: slope > 0,
+        two_slopes=TwoSlopes(lambda y, slope: y > 0, lambda g, slope: g * slope),
     ),
     "elu": Rule(
         arguments=("alpha",),

@@ -59,13 +59,14 @@ def _arrays(macros: dict[str, str], entry: str, args: tuple[float, ...], channel
     """How many arrays of the size of x or z a launch moves."""
     if entry in ("moments", "cat_norm_act", "add_statistics_gradient"):
         return {"moments": 1, "cat_norm_act": 2, "add_statistics_gradient": 3}[entry]
+    bit = 1 / (8 * _ITEMSIZE[macros["NORMPASS_STORAGE"]])
     if entry == "norm_act":
-        return _given(args, (0, 1, 2))  # z, x, residual
+        return _given(args, (0, 1, 2)) + bit * (args[3] != 0)  # z, x, residual; mask
     if entry == "cat_norm_act_backward":
         return _of_pieces(int(macros["NORMPASS_PIECES"]), args, channels)
     moved = _given(args, (0, 1, 5, 6, 8))  # dx, dresidual; grad, its other part, residual
-    reads_kept = entry == "reduce" or args[4] != 0 or macros["NORMPASS_ACTIVATION"] != "Identity"
-    return moved + reads_kept
+    reads_y = macros["NORMPASS_ACTIVATION"] != "Identity" and not args[9]
+    return moved + (entry == "reduce" or args[4] != 0 or reads_y) + bit * (args[9] != 0)
 
 
 def _given(args: tuple[float, ...], positions: tuple[int, ...]) -> int:

@@ -30,15 +30,14 @@ class Geometry(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def geometry(layout: Layout, itemsize: int, alignment: int, multiprocessors: int) -> Geometry:
-    """The widest accesses that divide the layout and `alignment` bytes, and about one block a multiprocessor."""
-    outer, channels, inner = layout
-    if channels == 1:  # one plane, however it is stored
-        outer, inner = 1, outer * inner
+def geometry(layout: Layout, itemsize: int, alignment: int, multiprocessors: int, group: int = 1) -> Geometry:
+    """The widest accesses that divide the layout and `alignment` bytes, and about one block a multiprocessor.
+
+    `group`: positions that a thread visits behind one another.
+    """
+    outer, channels, inner = as_walked(layout)
     rows = inner == 1
-    vector = max(min(16, alignment) // itemsize, 1)
-    while (channels if rows else inner) % vector:
-        vector //= 2
+    vector = vector_of(layout, itemsize, alignment)
     if rows:
         columns = channels // vector
         tiles = -(-columns // WIDEST_TILE)
@@ -49,10 +48,25 @@ def geometry(layout: Layout, itemsize: int, alignment: int, multiprocessors: int
         tiles, width, plane = channels, 1, inner // vector
         positions, last = outer * plane, (outer - 1) * channels * inner + inner - vector
     height = THREADS // width
-    slabs = _slabs(tiles, -(-positions // height), multiprocessors)
-    step = slabs * height
+    slabs = _slabs(tiles, -(-positions // (height * group)), multiprocessors)
+    step = slabs * height * group
     stride = step * channels if rows else step // plane * channels * inner + step % plane * vector
     return Geometry(rows, vector, tiles, slabs, (channels, width, positions, plane, step % plane, stride, last))
+
+
+def as_walked(layout: Layout) -> Layout:
+    """A single channel is one plane, however it is stored."""
+    outer, channels, inner = layout
+    return Layout(1, 1, outer * inner) if channels == 1 else layout
+
+
+def vector_of(layout: Layout, itemsize: int, alignment: int = 16) -> int:
+    """Values of the widest access."""
+    _, channels, inner = as_walked(layout)
+    vector = max(min(16, alignment) // itemsize, 1)
+    while (channels if inner == 1 else inner) % vector:
+        vector //= 2
+    return vector
 
 
 def _slabs(tiles: int, most: int, multiprocessors: int) -> int:

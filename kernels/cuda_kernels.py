@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import Layout, Running
+from normpass.kernels.activations import RULES
 from normpass.kernels.cuda_driver import Launch
-from normpass.kernels.cuda_geometry import THREADS, Geometry, geometry
+from normpass.kernels.cuda_geometry import THREADS, Geometry, geometry, vector_of
 from normpass.kernels.cuda_variant import Variant
+from normpass.kernels.masks import BITS
 
 PIECES = (16, 64)
 """How many pieces of a concatenation the kernels are compiled for."""
@@ -52,6 +54,7 @@ class CudaKernels:
 
     most_pieces = PIECES[-1]
     adds_gradients = True
+    masks = frozenset(name for name, rule in RULES.items() if rule.two_slopes is not None)
 
     def __init__(self, device: Device):
         self._device = device
@@ -86,13 +89,16 @@ class CudaKernels:
         activation: str,
         activation_args: Sequence[float],
         layout: Layout,
+        mask: Tensor | None = None,
     ) -> None:
+        is_join, is_masked = residual is not None, mask is not None
         alignment = _alignment(z, x, residual)
-        plan = self._plan("norm_act", "norm_act", x, layout, alignment, activation, residual is not None)
+        plan = self._plan("norm_act", "norm_act", x, layout, alignment, activation, is_join, masked=is_masked)
         plan.launch(
             z.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
+            _pointer(mask),
             _pointer(weight),
             _pointer(bias),
             mean.data_ptr(),
@@ -121,11 +127,14 @@ class CudaKernels:
         activation_args: Sequence[float],
         layout: Layout,
         other: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         if activation == "identity":
             residual = None  # it has no part in act'
+        if mask is not None:  # is read by the vectors that it was written by
+            grad, x, other = _aligned(grad), _aligned(x), other if other is None else _aligned(other)
         site = [_pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, other, x, residual, var, site, batch_statistics, activation, layout)
+        call = _Backward(grad, other, x, residual, mask, var, site, batch_statistics, activation, layout)
         self._backward("norm_act_backward", call, dx, dresidual, dweight, dbias)
 
     def cat_norm_act(
@@ -221,7 +230,7 @@ class CudaKernels:
         layout: Layout,
     ) -> None:
         site = [_pointer(weight), _pointer(bias), 0, var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, None, z, None, var, site, batch_statistics, activation, layout)
+        call = _Backward(grad, None, z, None, None, var, site, batch_statistics, activation, layout)
         self._backward("inplace_abn_backward", call, dx, None, dweight, dbias)
 
     def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
@@ -267,15 +276,17 @@ class CudaKernels:
             if not through_sums:
                 return
             if dresidual is not None:  # the first pass left dy there
-                call = call._replace(grad=dresidual, other=None, residual=None, activation="identity")
+                call = call._replace(grad=dresidual, other=None, residual=None, mask=None, activation="identity")
                 dresidual = None
         plan = self._backward_plan(op, "apply", call, alignment)
         outputs = _pointer(dx), _pointer(dresidual), 0, 0, coefficients
         plan.launch(*outputs, *call.pointers(), *plan.geometry.parameters)
 
     def _backward_plan(self, op: str, entry: str, call: _Backward, alignment: int) -> _Plan:
-        has_residual, parts = call.residual is not None, 1 if call.other is None else 2
-        return self._plan(op, entry, call.kept, call.layout, alignment, call.activation, has_residual, parts=parts)
+        is_join, is_masked, parts = call.residual is not None, call.mask is not None, 1 if call.other is None else 2
+        return self._plan(
+            op, entry, call.kept, call.layout, alignment, call.activation, is_join, parts=parts, masked=is_masked
+        )
 
     def _plan(
         self,
@@ -288,12 +299,15 @@ class CudaKernels:
         has_residual: bool = False,
         pieces: int = 0,
         parts: int = 1,
+        masked: bool = False,
     ) -> _Plan:
-        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual, pieces, parts
+        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual, pieces, parts, masked
         plan = self._plans.get(key)
         if plan is None:
-            shape = geometry(layout, x.element_size(), alignment, self._device.multiprocessors(x.device.index))
-            variant = variant_of(op, x.dtype, shape, activation, has_residual, pieces, parts)
+            size, multiprocessors = x.element_size(), self._device.multiprocessors(x.device.index)
+            group = BITS // vector_of(layout, size, alignment) if masked and op == "norm_act" else 1
+            shape = geometry(layout, size, alignment, multiprocessors, group)
+            variant = variant_of(op, x.dtype, shape, activation, has_residual, pieces, parts, masked)
             grid = shape.tiles, shape.slabs
             launch = self._device.kernel(variant, entry, grid, THREADS, x.device.index)
             plan = self._plans[key] = _Plan(launch, shape)
@@ -314,6 +328,7 @@ class _Backward(NamedTuple):
     other: Tensor | None
     kept: Tensor
     residual: Tensor | None
+    mask: Tensor | None
     var: Tensor
     site: list[float]
     batch_statistics: bool
@@ -321,7 +336,7 @@ class _Backward(NamedTuple):
     layout: Layout
 
     def pointers(self) -> tuple[float, ...]:
-        kept = self.kept.data_ptr(), _pointer(self.residual)
+        kept = self.kept.data_ptr(), _pointer(self.residual), _pointer(self.mask)
         return self.grad.data_ptr(), _pointer(self.other), *kept, *self.site
 
 
@@ -333,10 +348,12 @@ def variant_of(
     has_residual: bool = False,
     pieces: int = 0,
     parts: int = 1,
+    masked: bool = False,
 ) -> Variant:
     """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation.
 
-    With `pieces` of a concatenation, or a gradient that comes in so many `parts`.
+    With `pieces` of a concatenation, or a gradient that comes in so many `parts`; `masked`, where a mask is written or
+    read.
     """
     macros = {"STORAGE": _STORAGE[dtype], "VECTOR": str(shape.vector), "ROWS": str(shape.rows).lower()}
     if dtype.itemsize == 2:
@@ -349,11 +366,18 @@ def variant_of(
         macros["RESIDUAL"] = str(has_residual).lower()
     if parts > 1:
         macros["PARTS"] = str(parts)
+    if masked:
+        macros["MASKED"] = "1"
     return Variant(op, tuple((f"NORMPASS_{name}", value) for name, value in macros.items()))
 
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """A tensor that 16 divides the address of."""
+    return t.clone() if t.data_ptr() % 16 else t
 
 
 def _alignment(*tensors: Tensor | None) -> int:

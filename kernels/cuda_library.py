@@ -29,7 +29,7 @@ class GuardedKernels:
     def __init__(self, kernels: CudaKernels) -> None:
         self._kernels = kernels
         self._failures: dict[str, None] = {}
-        self.most_pieces, self.adds_gradients = kernels.most_pieces, kernels.adds_gradients
+        self.most_pieces, self.adds_gradients, self.masks = kernels.most_pieces, kernels.adds_gradients, kernels.masks
         self.supports = kernels.supports
 
     @property

@@ -25,7 +25,7 @@ GRID = "q" * 7
 """`cuda_geometry.Geometry.parameters`, which end the arguments"""
 _SITE = "q" * 4 + "d" * 3
 """weight, bias, mean, var; eps and the activation's arguments"""
-_BACKWARD = "q" * 9 + _SITE
+_BACKWARD = "q" * 10 + _SITE
 
 
 def signature(variant: Variant, entry: str) -> str:
@@ -34,7 +34,7 @@ def signature(variant: Variant, entry: str) -> str:
     return {
         "probe": "qdq",
         "moments": "q" * 5 + "dd" + "qq" + GRID,
-        "norm_act": "q" * 3 + _SITE + GRID,
+        "norm_act": "q" * 4 + _SITE + GRID,
         "reduce": _BACKWARD + "d" + "qq" + GRID,
         "apply": _BACKWARD + GRID,
         "cat_norm_act": "q" + _SITE + pieces * 2 + GRID,

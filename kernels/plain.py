@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normpass.kernels import Layout, Running
 from normpass.kernels.activations import RULES
+from normpass.kernels.masks import gradient_by_mask, packed, unpacked
 
 
 def moments(mean: Tensor, var: Tensor, x: Tensor, layout: Layout, running: Running | None = None) -> None:
@@ -41,10 +42,14 @@ def norm_act(
     activation: str,
     activation_args: Sequence[float],
     layout: Layout,
+    mask: Tensor | None = None,
 ) -> None:
     y = _y(_wide(x, layout), _scale(weight, var, eps), bias, mean)
     if residual is not None:
         y = y + _wide(residual, layout)
+    slopes = RULES[activation].two_slopes
+    if mask is not None and slopes is not None:
+        mask.copy_(packed(slopes.passes(y, *activation_args), x.element_size()))
     _view(z, layout).copy_(RULES[activation].forward(y, *activation_args))
 
 
@@ -66,14 +71,19 @@ def norm_act_backward(
     activation_args: Sequence[float],
     layout: Layout,
     other: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> None:
     scale, wide = _scale(weight, var, eps), _wide(x, layout)
     if other is not None:
         grad = _view(grad, layout) + _view(other, layout)
-    y = _y(wide, scale, bias, mean)
-    if residual is not None:
-        y = y + _wide(residual, layout)
-    dy = _dy(_wide(grad, layout), y, activation, activation_args)
+    if mask is not None:
+        passes = unpacked(mask, layout, x.element_size())
+        dy = gradient_by_mask(_wide(grad, layout), passes, activation, activation_args)
+    else:
+        y = _y(wide, scale, bias, mean)
+        if residual is not None:
+            y = y + _wide(residual, layout)
+        dy = _dy(_wide(grad, layout), y, activation, activation_args)
     if dresidual is not None:
         _view(dresidual, layout).copy_(dy)
     normalised = (wide - mean[:, None]) * torch.rsqrt(var + eps)[:, None]

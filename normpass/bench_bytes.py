@@ -129,7 +129,8 @@ def _rewritten(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Re
     except TorchRuntimeError as error:
         name = type(model).__name__
         raise InvalidInputError(f"{name} does not run on an input of shape {tuple(shape)}: {error}") from error
-    return rewrite(graph_module, inputs, Request())
+    with kernels.replaced("meta", GuardedKernels(CudaKernels(CountingDevice()))):  # which know what they keep
+        return rewrite(graph_module, inputs, Request())
 
 
 def _rebuilt(rewritten: Rewritten) -> frozenset[str]:

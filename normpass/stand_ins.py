@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from normpass.functional import FunctionalBatchNorm, is_fusible, running_of, running_statistics_of, split_norm_act
-from normpass.ops.layout import new_result
+from normpass.kernels import kernels_for
+from normpass.kernels.masks import bytes_of_mask
+from normpass.ops.layout import memory_format_of, new_result
+from normpass.ops.norm_act import has_mask
+from normpass.ops.operands import layout_of
 from normpass.ops.pieces import are_pieces, channels_of, memory_format_of_pieces, new_concatenation
 from normpass.recipe import copying
 from normpass.sharing import Producer, producer_statistics, shared_norm_act, whole_of
@@ -46,9 +50,10 @@ def _norm_act(
 ) -> tuple[Tensor, Sequence[Tensor]] | None:
     if not is_fusible(norm, x, residual, activation, sum_into):
         return None
-    is_active = activation != "identity"
-    tensors = (x, residual, norm.weight, norm.bias, *_statistics(norm, x, x.shape[1]))
-    kept = (True, is_active, True, is_active, *[True] * (len(tensors) - 4))
+    mask = _mask(x, residual, activation)
+    rebuilds_y = activation != "identity" and not mask
+    tensors = (x, residual, norm.weight, norm.bias, *_statistics(norm, x, x.shape[1]), *mask)
+    kept = (True, rebuilds_y, True, rebuilds_y, *[True] * (len(tensors) - 4))
     with copying(norm.bias):
         return _Keeps.apply(kept, functools.partial(new_result, x, activation), *tensors), _moved(norm)
 
@@ -64,6 +69,14 @@ def _shared_norm_act(
     with copying(norm.bias):
         result = functools.partial(new_concatenation, xs, memory_format_of_pieces(xs))
         return _Keeps.apply([True] * len(tensors), result, *tensors), _moved(norm)
+
+
+def _mask(x: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, ...]:
+    """What backward reads in the place of the residual; nothing where it reads that."""
+    if not has_mask(kernels_for(x.device.type), x, residual, activation):
+        return ()
+    size = bytes_of_mask(layout_of(x, memory_format_of(x)), x.element_size())
+    return (torch.empty(size, dtype=torch.uint8, device=x.device),)
 
 
 def _statistics(norm: FunctionalBatchNorm, x: Tensor, channels: int) -> tuple[Tensor, ...]:

@@ -55,8 +55,13 @@ def test_a_relu_site():
 
 
 def test_a_join():
-    """Of 3 moves that autograd's addition of the two gradients takes 2 are saved, and one is within backward."""
-    assert arrays(join=True) == {"eager": (8, 8, 3), "ours": (4, 11, 0), "ours_kept": (4, 8, 0)}
+    """Of 3 moves that autograd's addition of the two gradients takes 2 are saved, and one is within backward.
+
+    In the place of the residual a bit an element is written and read, a sixteenth of an array.
+    """
+    bit = 1 / 16
+    kept = (4 + bit, 7 + bit, 0)
+    assert arrays(join=True) == {"eager": (8, 8, 3), "ours": (4 + bit, 10 + bit, 0), "ours_kept": kept}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def resnet() -> dict[str, ByteRow]:
 
 def test_resnet_50(resnet):
     gigabytes = {name: round(row.total * 1e-9, 1) for name, row in resnet.items()}
-    assert gigabytes == {"eager": 87.2, "ours": 71.1, "ours_kept": 57.1, "ours@0.8": pytest.approx(61.3, abs=0.5)}
+    assert gigabytes == {"eager": 87.2, "ours": 68.7, "ours_kept": 54.6, "ours@0.8": pytest.approx(58.0, abs=0.5)}
     assert resnet["eager"].additions * 1e-9 == pytest.approx(8.6, abs=0.05)
     assert max(row.additions for name, row in resnet.items() if name != "eager") * 1e-9 < 0.4
     first, *_ = byte_table(list(resnet.values())).columns
@@ -123,6 +128,13 @@ def test_each_launch_is_counted(layout):
     assert [moved[2] for moved in found] == [3 * size]
     assert [moved[2] for moved in counted(join)] == [4 * size, 3 * size]
     assert [moved[2] for moved in counted(lambda k: join(k, other))] == [5 * size, 3 * size]
+    mask = torch.zeros(size // 32, dtype=torch.uint8)
+    found = counted(lambda k: k.norm_act(out, x, residual, *values, 1e-5, "relu", (), layout, mask))
+    assert [moved[2] for moved in found] == [3 * size + mask.nbytes]
+    found = counted(lambda k: backward(k, out, more, None, None, grad, x, None, *common, None, mask))
+    assert [moved[2] for moved in found] == [3 * size + mask.nbytes, 3 * size]
+    found = counted(lambda k: backward(k, out, None, None, None, grad, x, None, *common, None, mask))
+    assert [moved[2] for moved in found] == [2 * size + mask.nbytes, 3 * size + mask.nbytes]
     alone = counted(lambda k: backward(k, out, None, None, None, grad, x, None, *common))
     assert [moved[1:] for moved in alone] == [("reduce", 2 * size), ("apply", 3 * size)]
     frozen = (*values, 1e-5, False, "identity", (), layout)

@@ -10,9 +10,12 @@
 // The gradient of a z that was handed out twice comes in two parts, grad and other: they are added as they are read, and
 // rounded as if their sum had been stored.
 //
+// Of a residual join act' is known from y + residual, or from the mask that forward has written (mask.cuh).
+//
 // Macros: those of norm_act.cu, NORMPASS_SITE, and NORMPASS_PARTS where the gradient comes in two.
 #pragma once
 
+#include "mask.cuh"
 #include "norm_site.cuh"
 #include "reduce.cuh"
 
@@ -27,6 +30,7 @@ template <class Storage> struct Backward {
   Storage *dx, *dresidual;
   Statistics<Storage>*dweight, *dbias, *coefficients;
   const Storage *grad, *other, *kept, *residual;
+  const unsigned char* mask;
   Parameters<Statistics<Storage>> parameters;
 };
 
@@ -48,26 +52,34 @@ template <bool RESIDUAL> NORMPASS_DEVICE constexpr int tensors_read() { return 1
 
 // Vectors of what is read at LOADS positions.
 template <class Storage, int VECTOR, int LOADS, bool RESIDUAL> struct Batch {
-  static constexpr bool ADDS = NORMPASS_PARTS == 2;
+  static constexpr bool ADDS = NORMPASS_PARTS == 2, MASKED = NORMPASS_MASKED;
   Vector<Storage, VECTOR> grad[LOADS], other[LOADS], kept[LOADS], residual[LOADS];
+  unsigned bits[LOADS];
   long long offsets[LOADS];
 
-  template <class AnyWalk> NORMPASS_DEVICE int read(AnyWalk& walk, const Backward<Storage>& call, bool reads_kept) {
+  template <bool ROWS>
+  NORMPASS_DEVICE int read(Walk<VECTOR, ROWS>& walk, const Backward<Storage>& call, const Grid& grid, bool backward,
+                           bool reads_kept) {
     return next_vectors(walk, offsets, [&](int k, long long offset) {
       grad[k] = load<VECTOR>(call.grad + offset);
       if (ADDS) other[k] = load<VECTOR>(call.other + offset);
       if (reads_kept) kept[k] = load<VECTOR>(call.kept + offset);
       if (RESIDUAL) residual[k] = load<VECTOR>(call.residual + offset);
+      if (MASKED) bits[k] = bits_at(call.mask, walk, grid, backward);
     });
   }
 
   template <class Site, class Activation>
   NORMPASS_DEVICE Statistics<Storage> dy(const Site& site, const Activation& activation, int k, int i) const {
-    Statistics<Storage> y = site.y(activation, kept[k][i]);
-    if (RESIDUAL) y = sum_of(y, residual[k][i]);
     Statistics<Storage> whole = grad[k][i];
     if (ADDS) whole = as_stored(sum_of(whole, other[k][i]), Storage());
-    return activation.gradient(whole, y);
+    if constexpr (MASKED) {
+      return activation.gradient_if(bits[k] >> i & 1, whole);
+    } else {
+      Statistics<Storage> y = site.y(activation, kept[k][i]);
+      if (RESIDUAL) y = sum_of(y, residual[k][i]);
+      return activation.gradient(whole, y);
+    }
   }
 };
 
@@ -84,7 +96,7 @@ NORMPASS_DEVICE void backward_reduce(const Backward<Storage>& call, const Activa
 
   while (walk.inside()) {
     Batch<Storage, VECTOR, LOADS, RESIDUAL> batch;
-    int there = batch.read(walk, call, true);
+    int there = batch.read(walk, call, grid, false, true);
 #pragma unroll
     for (int k = 0; k < LOADS; ++k) {
       if (k >= there) break;
@@ -135,7 +147,8 @@ NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activat
 
   while (walk.inside()) {
     Batch<Storage, VECTOR, LOADS, RESIDUAL> batch;
-    int there = batch.read(walk, call, through_sums || ReadsY<Activation>::value);
+    bool reads_kept = through_sums || (ReadsY<Activation>::value && !NORMPASS_MASKED);
+    int there = batch.read(walk, call, grid, true, reads_kept);
 #pragma unroll
     for (int k = 0; k < LOADS; ++k) {
       if (k >= there) break;
@@ -165,14 +178,15 @@ NORMPASS_DEVICE void backward_apply(const Backward<Storage>& call, const Activat
       normpass::Statistics<NORMPASS_STORAGE> *dweight, normpass::Statistics<NORMPASS_STORAGE> *dbias,              \
       normpass::Statistics<NORMPASS_STORAGE> *coefficients, const NORMPASS_STORAGE *__restrict__ grad,             \
       const NORMPASS_STORAGE *__restrict__ other, const NORMPASS_STORAGE *__restrict__ kept,                       \
-      const NORMPASS_STORAGE *__restrict__ residual,                                                               \
+      const NORMPASS_STORAGE *__restrict__ residual, const unsigned char *__restrict__ mask,                       \
       const normpass::Statistics<NORMPASS_STORAGE> *weight, const normpass::Statistics<NORMPASS_STORAGE> *bias,    \
       const normpass::Statistics<NORMPASS_STORAGE> *mean, const normpass::Statistics<NORMPASS_STORAGE> *var,       \
       double eps, double argument_1, double argument_2
 
-#define NORMPASS_BACKWARD \
-  normpass::Backward<NORMPASS_STORAGE> { \
-    dx, dresidual, dweight, dbias, coefficients, grad, other, kept, residual, { weight, bias, mean, var, eps } \
+#define NORMPASS_BACKWARD                                                      \
+  normpass::Backward<NORMPASS_STORAGE> {                                       \
+    dx, dresidual, dweight, dbias, coefficients, grad, other, kept, residual,  \
+        mask, { weight, bias, mean, var, eps }                                 \
   }
 
 extern "C" __global__ void __launch_bounds__(normpass::THREADS, 1)

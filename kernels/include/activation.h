@@ -5,6 +5,7 @@
 //   value(y)        z = act(y)
 //   gradient(g, y)  dL/dy from g = dL/dz; where act is flat it is 0 even for an infinite g, as in ATen
 //   inverse(z)      y = act⁻¹(z); meant for the entries that Python calls invertible
+//   passes(y), gradient_if(passes, g)   the same gradient where act' is one of two numbers: one bit says which
 //   is_costly       whether gradient() takes longer on a CPU than one move of its result to memory and back
 //
 // T is float or double. The functions exponential, exponential_minus_1, logarithm_of_1_plus, hyperbolic_tangent
@@ -41,6 +42,8 @@ template <class T> struct Relu {
   NORMPASS_INLINE explicit Relu(double, double) {}
   NORMPASS_INLINE T value(T y) const { return y < T(0) ? T(0) : y; }
   NORMPASS_INLINE T gradient(T g, T y) const { return y <= T(0) ? T(0) : g; }
+  NORMPASS_INLINE bool passes(T y) const { return !(y <= T(0)); }
+  NORMPASS_INLINE T gradient_if(bool passes, T g) const { return passes ? g : T(0); }
   NORMPASS_INLINE T inverse(T z) const { return z; }
 };
 
@@ -50,6 +53,8 @@ template <class T> struct Hardtanh {
   NORMPASS_INLINE explicit Hardtanh(double low, double high) : low(T(low)), high(T(high)) {}
   NORMPASS_INLINE T value(T y) const { return clamped(y, low, high); }
   NORMPASS_INLINE T gradient(T g, T y) const { return (y <= low) | (y >= high) ? T(0) : g; }
+  NORMPASS_INLINE bool passes(T y) const { return !((y <= low) | (y >= high)); }
+  NORMPASS_INLINE T gradient_if(bool passes, T g) const { return passes ? g : T(0); }
   NORMPASS_INLINE T inverse(T z) const { return z; }
 };
 
@@ -64,6 +69,11 @@ template <class T> struct LeakyRelu {
   NORMPASS_INLINE T gradient(T g, T y) const {
     T below = g * slope;
     return y > T(0) ? g : below;
+  }
+  NORMPASS_INLINE bool passes(T y) const { return y > T(0); }
+  NORMPASS_INLINE T gradient_if(bool passes, T g) const {
+    T below = g * slope;
+    return passes ? g : below;
   }
   NORMPASS_INLINE T inverse(T z) const {
     T below = z * reciprocal;

@@ -14,6 +14,9 @@ Backward from g = dL/dz. dy = g·act'(y + residual), which is the residual's gra
 and their own gradients are None. So autograd keeps x (and the residual, where act' needs it) and never z: y
 is rebuilt in backward by the code of forward, bit for bit, so a ReLU's mask is the same in both.
 
+Where act' is one of two numbers (ReLU, hardtanh, leaky ReLU) and the kernels have masks, as CUDA's do, forward writes
+one bit an element, and that is kept and read in the place of the residual.
+
 In 16 bits y, the sum and z are each rounded to x's dtype, as in eager mode.
 """
 
@@ -25,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels, kernels_for
+from normpass.kernels import Kernels, Layout, kernels_for
+from normpass.kernels.masks import bytes_of_mask
 
 from .activation import activate_
 from .eager import eager_device
 from .layout import activated_format, check_like, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
-from .norm_act_backward import _norm_act_backward, norm_act_gradients
+from .norm_act_backward import _norm_act_backward, norm_act_gradients, unmasked
 from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
 from .operands import Options, can_run, dense, layout_of, per_channel_operand
 
@@ -104,8 +108,13 @@ def _reference(
     return activate_(normalise(x, residual, weight, bias, mean, var, eps), activation, activation_args)
 
 
-def _kernel(
+def _kernel(kernels: Kernels | None, *args: Any) -> Tensor:
+    return _computed(kernels, False, *args)[0]
+
+
+def _computed(
     kernels: Kernels | None,
+    wants_mask: bool,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -116,16 +125,19 @@ def _kernel(
     batch_statistics: bool,
     activation: str,
     activation_args: Sequence[float],
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """z, and the mask that backward reads in the place of the residual, where one is wanted and there can be one."""
     values = weight, bias, mean, var
     if kernels is None or not can_run(kernels, x, (residual,), values, activation, activation_args):
-        return _reference(x, residual, *values, eps, batch_statistics, activation, activation_args)
+        return _reference(x, residual, *values, eps, batch_statistics, activation, activation_args), None
     memory_format, dtype = memory_format_of(x), statistics_dtype(x)
-    z = new_result(x, activation)
+    z, layout = new_result(x, activation), layout_of(x, memory_format)
+    given, added = dense(x, memory_format), dense(residual, memory_format)
+    mask = new_mask(kernels, given, added, activation, layout) if wants_mask and added is not None else None
     kernels.norm_act(
         z,
-        dense(x, memory_format),
-        dense(residual, memory_format),
+        given,
+        added,
         per_channel_operand(weight, dtype),
         per_channel_operand(bias, dtype),
         per_channel_operand(mean, dtype),
@@ -133,9 +145,22 @@ def _kernel(
         eps,
         activation,
         activation_args,
-        layout_of(x, memory_format),
+        layout,
+        *((mask,) if mask is not None else ()),
     )
-    return z
+    return z, mask
+
+
+def new_mask(kernels: Kernels, x: Tensor, residual: Tensor, activation: str, layout: Layout) -> Tensor | None:
+    """Memory for the mask of a join of two dense tensors, where the kernels write one."""
+    if activation not in kernels.masks or (x.data_ptr() | residual.data_ptr()) % 16:
+        return None
+    return x.new_empty(bytes_of_mask(layout, x.element_size()), dtype=torch.uint8)
+
+
+def has_mask(kernels: Kernels | None, x: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether backward of these, at 16-byte addresses, reads a mask."""
+    return kernels is not None and residual is not None and activation in kernels.masks and kernels.supports(x.dtype)
 
 
 def _save(
@@ -147,19 +172,44 @@ def _save(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    mask: Tensor | None = None,
 ) -> None:
-    """Keep what backward reads: residual and bias only where it rebuilds y, for an activation's derivative."""
-    is_active = activation != "identity"
-    ctx.bias_dtype = None if bias is None or is_active else bias.dtype
-    ctx.save_for_backward(x, residual if is_active else None, weight, bias if is_active else None, mean, var)
+    """Keep what backward reads: bias, and residual or mask, only for an activation's derivative."""
+    rebuilds_y = activation != "identity" and mask is None
+    ctx.bias_dtype, ctx.is_masked = None if bias is None or rebuilds_y else bias.dtype, mask is not None
+    ctx.save_for_backward(x, residual if rebuilds_y else mask, weight, bias if rebuilds_y else None, mean, var)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """x, residual, weight, bias, mean, var; for a bias that was not kept one of its shape and dtype."""
+Saved = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor, Tensor]
+
+
+def _saved(ctx: Any) -> tuple[Saved, Tensor | None]:
+    """x, residual, weight, bias, mean, var; for a bias that was not kept one of its shape and dtype. And the mask."""
     x, residual, weight, bias, mean, var = ctx.saved_tensors
     if ctx.bias_dtype is not None:
         bias = mean.detach().to(ctx.bias_dtype)
-    return x, residual, weight, bias, mean, var
+    if ctx.is_masked:
+        return (x, None, weight, bias, mean, var), residual
+    return (x, residual, weight, bias, mean, var), None
+
+
+def _forward(
+    ctx: Any,
+    device: str,
+    options: Options,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+) -> Tensor:
+    """z, with what backward reads kept."""
+    ctx.options = options
+    wants_mask = residual is not None and any(ctx.needs_input_grad[:4])
+    z, mask = _computed(kernels_for(device), wants_mask, x, residual, weight, bias, mean, var, *options)
+    _save(ctx, options[2], x, residual, weight, bias, mean, var, mask)
+    return z
 
 
 class NormAct(torch.autograd.Function):
@@ -177,23 +227,21 @@ class NormAct(torch.autograd.Function):
         device: str,
         options: Options,
     ) -> Tensor:
-        ctx.options = options
-        _save(ctx, options[2], x, residual, weight, bias, mean, var)
-        return _kernel(kernels_for(device), x, residual, weight, bias, mean, var, *options)
+        return _forward(ctx, device, options, x, residual, weight, bias, mean, var)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         options: Options = ctx.options
-        needs, tensors = ctx.needs_input_grad[:4], _saved(ctx)
+        needs, (tensors, mask) = ctx.needs_input_grad[:4], _saved(ctx)
         device = None if torch.is_grad_enabled() else eager_device(grad)
         if device is None:
-            return *_gradients_by_op(grad, tensors, options, needs), *[None] * 4
+            return *_gradients_by_op(grad, tensors, options, needs, mask), *[None] * 4
         x, residual, weight, bias, mean, var = tensors
         is_sum = needs[1] and options[2] == "identity"  # then the residual's gradient is `grad` itself
         if is_sum:
             needs = needs[0], False, *needs[2:]
         dx, dresidual, dweight, dbias = norm_act_gradients(
-            kernels_for(device), grad, x, residual, weight, bias, mean, var, *options, needs
+            kernels_for(device), grad, x, residual, weight, bias, mean, var, *options, needs, None, mask
         )
         return dx, grad if is_sum else dresidual, dweight, dbias, None, None, None, None
 
@@ -253,12 +301,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:4]
-    return *_gradients_by_op(grad, _saved(ctx), ctx.options, needs), *[None] * 6
+    return *_gradients_by_op(grad, _saved(ctx)[0], ctx.options, needs), *[None] * 6
 
 
 def _gradients_by_op(
-    grad: Tensor, tensors: Sequence[Tensor | None], options: Sequence[Any], needs: Sequence[bool]
+    grad: Tensor,
+    tensors: Saved,
+    options: Sequence[Any],
+    needs: Sequence[bool],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    if mask is not None:
+        grad, options = unmasked(mask, grad, tensors[0], options)
     gradients: Any = _norm_act_backward(grad, *tensors, *options, needs)
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import Kernels
+from normpass.kernels.masks import gradient_by_mask, unpacked
 
 from .activation import activate, activation_backward
 from .layout import (
@@ -32,7 +33,7 @@ from .layout import (
 )
 from .library import declare
 from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
-from .operands import can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
+from .operands import Options, can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
 
 aten = torch.ops.aten
 
@@ -163,16 +164,21 @@ def norm_act_gradients(
     activation_args: Sequence[float],
     needs: Sequence[bool],
     other: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Gradients:
     """What `norm_act_backward` returns, not differentiable, with None for what is not needed or absent.
 
-    `other`: what is to be added to `grad`, in shape and dtype of x.
+    Args:
+        other: what is to be added to `grad`, in shape and dtype of x.
+        mask: what forward's kernel wrote in the place of `residual`, which is None then.
     """
     values, options = (weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
     runs = kernels is not None and can_run(kernels, x, (grad, other, residual), values, activation, activation_args)
     if other is not None and not (runs and kernels.adds_gradients):
         grad, other = grad + other, None
-    if kernels is None or not runs:
+    if kernels is None or not runs or (mask is not None and activation not in kernels.masks):
+        if mask is not None:
+            grad, options = unmasked(mask, grad, x, options)
         return _reference_gradients(grad, x, residual, *values, *options, needs)
     memory_format, dtype = memory_format_of(x), statistics_dtype(x)
     dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
@@ -193,9 +199,29 @@ def norm_act_gradients(
         per_channel_operand(var, dtype),
         *options,
         layout_of(x, memory_format),
-        *((dense(other, memory_format),) if other is not None else ()),
+        *_more(dense(other, memory_format), mask),
     )
     return dx, dresidual, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)
+
+
+def _more(other: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The last arguments of the kernels, which not all of them take."""
+    if mask is not None:
+        return other, mask
+    return () if other is None else (other,)
+
+
+def unmasked(mask: Tensor, grad: Tensor, x: Tensor, options: Sequence[Any]) -> tuple[Tensor, Options]:
+    """dy, differentiable in `grad`, and the options of what is left: a norm and the identity."""
+    eps, batch_statistics, activation, activation_args = options
+    memory_format = memory_format_of(x)
+    passes = unpacked(mask, layout_of(x, memory_format), x.element_size())
+    if memory_format is torch.contiguous_format:
+        in_place = passes.view(x.shape)
+    else:
+        in_place = passes.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    dy = gradient_by_mask(grad, in_place, activation, activation_args)
+    return dy, (eps, batch_statistics, "identity", ())
 
 
 def _kernel(kernels: Kernels | None, grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

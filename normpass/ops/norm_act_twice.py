@@ -20,7 +20,7 @@ from torch import Tensor
 from normpass.kernels import kernels_for
 
 from .eager import eager_device
-from .norm_act import _gradients_by_op, _kernel, _save, _saved, norm_act_on
+from .norm_act import _forward, _gradients_by_op, _saved, norm_act_on
 from .norm_act_backward import norm_act_gradients
 from .operands import Options
 
@@ -40,10 +40,8 @@ class NormActTwice(torch.autograd.Function):
         device: str,
         options: Options,
     ) -> tuple[Tensor, Tensor]:
-        ctx.options = options
         ctx.set_materialize_grads(False)  # a reader that no gradient goes through has none
-        _save(ctx, options[2], x, residual, weight, bias, mean, var)
-        z = _kernel(kernels_for(device), x, residual, weight, bias, mean, var, *options)
+        z = _forward(ctx, device, options, x, residual, weight, bias, mean, var)
         return z, z.detach()
 
     @staticmethod
@@ -53,12 +51,12 @@ class NormActTwice(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         options: Options = ctx.options
-        needs, tensors = ctx.needs_input_grad[:4], _saved(ctx)
+        needs, (tensors, mask) = ctx.needs_input_grad[:4], _saved(ctx)
         device = None if torch.is_grad_enabled() else eager_device(grad, other)
         if device is None:
             whole = grad if other is None else grad + other
-            return *_gradients_by_op(whole, tensors, options, needs), *[None] * 4
-        return *norm_act_gradients(kernels_for(device), grad, *tensors, *options, needs, other), *[None] * 4
+            return *_gradients_by_op(whole, tensors, options, needs, mask), *[None] * 4
+        return *norm_act_gradients(kernels_for(device), grad, *tensors, *options, needs, other, mask), *[None] * 4
 
 
 def hands_out_twice(device: str | None) -> bool:

@@ -52,6 +52,7 @@ def variants() -> Iterator:
 
 
 def of_shape(dtype, shape, activations) -> Iterator:
+    from normpass.kernels.activations import RULES
     from normpass.kernels.cuda_kernels import PIECES, variant_of
 
     for source in ("moments", "add_statistics_gradient"):
@@ -61,6 +62,10 @@ def of_shape(dtype, shape, activations) -> Iterator:
             yield variant_of("norm_act", dtype, shape, activation, residual)
             for parts in (1, 2):
                 yield variant_of("norm_act_backward", dtype, shape, activation, residual, parts=parts)
+        if RULES[activation].two_slopes is not None:
+            yield variant_of("norm_act", dtype, shape, activation, True, masked=True)
+            for parts in (1, 2):
+                yield variant_of("norm_act_backward", dtype, shape, activation, parts=parts, masked=True)
         if activation in ("relu", "silu"):
             for source, pieces in itertools.product(("cat_norm_act", "cat_norm_act_backward"), PIECES):
                 yield variant_of(source, dtype, shape, activation, pieces=pieces)

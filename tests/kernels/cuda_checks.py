@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normpass.kernels import Kernels, Layout, Running
+from normpass.kernels.activations import RULES
+from normpass.kernels.masks import bytes_of_mask, packed, unpacked
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -202,6 +204,35 @@ def check_gradient_in_two_parts(kernels: Kernels, site: Site, needs: Sequence[bo
         found.append(results)
     for name, apart, whole in zip(("dx", "dresidual", "dweight", "dbias"), *found, strict=True):
         assert apart is None or torch.equal(apart, whole), f"{name} is not that of the sum"
+
+
+def check_mask(kernels: Kernels, site: Site) -> None:
+    """Forward writes the mask as the plain formula lays it out, and every gradient is that of the residual."""
+    values = site.weight, site.bias, site.mean, site.var, EPS
+    options, size = (site.activation, site.args, site.layout), site.x.element_size()
+    z, plain_z = torch.empty_like(site.x), torch.empty_like(site.x)
+    mask = torch.full((bytes_of_mask(site.layout, size),), 0xAA, dtype=torch.uint8, device=site.x.device)
+    kernels.norm_act(plain_z, site.x, site.added, *values, *options)
+    kernels.norm_act(z, site.x, site.added, *values, *options, mask)
+    assert torch.equal(z, plain_z)
+    slopes, y = RULES[site.activation].two_slopes, site.y()
+    assert slopes is not None
+    is_near = torch.stack([(y - kink).abs() < 1e-4 for kink in KINKS]).any(0)
+    wrong = unpacked(mask, site.layout, size) != slopes.passes(y, *site.args)
+    assert not (wrong & ~is_near).any()
+    assert torch.equal(packed(unpacked(mask, site.layout, size), size), mask), "bits beyond the last value are 0"
+    for needs in ((True,) * 4, (True, False, True, True), (False, True, False, False)):
+        for other in (None, site.grad.flip(0) * 0.37):
+            found = [outputs(site, needs), outputs(site, needs)]
+            for results, given in zip(
+                found, ((site.added, *options, other), (None, *options, other, mask)), strict=True
+            ):
+                residual, *more = given
+                kernels.norm_act_backward(
+                    *(*results, site.grad, site.x, residual, *values, site.batch_statistics, *more)
+                )
+            for name, by_residual, by_mask in zip(("dx", "dresidual", "dweight", "dbias"), *found, strict=True):
+                assert by_residual is None or torch.equal(by_residual, by_mask), f"{name} of {needs}"
 
 
 def split(site: Site, t: Tensor, channels: Sequence[int]) -> list[Tensor]:

@@ -39,9 +39,13 @@ def variants(source: str, layout: Layout, dtype: torch.dtype, activations: Seque
     elif source == "inplace_abn_backward":
         yield variant_of(source, dtype, shape, "leaky_relu")
     else:
-        parts = (1, 2) if source == "norm_act_backward" else (1,)
+        is_backward = source == "norm_act_backward"
+        parts = (1, 2) if is_backward else (1,)
         for name, residual, count in itertools.product(activations, (False, True), parts):
             yield variant_of(source, dtype, shape, name, residual, parts=count)
+        masked = ("relu", "leaky_relu") if "relu" in activations else ("leaky_relu",)
+        for name, count in itertools.product(masked, parts):  # forward reads the residual, backward does not
+            yield variant_of(source, dtype, shape, name, not is_backward, parts=count, masked=True)
 
 
 def functions(variant: Variant, architecture: str) -> list[tuple[str, int, int]]:
@@ -71,6 +75,7 @@ def test_kernels_compile_without_spills(architecture, source, layout, dtype, res
             row |= {
                 "residual": macros.get("NORMPASS_RESIDUAL", ""),
                 "parts": macros.get("NORMPASS_PARTS", "1"),
+                "masked": macros.get("NORMPASS_MASKED", "0"),
                 "registers": registers,
                 "spilled_bytes": spills,
             }

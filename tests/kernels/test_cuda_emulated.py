@@ -19,6 +19,7 @@ from cuda_emulated import COMPILER, EmulatedDevice
 
 from normpass.kernels import ACTIVATIONS, Layout, Running
 from normpass.kernels.cuda_kernels import CudaKernels
+from normpass.kernels.masks import bytes_of_mask
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run CUDA sources on the CPU")
 
@@ -91,6 +92,39 @@ def test_norm_act_backward(kernels, dtype, layout):
 def test_gradient_in_two_parts(kernels, dtype):
     for layout in FEWEST:
         checks.check_gradient_in_two_parts(kernels, Site(layout, dtype, "relu", residual=True))
+
+
+MASKED = [
+    *((torch.bfloat16, layout) for layout in (ROWS[0], ROWS[1], PLANES[0], PLANES[1], PLANES[2])),
+    *((dtype, layout) for dtype in (torch.float32, torch.float64) for layout in (ROWS[0], PLANES[1])),
+    (torch.float16, ROWS[2]),
+]
+
+
+@pytest.mark.parametrize("dtype, layout", MASKED, ids=str)
+def test_a_mask_in_the_place_of_the_residual(kernels, dtype, layout):
+    checks.check_mask(kernels, Site(layout, dtype, "relu", residual=True))
+
+
+@pytest.mark.parametrize("activation", ["hardtanh", "leaky_relu"])
+def test_masks_of_other_activations(kernels, activation):
+    for frozen in (False, True):
+        site = Site(PLANES[0], torch.float32, activation, residual=True, batch_statistics=not frozen)
+        checks.check_mask(kernels, site)
+
+
+def test_a_mask_is_read_whatever_the_gradients_begin_with(kernels):
+    """Autograd may hand over a part of something: an address that no vector may be read at."""
+    site = Site(ROWS[0], torch.bfloat16, "relu", residual=True)
+    values, options = (site.weight, site.bias, site.mean, site.var, checks.EPS), ("relu", (), site.layout)
+    mask = torch.empty(bytes_of_mask(site.layout, 2), dtype=torch.uint8)
+    kernels.norm_act(torch.empty_like(site.x), site.x, site.added, *values, *options, mask)
+    elsewhere = torch.cat([torch.zeros(1, dtype=site.dtype), site.grad.flatten()])[1:].view(site.grad.shape)
+    assert elsewhere.data_ptr() % 16
+    found = [checks.outputs(site, (True,) * 4) for _ in range(2)]
+    for results, grad in zip(found, (site.grad, elsewhere), strict=True):
+        kernels.norm_act_backward(*results, grad, site.x, None, *values, True, *options, grad, mask)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @EACH_CASE
@@ -245,6 +279,18 @@ def test_relu_mask_is_that_of_forward(kernels):
     kernels.norm_act(z, x, None, *site, "relu", (), layout)
     kernels.norm_act_backward(dx, None, None, None, torch.ones_like(x), x, None, *site, False, "relu", (), layout)
     assert torch.equal(z > 0, dx != 0)
+
+
+def test_a_mask_lets_nan_through(kernels):
+    layout = Layout(16, 8, 1)
+    x, residual, grad = torch.zeros(layout), torch.zeros(layout), torch.ones(layout)
+    residual[3], residual[4], residual[5], residual[6] = torch.nan, torch.inf, -torch.inf, -0.0
+    z, dx, mask = torch.empty_like(x), torch.empty_like(x), torch.empty(16, dtype=torch.uint8)
+    site = (None, None, torch.zeros(8), torch.ones(8), 0.0)
+    kernels.norm_act(z, x, residual, *site, "relu", (), layout, mask)
+    more = (False, "relu", (), layout, None, mask)
+    kernels.norm_act_backward(dx, None, None, None, grad, x, None, *site, *more)
+    assert dx[:, 0, 0].tolist() == [0, 0, 0, 1, 1, *[0] * 11]
 
 
 def test_relu_lets_nan_through(kernels):

@@ -9,41 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_kernels import PlainKernels
 from torch import Tensor, nn
 from training import image, spread
 
 import normpass
 from normpass import kernels
 from normpass.functional import FunctionalBatchNorm
-from normpass.kernels import plain
 from normpass.measure import kept_bytes
 from normpass.optimized import state_of
 from normpass.recipe import Rebuilds
 from normpass.two_readers import TWICE
-
-
-class PlainKernels:
-    """The plain formulas as kernels, which may add gradients as they read them; `parts` of each gradient's call."""
-
-    most_pieces = 64
-    failures = ()
-    depthwise = winograd = None
-
-    def __init__(self) -> None:
-        self.adds_gradients = True
-        self.parts: list[int] = []
-
-    def supports(self, dtype: torch.dtype) -> bool:
-        return True
-
-    def __getattr__(self, name: str) -> Callable:
-        def run(*args: Any) -> None:
-            if name == "norm_act_backward":
-                self.parts.append(2 if len(args) == 17 else 1)
-            with torch.no_grad():
-                getattr(plain, name)(*args)
-
-        return run
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +90,10 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def assert_same_bits(adding: PlainKernels, model: nn.Module, x: Tensor) -> list[int]:
     """Gradients with the parts added by the kernels and by autograd; how many parts each call was given."""
-    adding.parts.clear()
+    adding.calls.clear()
     apart = gradients(model, x)
-    adding.parts, parts = [], adding.parts
+    parts = adding.parts
+    adding.calls.clear()
     adding.adds_gradients = False
     together = gradients(model, x)
     adding.adds_gradients = True
@@ -215,7 +192,7 @@ def test_one_gradient_of_two(adding):
     plain_model, x = spread(One(unused_gradient)), image(2, 3, 8, 8, requires_grad=True)
     model, _ = handed_out_twice(plain_model, x)
     for index in (0, 1):
-        adding.parts.clear()
+        adding.calls.clear()
         (got,) = torch.autograd.grad(model(x)[index].square().sum(), x)
         (wanted,) = torch.autograd.grad(plain_model(x)[index].square().sum(), x)
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
