@@ -14,6 +14,8 @@ Parameters, buffers and inputs of the graph are no values: they exist anyway.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +108,8 @@ class Facts:
     """what each node returns, as tensors without memory"""
     storages: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     """the storages that the result of each node lies in"""
+    modes: dict[fx.Node, int] = field(default_factory=dict)
+    """how often grad mode, autocast and the like were switched before each node"""
     values: dict[fx.Node, int] = field(default_factory=dict)
     """the value that the result of each node that is one tensor lies in"""
 
@@ -130,6 +134,14 @@ class Facts:
     def storages_in(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, frozenset[int]]:
         """`storages` of a copy of the graph, whose nodes are the values of `copies`."""
         return {copies[node]: there for node, there in self.storages.items() if node in copies}
+
+    def modes_in(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, int]:
+        """`modes` of a copy of the graph, whose nodes are the values of `copies`."""
+        return {copies[node]: mode for node, mode in self.modes.items() if node in copies}
+
+    def are_in_one_mode(self, *nodes: fx.Node) -> bool:
+        """Whether nothing switches grad mode, autocast or the like between the first and the last of `nodes`."""
+        return len({self.modes[node] for node in nodes}) <= 1
 
     def step_of(self) -> dict[fx.Node, Step]:
         return {step.node: step for step in self.steps}
@@ -195,6 +207,15 @@ class FakeInputs:
 
     def _histories_now(self) -> list[Any]:
         return [(t.requires_grad, function_of(t)) for t in self.values if isinstance(t, Tensor)]
+
+
+_VALUES = (Tensor, tuple, list, dict, str, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype)
+
+
+def _is_switch(node: fx.Node, result: Any) -> bool:
+    """Whether a call is there for what it does to the calls behind it: it makes no value."""
+    is_value = isinstance(result, (*_VALUES, torch.device)) or dataclasses.is_dataclass(result)
+    return node.op == "call_function" and not is_value
 
 
 def _functions_of(tensors: Iterable[Tensor]) -> list[Any]:
@@ -388,6 +409,9 @@ class _Recorder(Copier):
         """Sort what was saved into values and internals."""
         facts = self.facts
         facts.results = results
+        facts.modes = dict(
+            zip(results, itertools.accumulate(_is_switch(n, r) for n, r in results.items()), strict=True)
+        )
         facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
         states = (s for n, s in facts.storages.items() if n.op == "placeholder" and is_state(n))
         facts.state = frozenset().union(*states)

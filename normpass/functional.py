@@ -28,8 +28,9 @@ from normpass.ops.inplace_abn import inplace_abn_on
 from normpass.ops.layout import sum_lies_as_norm
 from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
-from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
+from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_from_vectors, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats
+from normpass.ops.vectors import Vectors
 from normpass.recipe import copied, copying, notes_now, tag, unread
 
 _DIMS = (2, 3, 4, 5)
@@ -124,11 +125,17 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
     notes = notes_now()
     if notes is not None:
         notes.begin()
-    with copying(norm.bias):
-        z = norm_act_on(device, *args)
-        if notes is not None:
+    if notes is None or device is None:
+        with copying(norm.bias):
+            z = norm_act_on(device, *args)
             # Without a gradient autograd keeps nothing here: the vectors may change, what they were is copied.
             tag(z, rebuild_norm_act, args if z.requires_grad else (*args[:2], *map(copied, args[2:6]), *args[6:]))
+        return z
+    vectors = Vectors(*args[2:6])
+    z = norm_act_on(device, *args, vectors)
+    if not z.requires_grad:
+        vectors.own()
+    tag(z, rebuild_from_vectors, (*args[:2], vectors, *args[6:]))
     return z
 
 

@@ -127,7 +127,7 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
     copies: dict[fx.Node, fx.Node] = {}
     runs = copy_graph(rewritten.graph_module, copies)
     if isinstance(rewritten.blocks, passes.SerializeNorms):
-        rewritten.blocks = rewritten.blocks.apply(runs.graph, facts.storages_in(copies))
+        rewritten.blocks = rewritten.blocks.apply(runs.graph, facts.storages_in(copies), facts.modes_in(copies))
     if not decisions.leaves_all:
         passes.JOINS.apply(runs.graph, facts, copies)
         passes.TWO_READERS.apply(runs.graph, facts, copies)

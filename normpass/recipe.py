@@ -33,6 +33,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from normpass.autocast import autocast_state, same_autocast
 from normpass.ops.eager import under_other_derivatives
+from normpass.ops.vectors import Vectors, changed_in_place
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
@@ -84,7 +85,7 @@ class Kept:
             assert self.source is not None
             return self.source.read()
         if tensor._version != self.version:
-            raise RuntimeError(_changed_in_place(tensor, self.version))
+            raise RuntimeError(changed_in_place(tensor, self.version))
         return tensor
 
     def add_reader(self) -> None:
@@ -518,18 +519,6 @@ def _unpack(packed: Any) -> Tensor:
     return tensor
 
 
-def _changed_in_place(tensor: Tensor, version: int) -> str:
-    """What autograd says."""
-    name = {"cpu": "torch", "cuda": "torch.cuda"}.get(tensor.device.type, f"torch.{tensor.device.type}")
-    kind = tensor.type().rpartition(".")[2]
-    return (
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"[{name}.{kind} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
-        "Hint: enable anomaly detection to find the operation that failed to compute its gradient, with "
-        "torch.autograd.set_detect_anomaly(True)."
-    )
-
-
 def _geometry(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
@@ -554,7 +543,7 @@ def _like(value: Tensor, geometry: tuple) -> Tensor:
 
 _CONSTANTS = frozenset({type(None), bool, int, float, str})
 """Types of most arguments, which hold no tensor: they need not be looked at any closer."""
-_SOURCES = frozenset({Kept, Copied, Unread, View, Recipe})
+_SOURCES = frozenset({Kept, Copied, Unread, Vectors, View, Recipe})
 
 
 def _map_tensors(function: Callable, value: Any) -> Any:

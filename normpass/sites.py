@@ -134,6 +134,8 @@ class _Finder:
         cats = dissolved(site.x, norms | {site.norm})
         if isinstance(cats, str):
             return replace(site, not_shared=cats)
+        if not self.facts.are_in_one_mode(site.norm, *cats, *pieces_of(site.x, cats)):
+            return replace(site, not_shared="grad mode or autocast is switched behind its concatenation")
         for piece in pieces_of(site.x, cats):
             writer = self.facts.writer_after(piece, piece)
             if writer is not None:
@@ -181,6 +183,8 @@ class _Finder:
         residual = other_operand(add, norm)
         if residual is norm or self._is_norm_of_another_site(residual, norm):
             return None, None
+        if not self.facts.are_in_one_mode(norm, add):
+            return None, None
         if not isinstance(self.facts.results.get(residual), Tensor):
             return None, None
         into_residual = sums_in_place(add) and add.args[0] is not norm
@@ -205,6 +209,8 @@ class _Finder:
         user = next(iter(last.users)) if len(last.users) == 1 else None
         activation = None if user is None else activation_of(user)
         if user is None or activation is None or self.facts.value_of(user) in self.doomed:
+            return IDENTITY, last
+        if not self.facts.are_in_one_mode(last, user):
             return IDENTITY, last
         given = None if x is None else self.facts.results.get(x)
         if self.facts.writer_after(last, last) is user and not _is_activated_alike(given):

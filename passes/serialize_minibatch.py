@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -124,8 +123,6 @@ class _Judge:
         self.facts, self.steps = facts, facts.step_of()
         self.variable = set(variable_nodes(graph, facts.results))
         self.position = {node: index for index, node in enumerate(graph.nodes)}
-        switches = accumulate(_is_switch(node, facts.results.get(node)) for node in graph.nodes)
-        self.switched = dict(zip(graph.nodes, switches, strict=True))
 
     def reason_against(self, unit: Unit) -> str | None:
         """Why the unit may not run on a part of the batch; None where it may."""
@@ -142,13 +139,13 @@ class _Judge:
         is_kept = any(self.steps[node].differentiable for node in unit.nodes)
         if is_kept and not self.facts.is_watched(unit.input):
             return "its input may be changed by others before backward"
-        are_switched = self.switched[unit.nodes[0]] != self.switched[unit.output]
-        return "grad mode or autocast is switched in it" if are_switched else None
+        stays = self.facts.are_in_one_mode(unit.nodes[0], unit.output)
+        return None if stays else "grad mode or autocast is switched in it"
 
     def may_join(self, unit: Unit, following: Unit) -> bool:
         """Whether what `unit` returns is read by `following` alone, as things stand when it is made."""
         is_read_elsewhere = any(user not in following.nodes for user in unit.output.users)
-        return not is_read_elsewhere and self.switched[unit.output] == self.switched[following.output]
+        return not is_read_elsewhere and self.facts.are_in_one_mode(unit.output, following.output)
 
     def _reason_against_node(self, node: fx.Node, inside: set[fx.Node]) -> str | None:
         facts = self.facts
@@ -168,11 +165,6 @@ class _Judge:
         mine, begin = self.facts.storages.get(node, frozenset()), self.position[after]
         writers = (s.node for s in self.facts.steps if not mine.isdisjoint(s.writes))
         return next((writer for writer in writers if self.position[writer] > begin), None)
-
-
-def _is_switch(node: fx.Node, result: Any) -> bool:
-    """Whether a call is there for what it does to the calls behind it: it makes no value."""
-    return node.op == "call_function" and not isinstance(result, (Tensor, tuple, list, int, float))
 
 
 def _replace(graph: fx.Graph, group: Group, start: fx.Node, facts: Facts) -> fx.Node:

@@ -81,7 +81,9 @@ class SerializeNorms:
         if isinstance(self.paths, str):
             raise InvalidInputError(f'`paths` is a collection of names: paths=("{self.paths}",)')
 
-    def match(self, graph: fx.Graph, storages: Storages) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
+    def match(
+        self, graph: fx.Graph, storages: Storages, modes: Mapping[fx.Node, int]
+    ) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
         """Names of the convolutions between two norms that may be run so, and why others behind a norm may not."""
         found: list[str] = []
         refusals: list[Refusal] = []
@@ -89,16 +91,16 @@ class SerializeNorms:
             conv = _convolution_behind(node)
             if conv is None:
                 continue
-            reason = _reason_against(node, conv, storages)
+            reason = _reason_against(node, conv, storages, modes)
             if reason is None:
                 found.append(key_of(conv))
             else:
                 refusals.append(Refusal(self.name, key_of(conv), reason))
         return tuple(found), tuple(refusals)
 
-    def apply(self, graph: fx.Graph, storages: Storages) -> Blocked:
+    def apply(self, graph: fx.Graph, storages: Storages, modes: Mapping[fx.Node, int]) -> Blocked:
         """Rewrite those of the matches that `paths` names."""
-        found, refusals = self.match(graph, storages)
+        found, refusals = self.match(graph, storages, modes)
         wanted = set(found) & set(self.paths)
         chosen = [node for node in graph.nodes if node.target in _CONVOLUTIONS and key_of(node) in wanted]
         for node in chosen:
@@ -114,7 +116,7 @@ def _convolution_behind(node: fx.Node) -> fx.Node | None:
     return next((user for user in node.users if user.target in _CONVOLUTIONS), None)
 
 
-def _reason_against(norm: fx.Node, conv: fx.Node, storages: Storages) -> str | None:
+def _reason_against(norm: fx.Node, conv: fx.Node, storages: Storages, modes: Mapping[fx.Node, int]) -> str | None:
     if norm.args[2] is not None:
         return "a residual is added behind the norm"
     if len(norm.users) != 1:
@@ -127,6 +129,8 @@ def _reason_against(norm: fx.Node, conv: fx.Node, storages: Storages) -> str | N
     readers = list(conv.users)
     if len(readers) != 1 or readers[0].target is not split_norm_act or readers[0].args[1] is not conv:
         return "no batch norm alone reads its result"
+    if len({modes.get(node) for node in (norm, conv, readers[0])}) > 1:
+        return "grad mode or autocast is switched between the two norms"
     call = norm.args[0]
     if not isinstance(call, fx.Node) or not is_alone(call, storages):
         return "something else sees the parameters or statistics of the norm, which would run later"

@@ -37,7 +37,8 @@ from .layout import activated_format, check_like, dense_in, memory_format_of, ne
 from .library import declare
 from .norm_act_backward import _norm_act_backward, norm_act_gradients, unmasked
 from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
-from .operands import Options, can_run, dense, layout_of, per_channel_operand
+from .operands import Options, Values, can_run, dense, layout_of, per_channel_operand
+from .vectors import Vectors
 
 
 def norm_act(
@@ -173,10 +174,15 @@ def _save(
     mean: Tensor,
     var: Tensor,
     mask: Tensor | None = None,
+    vectors: Vectors | None = None,
 ) -> None:
     """Keep what backward reads: bias, and residual or mask, only for an activation's derivative."""
     rebuilds_y = activation != "identity" and mask is None
-    ctx.bias_dtype, ctx.is_masked = None if bias is None or rebuilds_y else bias.dtype, mask is not None
+    ctx.vectors, ctx.is_masked, ctx.bias_dtype = vectors, mask is not None, None
+    if vectors is not None:
+        ctx.save_for_backward(x, residual if rebuilds_y else mask)
+        return
+    ctx.bias_dtype = None if bias is None or rebuilds_y else bias.dtype
     ctx.save_for_backward(x, residual if rebuilds_y else mask, weight, bias if rebuilds_y else None, mean, var)
 
 
@@ -185,7 +191,11 @@ Saved = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor,
 
 def _saved(ctx: Any) -> tuple[Saved, Tensor | None]:
     """x, residual, weight, bias, mean, var; for a bias that was not kept one of its shape and dtype. And the mask."""
-    x, residual, weight, bias, mean, var = ctx.saved_tensors
+    if ctx.vectors is not None:
+        x, residual = ctx.saved_tensors
+        weight, bias, mean, var = ctx.vectors.read_attached() if torch.is_grad_enabled() else ctx.vectors.read()
+    else:
+        x, residual, weight, bias, mean, var = ctx.saved_tensors
     if ctx.bias_dtype is not None:
         bias = mean.detach().to(ctx.bias_dtype)
     if ctx.is_masked:
@@ -203,12 +213,13 @@ def _forward(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    vectors: Vectors | None = None,
 ) -> Tensor:
     """z, with what backward reads kept."""
     ctx.options = options
     wants_mask = residual is not None and any(ctx.needs_input_grad[:4])
     z, mask = _computed(kernels_for(device), wants_mask, x, residual, weight, bias, mean, var, *options)
-    _save(ctx, options[2], x, residual, weight, bias, mean, var, mask)
+    _save(ctx, options[2], x, residual, weight, bias, mean, var, mask, vectors)
     return z
 
 
@@ -226,8 +237,9 @@ class NormAct(torch.autograd.Function):
         var: Tensor,
         device: str,
         options: Options,
+        vectors: Vectors | None,
     ) -> Tensor:
-        return _forward(ctx, device, options, x, residual, weight, bias, mean, var)
+        return _forward(ctx, device, options, x, residual, weight, bias, mean, var, vectors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,7 +247,7 @@ class NormAct(torch.autograd.Function):
         needs, (tensors, mask) = ctx.needs_input_grad[:4], _saved(ctx)
         device = None if torch.is_grad_enabled() else eager_device(grad)
         if device is None:
-            return *_gradients_by_op(grad, tensors, options, needs, mask), *[None] * 4
+            return *_gradients_by_op(grad, tensors, options, needs, mask), *[None] * 5
         x, residual, weight, bias, mean, var = tensors
         is_sum = needs[1] and options[2] == "identity"  # then the residual's gradient is `grad` itself
         if is_sum:
@@ -243,7 +255,7 @@ class NormAct(torch.autograd.Function):
         dx, dresidual, dweight, dbias = norm_act_gradients(
             kernels_for(device), grad, x, residual, weight, bias, mean, var, *options, needs, None, mask
         )
-        return dx, grad if is_sum else dresidual, dweight, dbias, None, None, None, None
+        return dx, grad if is_sum else dresidual, dweight, dbias, None, None, None, None, None
 
 
 def norm_act_on(
@@ -258,13 +270,17 @@ def norm_act_on(
     batch_statistics: bool,
     activation: str = "identity",
     activation_args: Sequence[float] = (),
+    vectors: Vectors | None = None,
 ) -> Tensor:
-    """`norm_act` without the dispatcher where `device`, from `eager_device` of `x` and `residual`, is not None."""
+    """`norm_act` without the dispatcher where `device`, from `eager_device` of `x` and `residual`, is not None.
+
+    With `vectors`, which are of these weight, bias, mean and var, it keeps those in their place.
+    """
     tensors, options = (x, residual, weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
     if device is None or (not batch_statistics and (mean.requires_grad or var.requires_grad)):
         z: Tensor = _norm_act(*tensors, *options)
     elif torch.is_grad_enabled():
-        z = NormAct.apply(*tensors, device, options)
+        z = NormAct.apply(*tensors, device, options, vectors)
     else:
         z = _kernel(kernels_for(device), *tensors, *options)
     return z
@@ -273,6 +289,11 @@ def norm_act_on(
 def rebuild_norm_act(x: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
     """`norm_act` by the shortest way: what a recipe calls."""
     return norm_act_on(eager_device(x, residual), x, residual, *others)
+
+
+def rebuild_from_vectors(x: Tensor, residual: Tensor | None, vectors: Values, *options: Any) -> Tensor:
+    """`rebuild_norm_act` where a recipe has weight, bias, mean and var as one."""
+    return norm_act_on(eager_device(x, residual), x, residual, *vectors, *options)
 
 
 def _fake(

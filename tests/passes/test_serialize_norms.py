@@ -211,7 +211,7 @@ class Rewritten:
             program, values = graph_of(self.model, x)
             program = rewrite(program, values, Request()).graph_module
             graph = program.graph
-            self.matched, refusals = self.rewrite.match(graph, {})
+            self.matched, refusals = self.rewrite.match(graph, {}, {})
             self.reasons = {refusal.path: refusal.reason for refusal in refusals}
             self.done = self.rewrite.apply(graph, {}).done
             graph.lint()
