@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from normpass.kernels import Layout, Running
+from normpass.kernels import InputNorm, Layout, Running
 from normpass.kernels.activations import RULES
 from normpass.kernels.cuda_driver import Launch
 from normpass.kernels.cuda_geometry import THREADS, Geometry, geometry, vector_of
@@ -42,6 +42,20 @@ class Device(Protocol):
     def arrivals(self, index: int, count: int) -> int: ...
 
 
+class Join(NamedTuple):
+    """What a norm's result is added to."""
+
+    residual: bool = False
+    """a residual is read"""
+    masked: bool = False
+    """a mask is written or read"""
+    normed: bool = False
+    """the residual is the input of a norm"""
+
+
+ALONE = Join()
+
+
 class _Plan(NamedTuple):
     """One kernel ready for one layout."""
 
@@ -53,7 +67,7 @@ class CudaKernels:
     """The `Kernels` of CUDA devices that norms need; a kernel that cannot run is a `CudaError`, nothing written."""
 
     most_pieces = PIECES[-1]
-    adds_gradients = True
+    adds_gradients = normalises_residuals = True
     masks = frozenset(name for name, rule in RULES.items() if rule.two_slopes is not None)
 
     def __init__(self, device: Device):
@@ -90,10 +104,10 @@ class CudaKernels:
         activation_args: Sequence[float],
         layout: Layout,
         mask: Tensor | None = None,
+        of_residual: InputNorm | None = None,
     ) -> None:
-        is_join, is_masked = residual is not None, mask is not None
-        alignment = _alignment(z, x, residual)
-        plan = self._plan("norm_act", "norm_act", x, layout, alignment, activation, is_join, masked=is_masked)
+        join = Join(residual is not None, mask is not None, of_residual is not None)
+        plan = self._plan("norm_act", "norm_act", x, layout, _alignment(z, x, residual), activation, join)
         plan.launch(
             z.data_ptr(),
             x.data_ptr(),
@@ -105,6 +119,7 @@ class CudaKernels:
             var.data_ptr(),
             eps,
             *_two(activation_args),
+            *_parameters(of_residual),
             *plan.geometry.parameters,
         )
 
@@ -283,10 +298,8 @@ class CudaKernels:
         plan.launch(*outputs, *call.pointers(), *plan.geometry.parameters)
 
     def _backward_plan(self, op: str, entry: str, call: _Backward, alignment: int) -> _Plan:
-        is_join, is_masked, parts = call.residual is not None, call.mask is not None, 1 if call.other is None else 2
-        return self._plan(
-            op, entry, call.kept, call.layout, alignment, call.activation, is_join, parts=parts, masked=is_masked
-        )
+        join, parts = Join(call.residual is not None, call.mask is not None), 1 if call.other is None else 2
+        return self._plan(op, entry, call.kept, call.layout, alignment, call.activation, join, parts=parts)
 
     def _plan(
         self,
@@ -296,18 +309,17 @@ class CudaKernels:
         layout: Layout,
         alignment: int,
         activation: str = "",
-        has_residual: bool = False,
+        join: Join = ALONE,
         pieces: int = 0,
         parts: int = 1,
-        masked: bool = False,
     ) -> _Plan:
-        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, has_residual, pieces, parts, masked
+        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, join, pieces, parts
         plan = self._plans.get(key)
         if plan is None:
             size, multiprocessors = x.element_size(), self._device.multiprocessors(x.device.index)
-            group = BITS // vector_of(layout, size, alignment) if masked and op == "norm_act" else 1
+            group = BITS // vector_of(layout, size, alignment) if join.masked and op == "norm_act" else 1
             shape = geometry(layout, size, alignment, multiprocessors, group)
-            variant = variant_of(op, x.dtype, shape, activation, has_residual, pieces, parts, masked)
+            variant = variant_of(op, x.dtype, shape, activation, join, pieces, parts)
             grid = shape.tiles, shape.slabs
             launch = self._device.kernel(variant, entry, grid, THREADS, x.device.index)
             plan = self._plans[key] = _Plan(launch, shape)
@@ -345,15 +357,13 @@ def variant_of(
     dtype: torch.dtype,
     shape: Geometry,
     activation: str = "",
-    has_residual: bool = False,
+    join: Join = ALONE,
     pieces: int = 0,
     parts: int = 1,
-    masked: bool = False,
 ) -> Variant:
     """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation.
 
-    With `pieces` of a concatenation, or a gradient that comes in so many `parts`; `masked`, where a mask is written or
-    read.
+    With `pieces` of a concatenation, or a gradient that comes in so many `parts`.
     """
     macros = {"STORAGE": _STORAGE[dtype], "VECTOR": str(shape.vector), "ROWS": str(shape.rows).lower()}
     if dtype.itemsize == 2:
@@ -363,16 +373,24 @@ def variant_of(
     if pieces:
         macros["PIECES"] = str(pieces)
     elif activation:
-        macros["RESIDUAL"] = str(has_residual).lower()
+        macros["RESIDUAL"] = str(join.residual).lower()
     if parts > 1:
         macros["PARTS"] = str(parts)
-    if masked:
+    if join.masked:
         macros["MASKED"] = "1"
+    if join.normed:
+        macros["NORMED"] = "1"
     return Variant(op, tuple((f"NORMPASS_{name}", value) for name, value in macros.items()))
 
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _parameters(norm: InputNorm | None) -> tuple[float, ...]:
+    if norm is None:
+        return 0, 0, 0, 0, 0.0
+    return _pointer(norm.weight), _pointer(norm.bias), norm.mean.data_ptr(), norm.var.data_ptr(), norm.eps
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class GuardedKernels:
         self._kernels = kernels
         self._failures: dict[str, None] = {}
         self.most_pieces, self.adds_gradients, self.masks = kernels.most_pieces, kernels.adds_gradients, kernels.masks
-        self.supports = kernels.supports
+        self.normalises_residuals, self.supports = kernels.normalises_residuals, kernels.supports
 
     @property
     def failures(self) -> Sequence[str]:

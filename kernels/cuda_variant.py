@@ -25,6 +25,8 @@ GRID = "q" * 7
 """`cuda_geometry.Geometry.parameters`, which end the arguments"""
 _SITE = "q" * 4 + "d" * 3
 """weight, bias, mean, var; eps and the activation's arguments"""
+_STATISTICS = "q" * 4 + "d"
+"""the same of a residual's norm"""
 _BACKWARD = "q" * 10 + _SITE
 
 
@@ -34,7 +36,7 @@ def signature(variant: Variant, entry: str) -> str:
     return {
         "probe": "qdq",
         "moments": "q" * 5 + "dd" + "qq" + GRID,
-        "norm_act": "q" * 4 + _SITE + GRID,
+        "norm_act": "q" * 4 + _SITE + _STATISTICS + GRID,
         "reduce": _BACKWARD + "d" + "qq" + GRID,
         "apply": _BACKWARD + GRID,
         "cat_norm_act": "q" + _SITE + pieces * 2 + GRID,

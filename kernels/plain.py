@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normpass.kernels import Layout, Running
+from normpass.kernels import InputNorm, Layout, Running
 from normpass.kernels.activations import RULES
 from normpass.kernels.masks import gradient_by_mask, packed, unpacked
 
@@ -43,10 +43,15 @@ def norm_act(
     activation_args: Sequence[float],
     layout: Layout,
     mask: Tensor | None = None,
+    of_residual: InputNorm | None = None,
 ) -> None:
     y = _y(_wide(x, layout), _scale(weight, var, eps), bias, mean)
     if residual is not None:
-        y = y + _wide(residual, layout)
+        added = _wide(residual, layout)
+        if of_residual is not None:
+            other = of_residual
+            added = _y(added, _scale(other.weight, other.var, other.eps), other.bias, other.mean)
+        y = y + added.to(x.dtype)
     slopes = RULES[activation].two_slopes
     if mask is not None and slopes is not None:
         mask.copy_(packed(slopes.passes(y, *activation_args), x.element_size()))

@@ -130,6 +130,7 @@ def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
         rewritten.blocks = rewritten.blocks.apply(runs.graph, facts.storages_in(copies), facts.modes_in(copies))
     if not decisions.leaves_all:
         passes.JOINS.apply(runs.graph, facts, copies)
+        passes.SHORTCUTS.apply(runs.graph, facts, copies)
         passes.TWO_READERS.apply(runs.graph, facts, copies)
     for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):
         node.target = batch_norm

@@ -10,6 +10,7 @@ from normpass.passes.fuse_norm_act import FuseNormAct
 from normpass.passes.fuse_norm_convolution import FuseNormConvolution
 from normpass.passes.group_norm import GroupNorm
 from normpass.passes.inplace_abn import InplaceABN
+from normpass.passes.join_norms import JoinNorms
 from normpass.passes.kalman import Kalman
 from normpass.passes.leaky_relu import LeakyReLU
 from normpass.passes.normal_form import NormalForm
@@ -32,6 +33,7 @@ SITES: tuple[Rewrite, ...] = (  # the first that matches a site is taken
 CONVOLUTIONS = ConvolutionKernels()
 REBUILD = RebuildValues()  # after all that makes nodes: a plan says what is made again
 JOINS = FuseNormConvolution()  # of what runs: what is planned and reported is the graph before
+SHORTCUTS = JoinNorms()  # before TWO_READERS, which knows its joins too
 TWO_READERS = TwoReaders()  # after JOINS, which knows norms with one result
 CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
@@ -46,6 +48,7 @@ __all__ = [
     "JOINS",
     "NORMAL_FORM",
     "REBUILD",
+    "SHORTCUTS",
     "SITES",
     "TWO_READERS",
     "ConvolutionKernels",
@@ -53,6 +56,7 @@ __all__ = [
     "FuseNormConvolution",
     "GroupNorm",
     "InplaceABN",
+    "JoinNorms",
     "Kalman",
     "LeakyReLU",
     "NormalForm",

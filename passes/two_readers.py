@@ -21,8 +21,11 @@ from torch import fx
 
 from normpass.facts import Facts
 from normpass.graph import inherit
+from normpass.joins import TWICE_JOINED
 from normpass.two_readers import TWICE
 from normpass.untouched import function_of, tensors_in
+
+_TWICE = TWICE | TWICE_JOINED
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,13 @@ class TwoReaders:
         Args:
             copies: a node that `facts` know -> that of `graph`.
         """
-        if not any(node.target in TWICE for node in graph.nodes):
+        if not any(node.target in _TWICE for node in graph.nodes):
             return set()
         gradients, present = _gradients(facts), set(graph.nodes)
         names = set()
         for known, result in facts.results.items():
             node = copies.get(known)
-            if node not in present or node is None or node.target not in TWICE or len(node.users) != 2:
+            if node not in present or node is None or node.target not in _TWICE or len(node.users) != 2:
                 continue
             if _is_private(known, facts) and gradients[function_of(result)] == 2:
                 names.add(_hand_out_twice(graph, node).name)
@@ -74,7 +77,7 @@ def _is_private(node: fx.Node, facts: Facts) -> bool:
 def _hand_out_twice(graph: fx.Graph, node: fx.Node) -> fx.Node:
     readers = list(node.users)
     with graph.inserting_before(node):
-        both = graph.call_function(TWICE[node.target], node.args, node.kwargs)
+        both = graph.call_function(_TWICE[node.target], node.args, node.kwargs)
         inherit(both, node)
         for index, reader in enumerate(readers):
             part = graph.call_function(operator.getitem, (both, index))

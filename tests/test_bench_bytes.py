@@ -73,7 +73,7 @@ def resnet() -> dict[str, ByteRow]:
 
 def test_resnet_50(resnet):
     gigabytes = {name: round(row.total * 1e-9, 1) for name, row in resnet.items()}
-    assert gigabytes == {"eager": 87.2, "ours": 68.7, "ours_kept": 54.6, "ours@0.8": pytest.approx(58.0, abs=0.5)}
+    assert gigabytes == {"eager": 87.2, "ours": 65.8, "ours_kept": 53.2, "ours@0.8": pytest.approx(56.6, abs=0.5)}
     assert resnet["eager"].additions * 1e-9 == pytest.approx(8.6, abs=0.05)
     assert max(row.additions for name, row in resnet.items() if name != "eager") * 1e-9 < 0.4
     first, *_ = byte_table(list(resnet.values())).columns

@@ -53,19 +53,22 @@ def variants() -> Iterator:
 
 def of_shape(dtype, shape, activations) -> Iterator:
     from normpass.kernels.activations import RULES
-    from normpass.kernels.cuda_kernels import PIECES, variant_of
+    from normpass.kernels.cuda_kernels import PIECES, Join, variant_of
 
     for source in ("moments", "add_statistics_gradient"):
         yield variant_of(source, dtype, shape)
     for activation in activations:
         for residual in (False, True) if activation in ("relu", "identity", "silu", "leaky_relu") else (False,):
-            yield variant_of("norm_act", dtype, shape, activation, residual)
+            yield variant_of("norm_act", dtype, shape, activation, Join(residual))
             for parts in (1, 2):
-                yield variant_of("norm_act_backward", dtype, shape, activation, residual, parts=parts)
+                yield variant_of("norm_act_backward", dtype, shape, activation, Join(residual), parts=parts)
         if RULES[activation].two_slopes is not None:
-            yield variant_of("norm_act", dtype, shape, activation, True, masked=True)
+            yield variant_of("norm_act", dtype, shape, activation, Join(True, True))
+            yield from (
+                variant_of("norm_act", dtype, shape, activation, Join(True, mask, True)) for mask in (False, True)
+            )
             for parts in (1, 2):
-                yield variant_of("norm_act_backward", dtype, shape, activation, parts=parts, masked=True)
+                yield variant_of("norm_act_backward", dtype, shape, activation, Join(False, True), parts=parts)
         if activation in ("relu", "silu"):
             for source, pieces in itertools.product(("cat_norm_act", "cat_norm_act_backward"), PIECES):
                 yield variant_of(source, dtype, shape, activation, pieces=pieces)

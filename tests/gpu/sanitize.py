@@ -36,11 +36,12 @@ def run(kernels: GuardedKernels) -> int:
             checks.check_norm_act_backward(kernels, site)
             checks.check_gradient_in_two_parts(kernels, site)
             checks.check_mask(kernels, site)
+            checks.check_normalised_residual(kernels, site)
             checks.check_inplace_abn_backward(kernels, site.keep_weight_from_zero())
             pieces = [1, 1, layout.channels - 2]
             checks.check_cat_norm_act(kernels, site, pieces)
             checks.check_cat_norm_act_backward(kernels, site, pieces, [True, False, True])
-            calls += 8
+            calls += 9
     running = Running(torch.zeros(1000, device="cuda"), torch.ones(1000, device="cuda"), 0.1)
     kernels.running_stats(running, torch.ones(1000, device="cuda"), torch.ones(1000, device="cuda"), 10)
     torch.cuda.synchronize()

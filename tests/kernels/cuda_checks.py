@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normpass.kernels import Kernels, Layout, Running
+from normpass.kernels import InputNorm, Kernels, Layout, Running
 from normpass.kernels.activations import RULES
 from normpass.kernels.masks import bytes_of_mask, packed, unpacked
 
@@ -233,6 +233,21 @@ def check_mask(kernels: Kernels, site: Site) -> None:
                 )
             for name, by_residual, by_mask in zip(("dx", "dresidual", "dweight", "dbias"), *found, strict=True):
                 assert by_residual is None or torch.equal(by_residual, by_mask), f"{name} of {needs}"
+
+
+def check_normalised_residual(kernels: Kernels, site: Site) -> None:
+    """The bits, of the mask too, that a residual gives which the kernels have stored."""
+    of_residual = InputNorm(site.bias, site.weight, site.mean + 0.25, site.var * 2, 1e-3, "identity", ())
+    stored, *found = (torch.empty_like(site.x) for _ in range(3))
+    masks = [torch.zeros(bytes_of_mask(site.layout, site.x.element_size()), dtype=torch.uint8) for _ in range(2)]
+    masks = [mask.to(site.x.device) for mask in masks]
+    kernels.norm_act(stored, site.added, None, *of_residual[:5], "identity", (), site.layout)
+    values, options = (site.weight, site.bias, site.mean, site.var, EPS), (site.activation, site.args, site.layout)
+    kernels.norm_act(found[0], site.x, stored, *values, *options, masks[0])
+    kernels.norm_act(found[1], site.x, site.added, *values, *options, masks[1], of_residual)
+    assert torch.equal(*found) and torch.equal(*masks)
+    kernels.norm_act(found[1].fill_(torch.nan), site.x, site.added, *values, *options, None, of_residual)
+    assert torch.equal(*found), "made again, without a mask"
 
 
 def split(site: Site, t: Tensor, channels: Sequence[int]) -> list[Tensor]:

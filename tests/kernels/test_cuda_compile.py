@@ -17,7 +17,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, as torch
 from normpass.kernels import ACTIVATIONS, Layout
 from normpass.kernels.cuda_compiler import compile_variant, supported_architectures
 from normpass.kernels.cuda_geometry import THREADS, geometry
-from normpass.kernels.cuda_kernels import PIECES, variant_of
+from normpass.kernels.cuda_kernels import PIECES, Join, variant_of
 from normpass.kernels.cuda_variant import Variant
 
 SOURCES = (
@@ -42,10 +42,12 @@ def variants(source: str, layout: Layout, dtype: torch.dtype, activations: Seque
         is_backward = source == "norm_act_backward"
         parts = (1, 2) if is_backward else (1,)
         for name, residual, count in itertools.product(activations, (False, True), parts):
-            yield variant_of(source, dtype, shape, name, residual, parts=count)
+            yield variant_of(source, dtype, shape, name, Join(residual), parts=count)
         masked = ("relu", "leaky_relu") if "relu" in activations else ("leaky_relu",)
         for name, count in itertools.product(masked, parts):  # forward reads the residual, backward does not
-            yield variant_of(source, dtype, shape, name, not is_backward, parts=count, masked=True)
+            yield variant_of(source, dtype, shape, name, Join(not is_backward, True), parts=count)
+        if not is_backward:
+            yield from (variant_of(source, dtype, shape, masked[0], Join(True, mask, True)) for mask in (False, True))
 
 
 def functions(variant: Variant, architecture: str) -> list[tuple[str, int, int]]:
@@ -76,6 +78,7 @@ def test_kernels_compile_without_spills(architecture, source, layout, dtype, res
                 "residual": macros.get("NORMPASS_RESIDUAL", ""),
                 "parts": macros.get("NORMPASS_PARTS", "1"),
                 "masked": macros.get("NORMPASS_MASKED", "0"),
+                "normed": macros.get("NORMPASS_NORMED", "0"),
                 "registers": registers,
                 "spilled_bytes": spills,
             }

@@ -106,6 +106,11 @@ def test_a_mask_in_the_place_of_the_residual(kernels, dtype, layout):
     checks.check_mask(kernels, Site(layout, dtype, "relu", residual=True))
 
 
+@pytest.mark.parametrize("dtype, layout", [MASKED[0], MASKED[3], MASKED[5], MASKED[8]], ids=str)
+def test_a_residual_that_is_normalised_as_it_is_read(kernels, dtype, layout):
+    checks.check_normalised_residual(kernels, Site(layout, dtype, "relu", residual=True))
+
+
 @pytest.mark.parametrize("activation", ["hardtanh", "leaky_relu"])
 def test_masks_of_other_activations(kernels, activation):
     for frozen in (False, True):
