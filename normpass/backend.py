@@ -9,6 +9,9 @@ What differs from `optimize` is how a rebuilt tensor is not kept:
     operators traced from it and which its partitioner obeys. A site becomes two nodes for that: the moments and the
     running statistics, which run once, and the normalisation, which may run again.
 
+With inner `inductor` on CUDA a site is plain operators, which Inductor fuses with what stands around it; elsewhere, and
+with `kernels=True`, it is our op with our kernels.
+
 A graph that no gradient will go through is handed on as it is: there is nothing to keep.
 """
 
@@ -21,29 +24,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import CheckpointPolicy
 
 from normpass.budget import plan_graphs
 from normpass.capture import is_raising
 from normpass.errors import InvalidInputError
-from normpass.functional import finish_norm_act, prepare_norm_act, split_norm_act
+from normpass.functional import finish_norm_act, fused_norm_act, plain_norm_act, prepare_norm_act, split_norm_act
 from normpass.graph import copy_graph
 from normpass.optimized import with_recipes
 from normpass.passes.normal_form import dropout, finish_dropout, prepare_dropout, run_checkpoint, run_custom_function
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, decide_again, note_recipes, rewrite, will_differentiate
+from normpass.plain_sites import finish_plain, prepare_plain
 from normpass.planner import DEFAULT
 from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
 from normpass.step_plan import parse_budget
 
 INNER = ("inductor", "aot_eager", "eager")
-_OPTIONS = ("inner", "memory_budget", "winograd")
+_OPTIONS = ("inner", "memory_budget", "winograd", "kernels")
 _IN_TWO: dict[Any, tuple[Callable, Callable]] = {
     split_norm_act: (prepare_norm_act, finish_norm_act),
     shared_norm_act: (prepare_shared_norm_act, finish_shared_norm_act),
     dropout: (prepare_dropout, finish_dropout),
 }
+_PLAIN: dict[Any, Callable] = {split_norm_act: plain_norm_act, fused_norm_act: plain_norm_act}
+_PLAIN_IN_TWO: dict[Any, tuple[Callable, Callable]] = _IN_TWO | {split_norm_act: (prepare_plain, finish_plain)}
 _REGIONS: dict[Any, Any] = {
     run_checkpoint: torch.ops.higher_order.tag_activation_checkpoint,
     run_custom_function: torch.ops.higher_order.autograd_function_apply,
@@ -62,6 +68,8 @@ class BackendOptions:
     """what may be kept for backward: a fraction of what the plain graph keeps, or bytes ("12GB")"""
     winograd: bool = True
     """whether 3×3 convolutions may run as Winograd's on a CPU"""
+    kernels: bool | None = None
+    """whether norms run as kernels of ours, and not as plain operators; None: not for Inductor on CUDA"""
 
 
 def compile_graph(
@@ -76,7 +84,7 @@ def compile_graph(
 
     Args:
         mode: as torch.compile's, for inner `inductor` alone (`"reduce-overhead"`, `"max-autotune"`, …).
-        options: `inner` (default `"inductor"`), `memory_budget` and `winograd` (as for `normpass.optimize`).
+        options: `inner` (default `"inductor"`), `memory_budget` and `winograd` (as for `normpass.optimize`), `kernels`.
 
     Raises:
         InvalidInputError: an option or a value that is not known, or a budget that cannot be kept.
@@ -115,7 +123,7 @@ def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Ba
     if settings.inner == "eager":
         note_recipes(found, decisions)
         return found.runs
-    _mark_recomputed(found, decisions.replayed)
+    _mark_recomputed(found, decisions.replayed, has_plain_norms(settings, device_of(inputs)))
     return found.graph_module
 
 
@@ -136,28 +144,52 @@ def read_options(options: Mapping[str, Any] | None) -> BackendOptions:
         )
     if settings.memory_budget is not None:
         parse_budget(settings.memory_budget, 1)
+    if settings.kernels not in (None, True, False):
+        raise InvalidInputError(
+            f'backend "normpass": `kernels` is {settings.kernels!r}, it must be True, False or None'
+        )
+    if settings.kernels is False and settings.inner == "eager":
+        raise InvalidInputError(
+            'backend "normpass": `kernels=False` is for a compiler: inner="inductor" or "aot_eager"'
+        )
     return settings
 
 
-def _mark_recomputed(rewritten: Rewritten, replayed: frozenset[str]) -> None:
+def device_of(inputs: Sequence[Any]) -> str:
+    """The device type of a graph's inputs."""
+    return next((t.device.type for t in inputs if isinstance(t, Tensor) and t.dim() > 0), "cpu")
+
+
+def has_plain_norms(settings: BackendOptions, device: str) -> bool:
+    """Whether norms are handed on as plain operators."""
+    if settings.kernels is None:
+        return settings.inner == "inductor" and device == "cuda"
+    return not settings.kernels
+
+
+def _mark_recomputed(rewritten: Rewritten, replayed: frozenset[str], has_plain: bool) -> None:
     """Mark what backward computes again, the sites split so that their moments are not among it.
 
-    A pooling that looks for its maxima again makes its result again as well: that is one operator.
+    With `has_plain` sites become plain operators; those whose statistics other sites share stay ours. A pooling that
+    looks for its maxima again makes its result again as well: that is one operator.
     """
     graph, found = rewritten.graph_module.graph, rewritten.found
     assert found is not None
+    in_two = _PLAIN_IN_TWO if has_plain else _IN_TWO
     for step in found.facts.steps:
         node, is_again = step.node, any(v in rewritten.again for v in step.makes)
         if node.target in _REGIONS:
             node.target = _REGIONS[node.target]
-        elif node.target in _IN_TWO and is_again:
-            prepare, finish = _IN_TWO[node.target]
+        elif node.target in in_two and is_again:
+            prepare, finish = in_two[node.target]
             with graph.inserting_before(node):
                 prepared = graph.call_function(prepare, node.args, node.kwargs)
                 finished = graph.call_function(finish, (prepared,))
             _mark(finished)
             node.replace_all_uses_with(finished)
             graph.erase_node(node)
+        elif has_plain and node.target in _PLAIN:
+            node.target = _PLAIN[node.target]
         elif (is_again and node.target not in NOTES_ITSELF) or step.key in replayed:
             _mark(node)
     rewritten.graph_module.recompile()

@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from networks import NETWORKS, network
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normpass
-from normpass.backend import BackendOptions, compile_graph, read_options
+from normpass.backend import BackendOptions, compile_graph, device_of, has_plain_norms, read_options
 from normpass.functional import split_norm_act
 from normpass.graph import name_of
 from normpass.measure import kept_bytes
@@ -239,6 +241,49 @@ def test_options():
     assert read_options(None) == BackendOptions("inductor", None, winograd=True)
     assert read_options({"winograd": False}) == BackendOptions(winograd=False)
     assert read_options({"inner": "eager"}) == BackendOptions("eager", None)
+
+
+def test_norms_are_plain_operators_for_inductor_on_cuda():
+    with FakeTensorMode():
+        inputs = [torch.tensor(1), torch.empty(2, 3, device="cuda"), torch.empty(2)]
+    assert (device_of(inputs), device_of([3, torch.empty(2, 3)])) == ("cuda", "cpu")
+    for options, device, is_plain in (
+        ({}, "cpu", False),
+        ({}, "cuda", True),
+        ({"inner": "aot_eager"}, "cuda", False),
+        ({"kernels": True}, "cuda", False),
+        ({"inner": "aot_eager", "kernels": False}, "cpu", True),
+    ):
+        assert has_plain_norms(read_options(options), device) is is_plain, (options, device)
+
+
+@pytest.mark.parametrize("inner, frozen", [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
+def test_norms_as_plain_operators(net, inner, frozen, monkeypatch):
+    """What CUDA gets by default: the same numbers, running statistics too, and kept bytes; no op of ours."""
+    monkeypatch.setattr("normpass.backend.device_of", lambda inputs: "cuda")
+    net.norm_a.train(not frozen)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(memory_format=torch.channels_last)
+    net.to(
+        memory_format=torch.channels_last
+    ).training = False  # without dropout, whose random numbers Inductor draws otherwise in float64
+    own = copy.deepcopy(net)
+    options = {"inner": inner} if inner == "inductor" else {"inner": inner, "kernels": False}
+    compiled = torch.compile(own, backend="normpass", options=options, fullgraph=True, dynamic=False)
+    with inductor_config.patch(fallback_random=True), ops_that_run() as ran:
+        got = train(own, compiled, lambda step: (x + step,), torch.float64)
+    wanted = train(net, net, lambda step: (x + step,), torch.float64)
+    assert largest_difference(got, wanted) < 1e-11
+    assert not any("norm_act" in name for name in ran), ran
+    assert quietly(kept_bytes, compiled, x) <= 1.12 * kept_bytes(normpass.optimize(copy.deepcopy(net)), x)
+
+
+@contextmanager
+def ops_that_run():
+    """Names of this package's operators that are called inside."""
+    names: set[str] = set()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield names
+    names.update(event.key for event in profile.key_averages() if event.key.startswith("normpass::"))
 
 
 @pytest.mark.parametrize(

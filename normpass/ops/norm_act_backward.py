@@ -272,7 +272,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     keep_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves: list[Any] = [None if t is None else _leaf(t) for t in (grad, x, residual, weight, bias)]
-        z = _formula(leaves[1:], mean.detach(), var.detach(), *options)
+        z = norm_act_formula(leaves[1:], mean.detach(), var.detach(), *options)
         wanted = [
             (leaf, outer)
             for leaf, outer, needed in zip(leaves[1:], grads, needs, strict=True)
@@ -295,7 +295,7 @@ def _leaf(t: Tensor) -> Tensor:
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
-def _formula(
+def norm_act_formula(
     tensors: Sequence[Any],
     mean: Tensor,
     var: Tensor,
