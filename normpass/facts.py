@@ -62,6 +62,8 @@ class Step:
     passes: bool = False
     """its result lies in the storage of an argument (a view, an operation in place)"""
     differentiable: bool = False
+    gradients_apart: bool = False
+    """both gradients of its result, which two readers have, are there when its backward runs, and not their sum"""
     is_random: bool = False
     is_foreign: bool = False
     """an operator of an unknown library ran: nobody knows what it does besides"""

@@ -50,6 +50,8 @@ class Walker:
         self.seconds = [seconds(step, record) for step in record.steps]
         self.saved = {v for step in record.steps for v in step.saves} - record.outputs
         self.made_from = [record.steps[index].reads for index in self.maker]
+        self.apart = {v for step in record.steps if step.gradients_apart for v in step.makes}
+        """values of which two gradients are there at one time"""
         self._last_read = self._last_reads()
 
     def walk(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> Use:
@@ -214,8 +216,8 @@ class _Walk:
     def _add_gradient(self, value: int, size: int) -> None:
         """One more gradient of `value`, or of the `size` bytes of it that a view shows."""
         self._move(size)
-        before = self.gradients.get(value, 0)
-        self.gradients[value] = min(before + size, self.record.sizes[value])
+        before, most = self.gradients.get(value, 0), self.record.sizes[value] * (2 if value in self.walker.apart else 1)
+        self.gradients[value] = min(before + size, most)
         self.live -= before + size - self.gradients[value]
 
     def _rebuild(self, value: int) -> None:

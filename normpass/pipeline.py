@@ -95,6 +95,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     graph.lint()
     facts = facts_of(graph_module, fakes, STAND_INS)
     passes.CONVOLUTIONS.note_scratch(facts)
+    passes.TWO_READERS.note(facts)
     found = _possible(facts)
     again = frozenset() if decisions.leaves_all else _again(found, decisions)
     rewritten = Rewritten(graph_module, graph_module, choices, plain, found, again)

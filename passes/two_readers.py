@@ -22,6 +22,7 @@ from torch import fx
 from normpass.facts import Facts
 from normpass.graph import inherit
 from normpass.joins import TWICE_JOINED
+from normpass.kernels import kernels_for
 from normpass.two_readers import TWICE
 from normpass.untouched import function_of, tensors_in
 
@@ -31,6 +32,19 @@ _TWICE = TWICE | TWICE_JOINED
 @dataclass(frozen=True)
 class TwoReaders:
     name: str = "two_readers"
+
+    def note(self, facts: Facts) -> None:
+        """Let `facts` know of which results two gradients will be in memory at one time."""
+        kernels = kernels_for(facts.device)
+        if kernels is None or not kernels.adds_gradients:
+            return
+        gradients = _gradients(facts)
+        for step in facts.steps:
+            result, node = facts.results.get(step.node), step.node
+            is_read_twice = node.target in TWICE and len(node.users) == 2
+            step.gradients_apart = (
+                is_read_twice and _is_private(node, facts) and gradients[getattr(result, "grad_fn", None)] == 2
+            )
 
     def apply(self, graph: fx.Graph, facts: Facts, copies: Mapping[fx.Node, fx.Node]) -> set[str]:
         """Rewrite `graph` in place; the names of the new nodes.

@@ -91,6 +91,19 @@ def test_the_peak_is_brought_down_by_keeping_a_value_in_the_middle():
     assert search.use(low).seconds > search.use(high).seconds
 
 
+def test_two_gradients_of_one_value_lie_side_by_side_where_nobody_adds_them():
+    facts = chain(3)
+    facts.steps.append(step("branch", makes=4, reads=1, size=100, saves=1))
+    facts.sizes.append(100)
+    facts.outputs = frozenset({3, 4})
+    added = Walker(facts, one_second).walk(NONE)
+    facts.steps[1].gradients_apart = True
+    apart = Walker(facts, one_second).walk(NONE)
+    assert apart.kept == added.kept
+    assert max(b - a for a, b in zip(added.timeline, apart.timeline, strict=True)) == 100
+    assert apart.timeline[-1] == added.timeline[-1]
+
+
 @pytest.mark.parametrize("budget", [100, 300, 500, 900])
 def test_a_choice_is_never_dearer_than_one_value_less(budget):
     search = Search(Walker(chain(9), one_second), Selectable(frozenset(range(1, 9)), NONE, NONE))

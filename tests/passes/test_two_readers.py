@@ -15,9 +15,11 @@ from training import image, spread
 
 import normpass
 from normpass import kernels
+from normpass.collect import captured_graphs
 from normpass.functional import FunctionalBatchNorm
 from normpass.measure import kept_bytes
 from normpass.optimized import state_of
+from normpass.pipeline import Request
 from normpass.recipe import Rebuilds
 from normpass.two_readers import TWICE
 
@@ -136,6 +138,19 @@ def test_nothing_more_is_kept_or_rebuilt(adding):
         found.append((kept_bytes(model, x), rebuilds.total, rebuilds.most))
     assert found[0] == found[1]
     assert found[0][2] == 1
+
+
+def test_the_peak_has_both_gradients(adding):
+    """Of the joins: where autograd adds them, only their sum waits."""
+    x = image(2, 3, 8, 8, requires_grad=True)
+    noted, peaks = [], []
+    for adds in (True, False):
+        adding.adds_gradients = adds
+        (rewritten,) = captured_graphs(spread(Net()), ((x,), {}), Request()).graphs
+        noted.append([step.key for step in rewritten.found.facts.steps if step.gradients_apart])
+        peaks.append(normpass.plan(spread(Net()), x, 1.0).planned.peak)
+    assert noted == [["norm", "blocks.0.norms.1", "blocks.1.norms.1"], []]
+    assert peaks[0] >= peaks[1]
 
 
 def test_a_gradient_of_the_gradient(adding):
