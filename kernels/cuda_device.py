@@ -60,9 +60,12 @@ class Gpus:
 
         def run(*args: float) -> None:
             if self._is_current(index):
-                # The second try, where the first failed: another library may have left its own context here.
-                with contextlib.suppress(CudaError):
-                    return kernel(torch._C._cuda_getCurrentRawStream(index), args)
+                try:
+                    kernel(torch._C._cuda_getCurrentRawStream(index), args)
+                except CudaError:
+                    pass  # a second try: another library may have left its own context here
+                else:
+                    return
             with self._current(index):
                 kernel(torch._C._cuda_getCurrentRawStream(index), args)
 

@@ -1,66 +1,27 @@
 """The GPU's kernels: CUDA C++ from `cuda/*.cu`, compiled by NVRTC when they are first needed.
 
-Here is what happens on the host: which instantiation, which grid, which scratch memory, which arguments. The GPU
-itself is a `Device`, so that the tests run this same code with one that executes the sources on the CPU.
+Here is what happens on the host: which arguments, which passes, which scratch memory; `cuda_plans.py` says which
+instantiation runs. The GPU itself is a `Device`, so that the tests run this same code with one that executes the
+sources on the CPU. Every microsecond here is paid at every call: addresses are asked for once, plans are looked up.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from normpass.kernels import InputNorm, Layout, Running
 from normpass.kernels.activations import RULES
-from normpass.kernels.cuda_driver import Launch
-from normpass.kernels.cuda_geometry import THREADS, Geometry, geometry, vector_of
-from normpass.kernels.cuda_variant import Variant
-from normpass.kernels.masks import BITS
+from normpass.kernels.cuda_plans import ALONE, STORAGE, Device, Join, Plans
 
 PIECES = (16, 64)
 """How many pieces of a concatenation the kernels are compiled for."""
 
 MOMENTS_FIELDS, SUMS_FIELDS = 3, 2
 """Numbers in one accumulator of `cuda/moments.cu` and of `cuda/backward.cuh`."""
-
-_STORAGE = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.float16: "normpass::Half",
-    torch.bfloat16: "normpass::BFloat16",
-}
-
-
-class Device(Protocol):
-    """What compiles kernels and launches them on the current stream. Each may raise a `CudaError`."""
-
-    def multiprocessors(self, index: int) -> int: ...
-    def kernel(self, variant: Variant, entry: str, grid: tuple[int, int], threads: int, index: int) -> Launch: ...
-    def arrivals(self, index: int, count: int) -> int: ...
-
-
-class Join(NamedTuple):
-    """What a norm's result is added to."""
-
-    residual: bool = False
-    """a residual is read"""
-    masked: bool = False
-    """a mask is written or read"""
-    normed: bool = False
-    """the residual is the input of a norm"""
-
-
-ALONE = Join()
-
-
-class _Plan(NamedTuple):
-    """One kernel ready for one layout."""
-
-    launch: Launch
-    geometry: Geometry
 
 
 class CudaKernels:
@@ -71,23 +32,23 @@ class CudaKernels:
     masks = frozenset(name for name, rule in RULES.items() if rule.two_slopes is not None)
 
     def __init__(self, device: Device):
-        self._device = device
-        self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._plans = Plans(device)
 
     def supports(self, dtype: torch.dtype) -> bool:
-        return dtype in _STORAGE
+        return dtype in STORAGE
 
     def moments(self, mean: Tensor, var: Tensor, x: Tensor, layout: Layout, running: Running | None = None) -> None:
-        plan = self._plan("moments", "moments", x, layout, _alignment(x))
-        scratch, arrivals = self._scratch(plan.geometry, var, MOMENTS_FIELDS)
+        address = x.data_ptr()
+        plan = self._plans.find("moments", "moments", x, layout, address)
+        scratch, arrivals = self._plans.scratch(plan, var, MOMENTS_FIELDS)
         plan.launch(
-            x.data_ptr(),
+            address,
             mean.data_ptr(),
             var.data_ptr(),
             *_running(running, layout.outer * layout.inner),
             scratch.data_ptr(),
             arrivals,
-            *plan.geometry.parameters,
+            *plan.grid,
         )
 
     def norm_act(
@@ -106,12 +67,13 @@ class CudaKernels:
         mask: Tensor | None = None,
         of_residual: InputNorm | None = None,
     ) -> None:
-        join = Join(residual is not None, mask is not None, of_residual is not None)
-        plan = self._plan("norm_act", "norm_act", x, layout, _alignment(z, x, residual), activation, join)
+        to, source, added = z.data_ptr(), x.data_ptr(), 0 if residual is None else residual.data_ptr()
+        join = ALONE if residual is None else _JOINS[mask is not None, of_residual is not None]
+        plan = self._plans.find("norm_act", "norm_act", x, layout, to | source | added, activation, join)
         plan.launch(
-            z.data_ptr(),
-            x.data_ptr(),
-            _pointer(residual),
+            to,
+            source,
+            added,
             _pointer(mask),
             _pointer(weight),
             _pointer(bias),
@@ -120,7 +82,7 @@ class CudaKernels:
             eps,
             *_two(activation_args),
             *_parameters(of_residual),
-            *plan.geometry.parameters,
+            *plan.grid,
         )
 
     def norm_act_backward(
@@ -148,9 +110,11 @@ class CudaKernels:
             residual = None  # it has no part in act'
         if mask is not None:  # is read by the vectors that it was written by
             grad, x, other = _aligned(grad), _aligned(x), other if other is None else _aligned(other)
-        site = [_pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, other, x, residual, mask, var, site, batch_statistics, activation, layout)
-        self._backward("norm_act_backward", call, dx, dresidual, dweight, dbias)
+        site = _pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr(), eps, *_two(activation_args)
+        outputs, through_sums = (dx, dresidual, dweight, dbias), batch_statistics and dx is not None
+        self._backward(
+            "norm_act_backward", outputs, grad, other, x, residual, mask, var, site, through_sums, activation, layout
+        )
 
     def cat_norm_act(
         self,
@@ -165,8 +129,8 @@ class CudaKernels:
         activation_args: Sequence[float],
         layout: Layout,
     ) -> None:
-        pieces, alignment = _pieces(xs), _alignment_of_pieces(xs, layout, z)
-        plan = self._plan("cat_norm_act", "cat_norm_act", z, layout, alignment, activation, pieces=pieces)
+        pieces, addresses = _pieces(xs), _addresses_of_pieces(xs, layout, z)
+        plan = self._plans.find("cat_norm_act", "cat_norm_act", z, layout, addresses, activation, pieces=pieces)
         plan.launch(
             z.data_ptr(),
             _pointer(weight),
@@ -177,7 +141,7 @@ class CudaKernels:
             *_two(activation_args),
             *_ends(xs, pieces),
             *_pointers(xs, pieces),
-            *plan.geometry.parameters,
+            *plan.grid,
         )
 
     def cat_norm_act_backward(
@@ -198,9 +162,9 @@ class CudaKernels:
         activation_args: Sequence[float],
         layout: Layout,
     ) -> None:
-        op, pieces, alignment = "cat_norm_act_backward", _pieces(xs), _alignment_of_pieces(xs, layout, grad, *dxs)
-        plan = self._plan(op, op, grad, layout, alignment, activation, pieces=pieces)
-        scratch, arrivals = self._scratch(plan.geometry, var, SUMS_FIELDS)
+        op, pieces, addresses = "cat_norm_act_backward", _pieces(xs), _addresses_of_pieces(xs, layout, grad, *dxs)
+        plan = self._plans.find(op, op, grad, layout, addresses, activation, pieces=pieces)
+        scratch, arrivals = self._plans.scratch(plan, var, SUMS_FIELDS)
         bits = sum([1 << p for p, add in enumerate(adds) if add])
         plan.launch(
             grad.data_ptr(),
@@ -220,13 +184,14 @@ class CudaKernels:
             float(layout.outer * layout.inner),
             scratch.data_ptr(),
             arrivals,
-            *plan.geometry.parameters,
+            *plan.grid,
         )
 
     def add_statistics_gradient(self, dx: Tensor, x: Tensor, mean: Tensor, total: Tensor, layout: Layout) -> None:
         op = "add_statistics_gradient"
-        plan = self._plan(op, op, x, layout, _alignment(dx, x))
-        plan.launch(dx.data_ptr(), x.data_ptr(), mean.data_ptr(), total.data_ptr(), *plan.geometry.parameters)
+        target, source = dx.data_ptr(), x.data_ptr()
+        plan = self._plans.find(op, op, x, layout, target | source)
+        plan.launch(target, source, mean.data_ptr(), total.data_ptr(), *plan.grid)
 
     def inplace_abn_backward(
         self,
@@ -244,147 +209,60 @@ class CudaKernels:
         activation_args: Sequence[float],
         layout: Layout,
     ) -> None:
-        site = [_pointer(weight), _pointer(bias), 0, var.data_ptr(), eps, *_two(activation_args)]
-        call = _Backward(grad, None, z, None, None, var, site, batch_statistics, activation, layout)
-        self._backward("inplace_abn_backward", call, dx, None, dweight, dbias)
+        site = _pointer(weight), _pointer(bias), 0, var.data_ptr(), eps, *_two(activation_args)
+        outputs, through_sums = (dx, None, dweight, dbias), batch_statistics and dx is not None
+        self._backward(
+            "inplace_abn_backward", outputs, grad, None, z, None, None, var, site, through_sums, activation, layout
+        )
 
     def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-        channels = mean.numel()
-        key = "running_stats", mean.dtype, mean.device.index, channels
-        plan = self._plans.get(key)
-        if plan is None:
-            variant = Variant("running_stats", (("NORMPASS_STORAGE", _STORAGE[mean.dtype]),))
-            grid = -(-channels // THREADS), 1
-            launch = self._device.kernel(variant, "running_stats", grid, THREADS, mean.device.index)
-            plan = self._plans[key] = _Plan(launch, Geometry(True, 1, grid[0], 1, ()))
+        plan = self._plans.of_vectors("running_stats", mean)
         running_mean, running_var, *shares = _running(running, count)
-        plan.launch(running_mean, running_var, mean.data_ptr(), var.data_ptr(), *shares, channels)
+        plan.launch(running_mean, running_var, mean.data_ptr(), var.data_ptr(), *shares, *plan.grid)
 
     def _backward(
         self,
         op: str,
-        call: _Backward,
-        dx: Tensor | None,
-        dresidual: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
+        outputs: tuple[Tensor | None, ...],
+        grad: Tensor,
+        other: Tensor | None,
+        kept: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        var: Tensor,
+        site: tuple[float, ...],
+        through_sums: bool,
+        activation: str,
+        layout: Layout,
     ) -> None:
-        """One pass where dx needs no sums over the batch or no sums are needed at all, otherwise two."""
-        through_sums = call.batch_statistics and dx is not None
-        reduces = through_sums or dweight is not None or dbias is not None
-        alignment = _alignment(dx, dresidual, call.grad, call.other, call.kept, call.residual)
-        coefficients = 0
-        if reduces:
-            plan = self._backward_plan(op, "reduce", call, alignment)
-            scratch, arrivals = self._scratch(plan.geometry, call.var, SUMS_FIELDS, 2 if through_sums else 0)
-            coefficients = scratch.data_ptr() if through_sums else 0
-            partials = scratch.data_ptr() + (2 * call.layout.channels * scratch.element_size() if through_sums else 0)
-            plan.launch(
-                *(0 if through_sums else _pointer(dx), _pointer(dresidual), _pointer(dweight), _pointer(dbias)),
-                coefficients,
-                *call.pointers(),
-                float(call.layout.outer * call.layout.inner),
-                partials,
-                arrivals,
-                *plan.geometry.parameters,
-            )
+        """One pass where dx needs no sums over the batch or no sums are needed at all, otherwise two.
+
+        `outputs`: dx, dresidual, dweight, dbias. `site` ends the kernels' pointers and begins their numbers.
+        """
+        read = [0 if t is None else t.data_ptr() for t in (grad, other, kept, residual, mask)]
+        dx, dresidual, dweight, dbias = [0 if t is None else t.data_ptr() for t in outputs]
+        addresses = dx | dresidual | read[0] | read[1] | read[2] | read[3]
+        join = ALONE if residual is None and mask is None else Join(residual is not None, mask is not None)
+        parts, coefficients = 1 if other is None else 2, 0
+        if through_sums or dweight or dbias:
+            plan = self._plans.find(op, "reduce", kept, layout, addresses, activation, join, parts=parts)
+            scratch, arrivals = self._plans.scratch(plan, var, SUMS_FIELDS, 2 if through_sums else 0)
+            partials = scratch.data_ptr()
+            if through_sums:
+                coefficients, partials = partials, partials + 2 * layout.channels * scratch.element_size()
+            sums = 0 if through_sums else dx, dresidual, dweight, dbias, coefficients
+            count = float(layout.outer * layout.inner)
+            plan.launch(*sums, *read, *site, count, partials, arrivals, *plan.grid)
             if not through_sums:
                 return
-            if dresidual is not None:  # the first pass left dy there
-                call = call._replace(grad=dresidual, other=None, residual=None, mask=None, activation="identity")
-                dresidual = None
-        plan = self._backward_plan(op, "apply", call, alignment)
-        outputs = _pointer(dx), _pointer(dresidual), 0, 0, coefficients
-        plan.launch(*outputs, *call.pointers(), *plan.geometry.parameters)
-
-    def _backward_plan(self, op: str, entry: str, call: _Backward, alignment: int) -> _Plan:
-        join, parts = Join(call.residual is not None, call.mask is not None), 1 if call.other is None else 2
-        return self._plan(op, entry, call.kept, call.layout, alignment, call.activation, join, parts=parts)
-
-    def _plan(
-        self,
-        op: str,
-        entry: str,
-        x: Tensor,
-        layout: Layout,
-        alignment: int,
-        activation: str = "",
-        join: Join = ALONE,
-        pieces: int = 0,
-        parts: int = 1,
-    ) -> _Plan:
-        key = op, entry, x.dtype, x.device.index, layout, alignment, activation, join, pieces, parts
-        plan = self._plans.get(key)
-        if plan is None:
-            size, multiprocessors = x.element_size(), self._device.multiprocessors(x.device.index)
-            group = BITS // vector_of(layout, size, alignment) if join.masked and op == "norm_act" else 1
-            shape = geometry(layout, size, alignment, multiprocessors, group)
-            variant = variant_of(op, x.dtype, shape, activation, join, pieces, parts)
-            grid = shape.tiles, shape.slabs
-            launch = self._device.kernel(variant, entry, grid, THREADS, x.device.index)
-            plan = self._plans[key] = _Plan(launch, shape)
-        return plan
-
-    def _scratch(self, shape: Geometry, like: Tensor, fields: int, more: int = 0) -> tuple[Tensor, int]:
-        """`more` numbers a channel, then the accumulators of every slab; and the counters, 0 for a single slab."""
-        several = shape.slabs > 1
-        channels = shape.parameters[0]
-        scratch = like.new_empty((more + (fields * shape.slabs if several else 0)) * channels)
-        return scratch, self._device.arrivals(like.get_device(), shape.tiles) if several else 0
+            if dresidual:  # the first pass left dy there
+                read, activation, join, parts = [dresidual, 0, read[2], 0, 0], "identity", ALONE, 1
+                dresidual = 0
+        plan = self._plans.find(op, "apply", kept, layout, addresses, activation, join, parts=parts)
+        plan.launch(dx, dresidual, 0, 0, coefficients, *read, *site, *plan.grid)
 
 
-class _Backward(NamedTuple):
-    """What a gradient is computed from. `site` ends the kernels' pointers and begins their numbers."""
-
-    grad: Tensor
-    other: Tensor | None
-    kept: Tensor
-    residual: Tensor | None
-    mask: Tensor | None
-    var: Tensor
-    site: list[float]
-    batch_statistics: bool
-    activation: str
-    layout: Layout
-
-    def pointers(self) -> tuple[float, ...]:
-        kept = self.kept.data_ptr(), _pointer(self.residual), _pointer(self.mask)
-        return self.grad.data_ptr(), _pointer(self.other), *kept, *self.site
-
-
-def variant_of(
-    op: str,
-    dtype: torch.dtype,
-    shape: Geometry,
-    activation: str = "",
-    join: Join = ALONE,
-    pieces: int = 0,
-    parts: int = 1,
-) -> Variant:
-    """The instantiation of `cuda/<op>.cu` for one dtype, shape and activation.
-
-    With `pieces` of a concatenation, or a gradient that comes in so many `parts`.
-    """
-    macros = {"STORAGE": _STORAGE[dtype], "VECTOR": str(shape.vector), "ROWS": str(shape.rows).lower()}
-    if dtype.itemsize == 2:
-        macros["NARROW"] = "1"
-    if activation:
-        macros["ACTIVATION"] = "".join(part.title() for part in activation.split("_"))
-    if pieces:
-        macros["PIECES"] = str(pieces)
-    elif activation:
-        macros["RESIDUAL"] = str(join.residual).lower()
-    if parts > 1:
-        macros["PARTS"] = str(parts)
-    if join.masked:
-        macros["MASKED"] = "1"
-    if join.normed:
-        macros["NORMED"] = "1"
-    return Variant(op, tuple((f"NORMPASS_{name}", value) for name, value in macros.items()))
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+_JOINS = {(masked, normed): Join(True, masked, normed) for masked in (False, True) for normed in (False, True)}
 
 
 def _parameters(norm: InputNorm | None) -> tuple[float, ...]:
@@ -398,22 +276,19 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % 16 else t
 
 
-def _alignment(*tensors: Tensor | None) -> int:
-    """The largest power of two, up to 16 bytes, that divides every address."""
-    together = 16
-    for tensor in tensors:
-        if tensor is not None:
-            together |= tensor.data_ptr()
-    return together & -together
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _alignment_of_pieces(xs: Sequence[Tensor], layout: Layout, *others: Tensor | None) -> int:
-    """As `_alignment`; where channels lie side by side, a vector must not reach from one piece into the next."""
-    alignment = _alignment(*xs, *others)
+def _addresses_of_pieces(xs: Sequence[Tensor], layout: Layout, *others: Tensor | None) -> int:
+    """By bitwise or; where channels lie side by side, a vector must not reach from one piece into the next."""
+    addresses = 0
+    for t in (*xs, *others):
+        addresses |= 0 if t is None else t.data_ptr()
     if layout.inner == 1:
         for x in xs:
-            alignment |= x.shape[1] * x.element_size()
-    return alignment & -alignment
+            addresses |= x.shape[1] * x.element_size()
+    return addresses
 
 
 def _pieces(xs: Sequence[Tensor]) -> int:

@@ -19,6 +19,11 @@ from normpass.kernels.cuda_compiler import nvrtc_version
 from normpass.kernels.cuda_device import Gpus
 from normpass.kernels.cuda_kernels import CudaKernels
 
+OPS = (
+    *("moments", "running_stats", "norm_act", "norm_act_backward", "cat_norm_act", "cat_norm_act_backward"),
+    *("add_statistics_gradient", "inplace_abn_backward"),
+)
+
 
 class GuardedKernels:
     """The `Kernels` of CUDA devices."""
@@ -27,7 +32,7 @@ class GuardedKernels:
     winograd = None  # cuDNN has its own
 
     def __init__(self, kernels: CudaKernels) -> None:
-        self._kernels = kernels
+        self._run_by = {name: getattr(kernels, name) for name in OPS}
         self._failures: dict[str, None] = {}
         self.most_pieces, self.adds_gradients, self.masks = kernels.most_pieces, kernels.adds_gradients, kernels.masks
         self.normalises_residuals, self.supports = kernels.normalises_residuals, kernels.supports
@@ -63,7 +68,7 @@ class GuardedKernels:
 
     def _run(self, name: str, args: tuple[Any, ...]) -> None:
         try:
-            getattr(self._kernels, name)(*args)
+            self._run_by[name](*args)
         except CudaError as error:
             reason = str(error)
         else:

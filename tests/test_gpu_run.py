@@ -257,7 +257,7 @@ def test_the_cache_has_what_the_networks_need():
     assert names == {path.stem for path in (GPU.parents[1] / "kernels/cuda").glob("*.cu")} - {"probe"}
     from normpass.kernels import Layout
     from normpass.kernels.cuda_geometry import geometry
-    from normpass.kernels.cuda_kernels import Join, variant_of
+    from normpass.kernels.cuda_plans import Join, variant_of
 
     for channels, dtype in ((64, torch.bfloat16), (2048, torch.float32), (1000, torch.bfloat16)):
         shape = geometry(Layout(256 * 49, channels, 1), dtype.itemsize, 16, 132)

@@ -53,7 +53,8 @@ def variants() -> Iterator:
 
 def of_shape(dtype, shape, activations) -> Iterator:
     from normpass.kernels.activations import RULES
-    from normpass.kernels.cuda_kernels import PIECES, Join, variant_of
+    from normpass.kernels.cuda_kernels import PIECES
+    from normpass.kernels.cuda_plans import Join, variant_of
 
     for source in ("moments", "add_statistics_gradient"):
         yield variant_of(source, dtype, shape)

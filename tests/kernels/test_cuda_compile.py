@@ -17,7 +17,8 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, as torch
 from normpass.kernels import ACTIVATIONS, Layout
 from normpass.kernels.cuda_compiler import compile_variant, supported_architectures
 from normpass.kernels.cuda_geometry import THREADS, geometry
-from normpass.kernels.cuda_kernels import PIECES, Join, variant_of
+from normpass.kernels.cuda_kernels import PIECES
+from normpass.kernels.cuda_plans import Join, variant_of
 from normpass.kernels.cuda_variant import Variant
 
 SOURCES = (

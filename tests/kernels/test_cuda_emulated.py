@@ -18,6 +18,7 @@ from cuda_checks import Site
 from cuda_emulated import COMPILER, EmulatedDevice
 
 from normpass.kernels import ACTIVATIONS, Layout, Running
+from normpass.kernels.cuda_calls import CudaError
 from normpass.kernels.cuda_kernels import CudaKernels
 from normpass.kernels.masks import bytes_of_mask
 
@@ -104,6 +105,18 @@ MASKED = [
 @pytest.mark.parametrize("dtype, layout", MASKED, ids=str)
 def test_a_mask_in_the_place_of_the_residual(kernels, dtype, layout):
     checks.check_mask(kernels, Site(layout, dtype, "relu", residual=True))
+
+
+def test_a_mask_is_refused_where_vectors_would_be_others(kernels):
+    """Its bits would lie elsewhere than backward reads them."""
+    site, layout = Site(ROWS[0], torch.float32, "relu", residual=True), ROWS[0]
+    z = torch.empty(site.x.numel() + 1)[1:].view(site.x.shape)
+    mask = torch.empty(bytes_of_mask(layout, 4), dtype=torch.uint8)
+    values = site.weight, site.bias, site.mean, site.var, checks.EPS
+    with pytest.raises(
+        CudaError, match="norm_act: a mask is of vectors of 16 bytes, and a tensor lies at a multiple of 4"
+    ):
+        kernels.norm_act(z, site.x, site.added, *values, "relu", (), layout, mask)
 
 
 @pytest.mark.parametrize("dtype, layout", [MASKED[0], MASKED[3], MASKED[5], MASKED[8]], ids=str)
