@@ -191,7 +191,6 @@ def difference(program: Program, expected: Numbers, found: Numbers, noises: Iter
     others: list[Numbers] = []
     for name, value in expected.items():
         other = found.get(name, "nothing")
-        message = f"{name}: {value} became {other} ({found.get(f'{name[0]} message')})"
         if name.endswith("message"):
             continue
         if not isinstance(value, Tensor) or not isinstance(other, Tensor):
@@ -199,9 +198,9 @@ def difference(program: Program, expected: Numbers, found: Numbers, noises: Iter
                 return None
             if value is other or value == other:
                 continue
-            return message
+            return changed(name, value, other, found)
         if value.shape != other.shape or value.dtype != other.dtype:
-            return message
+            return changed(name, value, other, found)
         if not value.isfinite().all() or largest([value]) > 1e12:
             return None
         distance = largest([value - other])
@@ -212,6 +211,10 @@ def difference(program: Program, expected: Numbers, found: Numbers, noises: Iter
             return f"{name}: differs by {distance:.2g}, the largest is {largest([value]):.2g}"
     new = [name for name in found if name not in expected]
     return f"{new[0]}: {found[new[0]]}, where plain has none" if new else None
+
+
+def changed(name: str, value: Any, other: Any, found: Numbers) -> str:
+    return f"{name}: {value} became {other} ({found.get(f'{name[0]} message')})"
 
 
 def is_meant(program: Program, name: str, expected: Numbers, found: Numbers) -> bool:

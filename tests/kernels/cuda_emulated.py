@@ -16,6 +16,8 @@ from normpass.kernels.cuda_variant import Variant, packer, signature
 HERE = Path(__file__).parent
 SOURCES = Path(normpass.kernels.__file__).parent
 COMPILER = shutil.which("g++")
+COMMAND = (str(COMPILER), *"-std=c++17 -O0 -fPIC -fno-strict-aliasing -ffp-contract=off".split())
+HEADER = "cuda_on_cpu.h"
 ENTRIES = {"norm_act_backward": ("reduce", "apply"), "inplace_abn_backward": ("reduce", "apply")}
 FAILURES = {1: "wrong number of arguments", 2: "a barrier that some threads never reached"}
 
@@ -29,6 +31,7 @@ class EmulatedDevice:
         self.launches: list[tuple[Variant, str, tuple[int, int]]] = []
         self.counters = torch.zeros(0, dtype=torch.int32)
         self._libraries: dict[Variant, ctypes.CDLL] = {}
+        self._precompile()
 
     def multiprocessors(self, index: int) -> int:
         return 6
@@ -51,25 +54,19 @@ class EmulatedDevice:
             self.counters = torch.zeros(count, dtype=torch.int32)
         return self.counters.data_ptr()
 
+    def _precompile(self) -> None:
+        """The header, once for all variants: a third of the time of each. A compiler that cannot read it looks on."""
+        source, result = HERE / HEADER, self.folder / f"{HEADER}.gch"
+        subprocess.run([*COMMAND, "-w", "-x", "c++-header", str(source), "-o", str(result)], check=True)
+
     def _library(self, variant: Variant) -> ctypes.CDLL:
         if variant not in self._libraries:
             path = self.folder / f"{len(self._libraries)}.so"
             exports = "".join(f"NORMPASS_EXPORT({e})\n" for e in ENTRIES.get(variant.source, (variant.source,)))
-            source = f'#include "cuda_on_cpu.h"\n#include "{variant.source}.cu"\n{exports}'
+            source = f'#include "{HEADER}"\n#include "{variant.source}.cu"\n{exports}'
             macros = [f"-D{name}={value}" for name, value in variant.macros]
-            includes = [f"-I{folder}" for folder in (HERE, SOURCES / "cuda", SOURCES / "include")]
-            command = [
-                str(COMPILER),
-                "-std=c++17",
-                "-O1",
-                "-shared",
-                "-fPIC",
-                "-fno-strict-aliasing",
-                "-ffp-contract=off",
-                "-x",
-                "c++",
-                "-",
-            ]
-            subprocess.run([*command, *macros, *includes, "-o", str(path)], input=source.encode(), check=True)
+            includes = [f"-I{folder}" for folder in (self.folder, HERE, SOURCES / "cuda", SOURCES / "include")]
+            command = [*COMMAND, *macros, *includes, "-shared", "-x", "c++", "-", "-o", str(path)]
+            subprocess.run(command, input=source.encode(), check=True)
             self._libraries[variant] = ctypes.CDLL(str(path))
         return self._libraries[variant]
