@@ -34,10 +34,12 @@ class JoinNorms:
         """
         read = {v for step in facts.steps for v in step.saves}
         steps = {copies.get(step.node): step for step in facts.steps}
-        names = set()
+        modes, names = facts.modes_in(copies), set()
         for node in graph.nodes:
             residual = _residual(node)
             if residual is None or not _is_private(steps.get(residual), facts, read):
+                continue
+            if modes.get(residual) != modes.get(node):
                 continue
             if node.target is split_norm_act and residual.target is fused_norm_act:
                 continue
