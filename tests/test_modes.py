@@ -1,4 +1,4 @@
-"""A rewrite puts nothing on the other side of a switch of grad mode or autocast: it would get a gradient, or lose it."""
+"""No rewrite crosses a switch of grad mode or autocast: something would get a gradient, or lose its own."""
 
 from __future__ import annotations
 
