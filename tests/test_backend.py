@@ -289,7 +289,13 @@ def ops_that_run():
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        ({"iner": "eager"}, normpass.InvalidInputError, "no option `iner`; there are inner, memory_budget, winograd"),
+        ({"kernels": "ours"}, normpass.InvalidInputError, "`kernels` is 'ours', it must be True, False or None"),
+        ({"inner": "eager", "kernels": False}, normpass.InvalidInputError, "`kernels=False` is for a compiler"),
+        (
+            {"iner": "eager"},
+            normpass.InvalidInputError,
+            "no option `iner`; there are inner, memory_budget, winograd, kernels",
+        ),
         ({"inner": "tvm"}, normpass.InvalidInputError, "choose from inductor, aot_eager, eager"),
         ({"memory_budget": "much"}, normpass.InvalidInputError, "give a fraction such as 0.5"),
     ],
