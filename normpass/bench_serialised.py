@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from normpass import measure
 from normpass.environment import environment, last_level_cache
 from normpass.extras import needed
-from normpass.facts import FakeInputs, facts_of
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.files import write_json
 from normpass.passes import SerializeMinibatch
 from normpass.passes.serialize_norms import tuned

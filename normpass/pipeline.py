@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normpass import passes
-from normpass.facts import Facts, FakeInputs, facts_of
+from normpass.facts import Facts
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.functional import batch_norm
 from normpass.graph import copy_graph, give_keys
 from normpass.minimum_cut import Possible, minimum_cut, needed_values, possible

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import TorchRuntimeError, Unsupported
 
 from normpass.errors import InvalidInputError, InvalidModelError
-from normpass.facts import FakeInputs, facts_of
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.graph import give_keys, key_of, module_of
 from normpass.grouping import Groups, greedy, optimal
 from normpass.per_sample import kind_of, name_of

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from normpass.facts import FakeInputs, facts_of
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.passes.serialize_minibatch import SerializeMinibatch
 from normpass.traffic import graph_of
 

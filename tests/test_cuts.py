@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normpass.cuts import inputs_of, segments_of, variable_nodes
-from normpass.facts import FakeInputs, facts_of
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.graph import key_of, path_of
 from normpass.traffic import graph_of
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training import ConvNet, image
 
 from normpass.collect import captured_graphs
-from normpass.facts import Facts, FakeInputs, Step, _fake_batch_norm, _native_batch_norm, facts_of
+from normpass.facts import Facts, Step
+from normpass.fake_run import FakeInputs, _fake_batch_norm, _native_batch_norm, facts_of
 from normpass.functional import split_norm_act
 from normpass.graph import give_keys, is_state, name_of
 from normpass.pipeline import Request

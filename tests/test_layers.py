@@ -33,7 +33,7 @@ ORDER = (
     ),
     ("operators", "recipe", "weights", "export", "timing", "trial", "capture", "verify"),
     ("facts", "nn", "replay", "functional", "serialised", "report", "agreement", "plots", "concatenation"),
-    ("sites", "minimum_cut", "sharing", "two_readers", "convolution", "per_sample", "liveness", "cost"),
+    ("fake_run", "sites", "minimum_cut", "sharing", "two_readers", "convolution", "per_sample", "liveness", "cost"),
     ("rewrite", "joins", "plain_sites", "stand_ins", "units", "serial_norm", "choose"),
     ("planner", "traffic"),  # the planner is given the rewrites, it never imports them
     ("passes", "step_plan"),

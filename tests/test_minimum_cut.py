@@ -15,7 +15,8 @@ from torch import fx, nn
 from training import ConvNet, collected, image
 
 import normpass
-from normpass.facts import Facts, FakeInputs, Step, facts_of
+from normpass.facts import Facts, Step
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.graph import name_of
 from normpass.measure import kept_bytes
 from normpass.minimum_cut import Possible, joined, minimum_cut, needed_values, possible

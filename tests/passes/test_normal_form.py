@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from training import step
 
 import normpass
-from normpass.facts import FakeInputs, facts_of
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.graph import name_of
 from normpass.measure import kept_bytes
 from normpass.passes.normal_form import NormalForm, as_first, dropout, run_checkpoint

@@ -13,7 +13,7 @@ from training import assert_equal, image, train
 
 from normpass import measure
 from normpass.errors import InvalidInputError
-from normpass.facts import FakeInputs, facts_of
+from normpass.fake_run import FakeInputs, facts_of
 from normpass.graph import give_keys
 from normpass.passes.serialize_minibatch import SerializeMinibatch
 

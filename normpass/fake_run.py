@@ -1,0 +1,420 @@
+"""One forward of a captured graph on tensors without memory, which tells its facts.
+
+    facts_of(graph_module, inputs) -> Facts
+
+Running the graph under `FakeTensorMode` computes no number, but storages are shared, written and saved as they always
+are: views alias, operators announce what they write, autograd saves what it saves. So who aliases, who writes and what
+is kept follow from what torch does, for any operator, and from no list of names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from normpass.facts import SMALL, Facts, Step
+from normpass.graph import is_state, key_of, name_of
+from normpass.ops.layout import memory_format_of
+from normpass.recipe import Copier
+from normpass.untouched import function_of, tensors_in
+
+_KNOWN_LIBRARIES = frozenset({"aten", "prim", "prims", "normpass"})
+
+
+class FakeInputs:
+    """Tensors without memory for the inputs of a graph, to run it on as often as it is changed.
+
+    Args:
+        inputs: for every placeholder a tensor, real or fake, of the shape and layout it is to have, or a number.
+    """
+
+    def __init__(self, inputs: Sequence[Any]):
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._given = inputs
+        self.make()
+
+    def make(self) -> None:
+        with self.mode:
+            self.values = _fakes(self._given)
+        self.numbers = {id(f): t for f, t in zip(self.values, self._given, strict=True) if _holds_number(t)}
+        """what stands behind those that are one number: Dynamo hands over a Python float as such a tensor"""
+        self._histories = self._histories_now()
+
+    def restore(self) -> None:
+        """After a run: what it has written to in place may have a gradient now that it did not have."""
+        if self._histories_now() != self._histories:
+            self.make()
+
+    def _histories_now(self) -> list[Any]:
+        return [(t.requires_grad, function_of(t)) for t in self.values if isinstance(t, Tensor)]
+
+
+_VALUES = (Tensor, tuple, list, dict, str, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype)
+
+
+def _is_switch(node: fx.Node, result: Any) -> bool:
+    """Whether a call is there for what it does to the calls behind it: it makes no value."""
+    is_value = isinstance(result, (*_VALUES, torch.device)) or dataclasses.is_dataclass(result)
+    return node.op == "call_function" and not is_value
+
+
+def _functions_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """What backward goes through on its way from any of `tensors`, or from what they are views of."""
+    alive = [t for t in tensors if t.requires_grad]
+    return [function_of(t) for t in (*alive, *(t._base for t in alive if t._base is not None))]
+
+
+def _holds_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
+
+
+def facts_of(
+    graph_module: fx.GraphModule, inputs: FakeInputs, stand_ins: Mapping[Any, Callable[..., Any]] | None = None
+) -> Facts:
+    """One forward of a graph whose parameters and buffers are inputs like the others.
+
+    Runs with gradients, autocast and the like as they are when this is called.
+
+    Args:
+        stand_ins: function -> what gives its result and the tensors it writes to, without computing anything.
+    """
+    with inputs.mode:
+        recorder = _Recorder(tensors_in(inputs.values))
+        with recorder.watching():
+            interpreter = _Interpreter(recorder, graph_module, stand_ins or {}, inputs.numbers)
+            output = interpreter.run(*inputs.values)
+    inputs.restore()
+    return recorder.finish(output, interpreter.results)
+
+
+def _fakes(inputs: Sequence[Any]) -> list[Any]:
+    """Tensors of the mode that is entered; those that share a storage share one."""
+    shared = Counter(t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor))
+    bases: dict[tuple[int, torch.dtype], Tensor] = {}
+    return [_like(value, shared, bases) if isinstance(value, Tensor) else _number(value) for value in inputs]
+
+
+def _like(tensor: Tensor, shared: Counter[int], bases: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
+    sizes, strides = ([_number(n) for n in values] for values in (tensor.shape, tensor.stride()))
+    storage = tensor.untyped_storage()
+    if shared[storage._cdata] == 1:
+        result = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    else:
+        key = storage._cdata, tensor.dtype
+        if key not in bases:
+            count = storage.nbytes() // tensor.element_size()
+            bases[key] = torch.empty(count, dtype=tensor.dtype, device=tensor.device)
+        result = bases[key].as_strided(sizes, strides, _number(tensor.storage_offset())).detach()
+    if not tensor.requires_grad:
+        return result
+    return result.requires_grad_() if tensor.is_leaf else _computed(result)
+
+
+class _Computed(torch.autograd.Function):
+    """What somebody has computed with gradients: unlike a leaf it may be written to in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, leaf: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("facts are collected without a backward")
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    with torch.enable_grad():
+        result: Tensor = _Computed.apply(tensor, torch.empty(0, device=tensor.device, requires_grad=True))
+    return result
+
+
+def _number(value: Any) -> Any:
+    """The number that a symbolic one stands for at the inputs at hand."""
+    node = getattr(value, "node", None)
+    return node.hint if node is not None and hasattr(node, "hint") else value
+
+
+class _Recorder(Copier):
+    def __init__(self, outside: Sequence[Tensor]):
+        self.facts = Facts(device=next((t.device.type for t in outside), "cpu"))
+        self.operators = _Operators()
+        self._alive: list[Any] = []  # storages, so that no identity is used twice
+        self._outside = {self.identity(t): t.untyped_storage().nbytes() for t in outside}
+        self._version: dict[int, int] = {}
+        self._value_of: dict[tuple[int, int], int] = {}
+        self._saved: list[tuple[Step, int, int, int]] = []
+        self._inputs = outside
+        self._functions: list[tuple[Step, list[Any]]] = []
+        self._packed: list[Tensor] = []
+        self._to_copy: set[int] = set()
+        self._copied: set[int] = set()
+        self._copies = 0
+        self._unseen: set[int] = set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, what autograd saves and what operators do is noted."""
+        with saved_tensors_hooks(self._pack, lambda saved: saved), self.operators:
+            yield
+
+    def _pack(self, tensor: Tensor) -> None:
+        storage = self.identity(tensor)
+        if storage in self._to_copy:
+            self._copied.add(storage)
+            self._copies += tensor.nbytes
+        else:
+            self._packed.append(tensor)  # nothing to keep: there is no backward
+
+    def copy(self, tensor: Tensor) -> None:
+        self._to_copy.add(self.identity(tensor))
+
+    def ignore(self, tensor: Tensor) -> None:
+        pass
+
+    def forget(self, tensor: Tensor) -> None:
+        self._to_copy.discard(self.identity(tensor))
+
+    def before(self) -> None:
+        self._packed.clear()
+        self._copies = 0
+        self.operators.clear()
+
+    def read(self, step: Step, arguments: Any) -> dict[int, int]:
+        """Note what the step reads; the versions its arguments had, by storage."""
+        read: dict[int, int] = {}
+        outside: dict[int, None] = {}
+        versions: dict[int, int] = {}
+        for tensor in tensors_in(arguments):
+            storage = self.identity(tensor)
+            versions[storage] = tensor._version
+            value = self._value(storage)
+            if storage in self._outside:
+                outside[storage] = None
+                step.weights += tensor.nbytes if tensor.requires_grad else 0
+            elif value is not None:
+                read[value] = min(read.get(value, 0) + tensor.nbytes, self.facts.sizes[value])
+        step.reads, step.read_sizes, step.reads_outside = tuple(read), tuple(read.values()), tuple(outside)
+        return versions
+
+    def made(self, step: Step, result: Any, arguments: Any, versions: dict[int, int]) -> None:
+        """Note what the step wrote, saved and returned."""
+        written = {self.identity(t): t for t in tensors_in(arguments) if t._version != versions[self.identity(t)]}
+        announced = {self.identity(t) for t in self.operators.written} & (versions.keys() | self._outside.keys())
+        self._unseen |= announced - written.keys() - self._outside.keys()
+        before = {s: self._value(s) for s in (*written, *announced)}
+        step.writes = tuple(dict.fromkeys((*written, *announced)))
+        makes: list[int] = []
+        for storage in step.writes:
+            self._version[storage] = self._version.get(storage, 0) + 1
+            old = before[storage]
+            if old is not None:
+                makes.append(self._new(storage, self.facts.sizes[old]))
+        for tensor in tensors_in(result):
+            step.differentiable |= tensor.requires_grad
+            storage = self.identity(tensor)
+            if self._value(storage) is None and storage not in self._outside:
+                makes.append(self._new(storage, tensor.untyped_storage().nbytes()))
+            else:
+                step.passes |= self._value(storage) not in makes or storage in before
+        step.makes = tuple(makes)
+        self._functions.append((step, _functions_of((*tensors_in(result), *written.values()))))
+        if isinstance(result, Tensor) and (value := self._value(self.identity(result))) is not None:
+            self.facts.values[step.node] = value
+        self._note_saved(step, written)
+        seen = self.operators
+        step.is_random, step.is_foreign, step.flops = seen.random, seen.foreign, seen.flops
+        self.facts.steps.append(step)
+
+    def _new(self, storage: int, size: int) -> int:
+        value = len(self.facts.sizes)
+        self._value_of[storage, self._version.get(storage, 0)] = value
+        self.facts.sizes.append(size)
+        return value
+
+    def _note_saved(self, step: Step, written: dict[int, Tensor]) -> None:
+        step.internals += self._copies
+        overwritten = {(t.shape, t.dtype) for t in written.values()}
+        for tensor in self._packed:
+            storage = self.identity(tensor)
+            known = storage in self._outside or self._value(storage) is not None
+            step.copies |= not known and (tensor.shape, tensor.dtype) in overwritten
+            version = self._version.get(storage, 0)
+            self._saved.append((step, storage, version, tensor.untyped_storage().nbytes()))
+
+    def _value(self, storage: int) -> int | None:
+        return self._value_of.get((storage, self._version.get(storage, 0)))
+
+    def finish(self, output: Any, results: dict[fx.Node, Any]) -> Facts:
+        """Sort what was saved into values and internals."""
+        facts = self.facts
+        facts.results = results
+        facts.modes = dict(
+            zip(results, itertools.accumulate(_is_switch(n, r) for n, r in results.items()), strict=True)
+        )
+        facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
+        states = (s for n, s in facts.storages.items() if n.op == "placeholder" and is_state(n))
+        facts.state = frozenset().union(*states)
+        returned = {self.identity(t) for t in tensors_in(output)}
+        facts.outputs = frozenset(v for s in returned if (v := self._value(s)) is not None)
+        facts.overwritten = frozenset(v for (s, n), v in self._value_of.items() if n < self._version.get(s, 0))
+        facts.unseen = frozenset(v for (s, _), v in self._value_of.items() if s in self._unseen)
+        facts.written_outside = frozenset(s for s in self._outside if self._version.get(s, 0))
+        facts.small_outside = {s: size for s, size in self._outside.items() if size <= SMALL}
+        counted, outside = set(returned), set()
+        without_backward = self._without_backward(output)
+        for step, storage, version, size in self._saved:
+            if id(step) in without_backward:
+                continue
+            value = self._value_of.get((storage, version))
+            if storage in self._outside:
+                outside.add(storage)
+            elif value is not None:
+                step.saves = tuple(dict.fromkeys((*step.saves, value)))
+            elif storage not in counted:
+                counted.add(storage)
+                step.internals += size
+        facts.saved_outside, facts.copied_outside = frozenset(outside), frozenset(self._copied)
+        return facts
+
+    def _without_backward(self, output: Any) -> set[int]:
+        """The identities of steps that no backward from the results reaches: what they save is freed at once."""
+        waiting = [function_of(t) for t in (*tensors_in(output), *self._inputs)]
+        reached: set[Any] = {None}
+        while waiting:
+            function = waiting.pop()
+            if function not in reached:
+                reached.add(function)
+                waiting += [next_function for next_function, _ in function.next_functions]
+        unread = (step for step, functions in self._functions if functions and reached.isdisjoint(functions))
+        others = self._outside.keys() - self.facts.state  # the caller may have views of these
+        return {id(step) for step in unread if others.isdisjoint(step.writes)}
+
+    def identity(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._alive.append(storage)
+        return int(storage._cdata)
+
+
+class _Operators(TorchDispatchMode):
+    """What the operators under one step do: write, draw random numbers, multiply.
+
+    Batch norm of tensors without memory it answers itself, which is faster.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clear()
+
+    def clear(self) -> None:
+        self.written: list[Tensor] = []
+        self.random = self.foreign = False
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        is_norm = func is _native_batch_norm and isinstance(args[0], FakeTensor)
+        result = _fake_batch_norm(*args) if is_norm else func(*args, **kwargs)
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            self.foreign = True
+            return result
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.foreign |= func.namespace not in _KNOWN_LIBRARIES
+        if is_norm and args[5]:  # its schema does not say that the running statistics move
+            self.written += [t for t in args[3:5] if isinstance(t, Tensor)]
+        self._note_writes(func._schema, args, kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=result))
+        return result
+
+    def _note_writes(self, schema: Any, args: tuple, kwargs: dict) -> None:
+        if not schema.is_mutable:
+            return
+        for index, argument in enumerate(schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            self.written += tensors_in(given)
+
+
+_native_batch_norm = torch.ops.aten.native_batch_norm.default
+
+
+def _fake_batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *others: Any) -> tuple:
+    """What the operator returns, of tensors without memory; torch finds that out by twenty other operators."""
+    dtype = next((t.dtype for t in (weight, bias, mean, var) if t is not None), x.dtype)
+    statistics = (x.new_empty(x.shape[1] if training else 0, dtype=dtype) for _ in range(2))
+    return torch.empty_like(x, memory_format=memory_format_of(x)), *statistics
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, recorder: _Recorder, graph_module: fx.GraphModule, stand_ins: Mapping, numbers: Mapping):
+        super().__init__(graph_module, garbage_collect_values=False)
+        self._recorder, self._stand_ins, self._numbers = recorder, stand_ins, numbers
+        self.results: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = self._run(n) if n.op in ("call_function", "call_method") else super().run_node(n)
+        if n.op != "output":
+            self.results[n] = result
+        return result
+
+    def _run(self, n: fx.Node) -> Any:
+        recorder, step = self._recorder, Step(n, key_of(n))
+        arguments = self.fetch_args_kwargs_from_env(n)
+        versions = recorder.read(step, arguments)
+        recorder.before()
+        stand_in = self._stand_ins.get(n.target)
+        found = None if stand_in is None else stand_in(*arguments[0], **arguments[1])
+        if n.target == "item" and id(arguments[0][0]) in self._numbers:
+            with unset_fake_temporarily():
+                result = self._numbers[id(arguments[0][0])].item()
+        elif found is None:
+            result = super().run_node(n)
+        else:
+            result, recorder.operators.written = found
+        recorder.made(step, result, arguments, versions)
+        if name_of(n.target) == "convolution_function" and not step.flops:  # an operator of ours
+            step.flops = 2 * result.numel() * arguments[0][1][0].numel()
+        if step.flops:
+            step.groups = _groups(arguments[0])
+        step.scratch = _scratch(step, arguments[0], result)
+        return result
+
+
+def _groups(args: tuple) -> int:
+    """Of a convolution: the channels of its input over those of its weight."""
+    tensors = tensors_in(args)
+    if len(tensors) < 2 or tensors[1].dim() < 3 or tensors[0].dim() < 2:
+        return 1
+    return max(1, tensors[0].shape[1] // max(1, tensors[1].shape[1]))
+
+
+def _scratch(step: Step, args: tuple, result: Any) -> int:
+    """Gradients of the weights; and what a convolution on the CPU takes to work on its arguments in another layout."""
+    x = next(iter(tensors_in(args)), None)
+    if not step.flops or x is None or x.device.type != "cpu" or not isinstance(result, Tensor):
+        return step.weights
+    weight = next((t for t in tensors_in(args[1:]) if t.dim() > 2), None)
+    if weight is None or all(n == 1 for n in weight.shape[2:]):
+        return step.weights
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return 3 * step.weights
+    return 2 * step.weights + x.nbytes + result.nbytes
+
+
+__all__ = ["FakeInputs", "facts_of"]
