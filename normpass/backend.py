@@ -3,7 +3,7 @@
 Dynamo hands over one graph of functions with every parameter and buffer as an input; `normpass.pipeline` rewrites it.
 What differs from `optimize` is how a rebuilt tensor is not kept:
 
-  * inner `eager` runs the graph as it is, under the saved-tensor hooks of `normpass.recipe`, as `optimize` does;
+  * inner `eager` runs the graph as it is, under the saved-tensor hooks of `normpass.notes`, as `optimize` does;
   * inner `aot_eager` and `inductor` trace it further, and a partitioner decides what is kept. Every node that
     computes what a recipe would rebuild carries `recompute = MUST_RECOMPUTE`, which AOTAutograd hands on to the
     operators traced from it and which its partitioner obeys. A site becomes two nodes for that: the moments and the

@@ -30,7 +30,7 @@ from normpass.environment import last_level_cache
 from normpass.errors import NormpassError
 from normpass.functional import FunctionalBatchNorm, fused_norm_act, split_norm_act
 from normpass.measure import Ratio, StepTime
-from normpass.recipe import recording
+from normpass.notes import recording
 from normpass.timing import Clock, Step, alternate, wait_for
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}

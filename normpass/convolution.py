@@ -15,6 +15,7 @@ from torch import Tensor
 from normpass.functional import FunctionalBatchNorm, is_fusible, op_args
 from normpass.kernels import Kernels, kernels_for
 from normpass.kernels.cpu_depthwise import STRIDES, WIDTHS
+from normpass.notes import copying
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.layout import memory_format_of
@@ -22,7 +23,6 @@ from normpass.ops.library import is_exporting
 from normpass.ops.norm_act import norm_act_on
 from normpass.ops.norm_act_depthwise import norm_act_depthwise_on
 from normpass.ops.winograd_conv2d import DTYPES, KERNEL_SIZE, LARGEST_PADDING, WinogradConv2d, pays, winograd_conv2d
-from normpass.recipe import copying
 
 _NARROWED = {torch.float32, torch.bfloat16, torch.float16}
 _FLOATING = {torch.float64, *_NARROWED}

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import flop_registry
 
 from normpass.facts import SMALL, Facts, Step
 from normpass.graph import is_state, key_of, name_of
+from normpass.notes import Copier
 from normpass.ops.layout import memory_format_of
-from normpass.recipe import Copier
 from normpass.untouched import function_of, tensors_in
 
 _KNOWN_LIBRARIES = frozenset({"aten", "prim", "prims", "normpass"})

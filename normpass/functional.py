@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normpass.kernels import Running, kernels_for
+from normpass.notes import copied, copying, notes_now, tag, unread
 from normpass.ops.activation import activate
 from normpass.ops.eager import eager_device, under_other_derivatives
 from normpass.ops.inplace_abn import inplace_abn_on
@@ -31,7 +32,6 @@ from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_from_vectors, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.ops.vectors import Vectors
-from normpass.recipe import copied, copying, notes_now, tag, unread
 
 _DIMS = (2, 3, 4, 5)
 _PARAMETER_DTYPES = {

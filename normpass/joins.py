@@ -17,11 +17,11 @@ from torch import Tensor
 
 from normpass.functional import fused_norm_act, is_fusible, op_args, split_norm_act
 from normpass.kernels import kernels_for
+from normpass.notes import copying, notes_now, tag
 from normpass.ops.eager import eager_device
 from normpass.ops.norm_act import norm_act_on, rebuild_norm_act
 from normpass.ops.norm_act_join import Half, can_join, join_norms, join_norms_twice, rebuild_join
 from normpass.ops.norm_act_twice import hands_out_twice
-from normpass.recipe import copying, notes_now, tag
 from normpass.two_readers import Twice, fused_norm_act_twice, split_norm_act_twice
 
 

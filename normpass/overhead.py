@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normpass import kernels, ops, recipe
+from normpass import kernels, notes, ops
 from normpass.functional import FunctionalBatchNorm, fused_norm_act, split_norm_act
 from normpass.timing import Clock, alternate
 
@@ -61,7 +61,7 @@ def _eager(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def _eager_split(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    with recipe.recording():
+    with notes.recording():
         return split_norm_act(FunctionalBatchNorm.of(norm), x, None, "relu")
 
 

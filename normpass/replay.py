@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from normpass.autocast import autocast_state, same_autocast
-from normpass.recipe import is_recording, tag
+from normpass.notes import is_recording, tag
 
 
 def call_replayed(function: Callable, x: Tensor, *args: Any, is_rebuilt: bool = False, **kwargs: Any) -> Tensor:

@@ -31,13 +31,13 @@ from torch import Tensor
 from normpass.convolution import convolution_function
 from normpass.functional import FunctionalBatchNorm, prepare_norm_act
 from normpass.kernels import kernels_for
+from normpass.notes import copied, is_recording, tag
 from normpass.ops.eager import eager_device
 from normpass.ops.layout import empty_for_blocks, memory_format_of, statistics_dtype
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
 from normpass.ops.norm_act_backward import norm_act_gradients
 from normpass.ops.operands import Options
-from normpass.recipe import copied, is_recording, tag
 
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance, each (C,)."""

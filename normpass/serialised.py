@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from normpass.autocast import autocast_state, same_autocast
+from normpass.notes import copying
 from normpass.ops.eager import under_other_derivatives
 from normpass.ops.library import is_exporting
-from normpass.recipe import copying
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from normpass.functional import (
     split_norm_act,
 )
 from normpass.kernels import Kernels, kernels_for
+from normpass.notes import copied, copying, is_recording, notes_now, tag
 from normpass.ops.activation import RULES
 from normpass.ops.cat_norm_act import cat_norm_act
 from normpass.ops.eager import eager_device, under_other_derivatives
@@ -36,7 +37,7 @@ from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of
 from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
-from normpass.recipe import Kept, copied, copying, is_recording, notes_now, tag
+from normpass.recipe import Kept
 
 
 class Producer(NamedTuple):

@@ -16,11 +16,11 @@ from torch import Tensor
 from normpass.functional import FunctionalBatchNorm, is_fusible, running_of, running_statistics_of, split_norm_act
 from normpass.kernels import kernels_for
 from normpass.kernels.masks import bytes_of_mask
+from normpass.notes import copying
 from normpass.ops.layout import memory_format_of, new_result
 from normpass.ops.norm_act import has_mask
 from normpass.ops.operands import layout_of
 from normpass.ops.pieces import are_pieces, channels_of, memory_format_of_pieces, new_concatenation
-from normpass.recipe import copying
 from normpass.sharing import Producer, producer_statistics, shared_norm_act, whole_of
 
 StandIn = Callable[..., tuple[Any, Sequence[Tensor]] | None]

@@ -28,8 +28,9 @@ from normpass.errors import InvalidInputError
 from normpass.files import read_json, write_json
 from normpass.graph import key_of
 from normpass.liveness import Seconds
+from normpass.notes import observed_tags, recording
 from normpass.pipeline import Request, Rewritten
-from normpass.recipe import materialised, observed_tags, recording
+from normpass.recipe import materialised
 from normpass.timing import wait_for
 from normpass.trial import Arguments
 

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from normpass.functional import fused_norm_act, is_fusible, op_args, split_norm_act
+from normpass.notes import copying, notes_now, tag
 from normpass.ops.eager import eager_device
 from normpass.ops.norm_act import rebuild_norm_act
 from normpass.ops.norm_act_twice import hands_out_twice, norm_act_twice
-from normpass.recipe import copying, notes_now, tag
 
 Twice = tuple[Tensor, Tensor]
 

@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from normpass.cumulative import cumulative_batch_norm, share_of_batch
 from normpass.facts import Facts, Step
 from normpass.graph import bound, called_on, function_of, is_in_place_call, key_of, name_of, replace_node
+from normpass.notes import tag
 from normpass.operators import activation_of
 from normpass.ops.layout import lies_as_new
-from normpass.recipe import tag
 from normpass.untouched import tensors_in
 
 _CHECKPOINT = "tag_activation_checkpoint"

@@ -22,8 +22,8 @@ from torch import Tensor, fx
 from normpass.facts import Facts, Step
 from normpass.functional import batch_norm
 from normpass.graph import called_on, function_of, name_of, replace_node
+from normpass.notes import Copies, call_kept, call_rebuilt, call_rebuilt_in_place, tag
 from normpass.operators import MAX_POOLS
-from normpass.recipe import Copies, call_kept, call_rebuilt, call_rebuilt_in_place, tag
 from normpass.replay import call_replayed
 from normpass.sharing import WITHOUT_RECIPE
 

@@ -38,8 +38,8 @@ from normpass.errors import InvalidInputError
 from normpass.functional import FunctionalBatchNorm, split_norm_act
 from normpass.graph import bound, inherit, key_of
 from normpass.kernels import kernels_for
+from normpass.notes import recording
 from normpass.ops.moments import moments_with_update
-from normpass.recipe import recording
 from normpass.rewrite import Refusal, Semantics, is_alone
 from normpass.serial_norm import norm_act_with_moments, serial_norm_act_conv
 from normpass.timing import wait_for

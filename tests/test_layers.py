@@ -32,6 +32,7 @@ ORDER = (
         "shared_copy",
     ),
     ("operators", "recipe", "weights", "export", "timing", "trial", "capture", "verify"),
+    ("notes",),
     ("facts", "nn", "replay", "functional", "serialised", "report", "agreement", "plots", "concatenation"),
     ("fake_run", "sites", "minimum_cut", "sharing", "two_readers", "convolution", "per_sample", "liveness", "cost"),
     ("rewrite", "joins", "plain_sites", "stand_ins", "units", "serial_norm", "choose"),

@@ -15,9 +15,10 @@ from torch import nn
 from training import ConvNet, assert_equal, assert_trains_alike, image, loss_of, spread, train
 
 import normpass
-from normpass import recipe
+from normpass import notes, recipe
 from normpass.measure import kept_bytes
-from normpass.recipe import Notes, Rebuilds, Recipe, View, recording, tag
+from normpass.notes import Notes, recording, tag
+from normpass.recipe import Rebuilds, Recipe, View
 
 C = 4
 
@@ -296,7 +297,7 @@ def test_what_somebody_holds_of_a_tensor_holds_no_chain() -> None:
 def noted(call: Callable) -> list[str]:
     """The functions of the recipes that are noted."""
     functions: list[str] = []
-    with recipe.observed_tags(lambda function, args, kwargs: functions.append(function.__name__)):
+    with notes.observed_tags(lambda function, args, kwargs: functions.append(function.__name__)):
         call()
     return functions
 
@@ -418,7 +419,7 @@ def test_a_view_of_a_noted_storage_is_kept_as_its_recipe() -> None:
     x = image(2, 4, 6, requires_grad=True)
     with recording():
         y = x * 1
-        z = recipe.call_rebuilt(torch.sigmoid, (), y)
+        z = notes.call_rebuilt(torch.sigmoid, (), y)
         weight = image(2, 4, 1, 6, seed=1, requires_grad=True)
         out = (z.unsqueeze(2) * weight).sum() + (z[:, 1:3].transpose(1, 2) * weight[:, 1:3, 0].transpose(1, 2)).sum()
         address = weakref.ref(z)
@@ -436,8 +437,8 @@ def test_a_view_of_a_noted_storage_is_kept_as_its_recipe() -> None:
 def test_what_an_operator_saves_of_its_own_result_is_exchanged() -> None:
     x = image(2, 4, 6, requires_grad=True)
     with recording():
-        y = recipe.call_rebuilt(torch.exp, (), x * 1)
-        z = recipe.call_rebuilt(torch.relu, (), y - 1)
+        y = notes.call_rebuilt(torch.exp, (), x * 1)
+        z = notes.call_rebuilt(torch.relu, (), y - 1)
         loss = (z * z).sum()
         del y, z
     with Rebuilds() as rebuilds:
@@ -448,22 +449,22 @@ def test_what_an_operator_saves_of_its_own_result_is_exchanged() -> None:
 
 
 def test_notes_tell_storages_versions_and_dtypes_apart() -> None:
-    notes = Notes()
+    taken = Notes()
     x = torch.arange(6.0)
     z = x.exp()
-    notes.note(z, Recipe(notes, z, torch.exp, (x,), {}, None))
-    assert type(notes.pack(z)) is Recipe and type(notes.pack(z[2:])) is View
-    assert type(notes.pack(z.view(torch.int32))) is recipe.Kept
-    assert type(notes.pack(z.clone())) is recipe.Kept and type(notes.pack(z.to_sparse())) is recipe.Kept
-    torch.testing.assert_close(notes.pack(z.view(2, 3).T).read(), z.view(2, 3).T, rtol=0, atol=0)
-    assert notes.recipe_of(z[1:]) is not None
+    taken.note(z, Recipe(taken.source, z, torch.exp, (x,), {}, None))
+    assert type(taken.pack(z)) is Recipe and type(taken.pack(z[2:])) is View
+    assert type(taken.pack(z.view(torch.int32))) is recipe.Kept
+    assert type(taken.pack(z.clone())) is recipe.Kept and type(taken.pack(z.to_sparse())) is recipe.Kept
+    torch.testing.assert_close(taken.pack(z.view(2, 3).T).read(), z.view(2, 3).T, rtol=0, atol=0)
+    assert taken.recipe_of(z[1:]) is not None
     z.add_(1)
-    assert notes.recipe_of(z) is None and type(notes.pack(z)) is recipe.Kept
-    notes.note(z, Recipe(notes, z, torch.exp, (x,), {}, None))
-    notes.forget(z)
-    assert type(notes.pack(z)) is recipe.Kept
+    assert taken.recipe_of(z) is None and type(taken.pack(z)) is recipe.Kept
+    taken.note(z, Recipe(taken.source, z, torch.exp, (x,), {}, None))
+    taken.forget(z)
+    assert type(taken.pack(z)) is recipe.Kept
     address = z.untyped_storage()._cdata
-    notes.note(z, Recipe(notes, z, torch.exp, (x,), {}, None))
+    taken.note(z, Recipe(taken.source, z, torch.exp, (x,), {}, None))
     del z
     assert all(torch.empty(6).untyped_storage()._cdata != address for _ in range(100))
 
@@ -471,11 +472,11 @@ def test_notes_tell_storages_versions_and_dtypes_apart() -> None:
 def test_functions_of_several_results_and_functions_in_place() -> None:
     x = image(2, 4, 6, requires_grad=True)
     with recording():
-        a, b = recipe.call_rebuilt(torch.var_mean, (), (x * 1).exp(), 2)
-        y = recipe.call_rebuilt(torch.sigmoid, (), x * 1)
-        recipe.call_rebuilt_in_place(torch.Tensor.mul_, 0, (), y, 3.0)
-        kept = recipe.call_kept(torch.tanh, x * 1)
-        assert recipe.notes_now().recipe_of(y) is not None and recipe.notes_now().recipe_of(kept) is None
+        a, b = notes.call_rebuilt(torch.var_mean, (), (x * 1).exp(), 2)
+        y = notes.call_rebuilt(torch.sigmoid, (), x * 1)
+        notes.call_rebuilt_in_place(torch.Tensor.mul_, 0, (), y, 3.0)
+        kept = notes.call_kept(torch.tanh, x * 1)
+        assert notes.notes_now().recipe_of(y) is not None and notes.notes_now().recipe_of(kept) is None
         loss = (a * b).sum() + (y * y).sum() + (kept * kept).sum()
         del a, b, y, kept
     loss.backward()
@@ -488,14 +489,14 @@ def test_functions_of_several_results_and_functions_in_place() -> None:
 def test_under_hooks_inside_ours_nothing_is_noted() -> None:
     x = image(2, 4, requires_grad=True)
     with recording():
-        assert recipe.is_recording()
+        assert notes.is_recording()
         with torch.autograd.graph.save_on_cpu():
-            assert not recipe.is_recording()
+            assert not notes.is_recording()
             y = (x * 1).exp()
             tag(y, torch.exp, (x,))
-            assert recipe.notes_now() is None
-        assert recipe.is_recording() and recipe.notes_now().recipe_of(y) is None
-    assert not recipe.is_recording()
+            assert notes.notes_now() is None
+        assert notes.is_recording() and notes.notes_now().recipe_of(y) is None
+    assert not notes.is_recording()
 
 
 def test_autocast_is_that_of_forward() -> None:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from normpass.measure import kept_bytes
-from normpass.recipe import Rebuilds, recording
+from normpass.notes import recording
+from normpass.recipe import Rebuilds
 from normpass.replay import call_replayed
 
 

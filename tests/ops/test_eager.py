@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normpass import recipe
+from normpass import notes
 from normpass.functional import FunctionalBatchNorm, fused_norm_act, inplace_abn, split_norm_act
 from normpass.ops.eager import eager_device
 
@@ -238,7 +238,7 @@ def test_a_mode_entered_for_backward_alone_sees_the_op(way):
 
 def test_a_mode_entered_for_backward_alone_sees_a_rebuild():
     norm, x = make_norm().double(), draw(requires_grad=True)
-    with recipe.recording():
+    with notes.recording():
         product = split_norm_act(functional(norm), x, None, "silu").square()
     with Ops() as ops:
         product.backward(draw())

@@ -18,8 +18,9 @@ import normpass
 from normpass.fake_run import FakeInputs, facts_of
 from normpass.graph import name_of
 from normpass.measure import kept_bytes
+from normpass.notes import recording
 from normpass.passes.normal_form import NormalForm, as_first, dropout, run_checkpoint
-from normpass.recipe import Rebuilds, recording
+from normpass.recipe import Rebuilds
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64)
 

@@ -12,9 +12,9 @@ import normpass
 from normpass.functional import split_norm_act
 from normpass.graph import key_of
 from normpass.measure import kept_bytes
+from normpass.notes import recording
 from normpass.passes.serialize_norms import SerializeNorms, as_function, tuned
 from normpass.pipeline import Request, rewrite
-from normpass.recipe import recording
 from normpass.serial_norm import merge_moments, norm_act_with_moments, serial_norm_act_conv
 from normpass.traffic import graph_of
 
