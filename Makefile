@@ -22,7 +22,7 @@ demo: $(VENV)/.installed  ## train a network plain and optimised, side by side (
 	$(PY) -m normpass demo
 
 test: $(VENV)/.installed  ## run the tests, without the long sweeps over networks
-	$(ONE_THREAD) $(PY) -m pytest -m "not nets" --numprocesses 2 --dist loadfile
+	$(ONE_THREAD) $(PY) -m pytest -m "not nets" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-nets: $(VENV)/.installed  ## run the long sweeps over networks and record the results
 	$(ONE_THREAD) $(PY) -m pytest -m nets tests --results tests/bench/results

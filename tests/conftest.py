@@ -10,11 +10,27 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401 - before the heap is frozen
+import torch._dynamo  # before the heap is frozen
 
 from normpass.capture import raising
 
 PACKAGES = ("torch", "torchvision", "timm")
+LONGEST = """
+test_random_graphs.py
+kernels/test_cuda_emulated.py
+kernels/test_cuda_compile.py
+passes/test_share_statistics.py
+passes/test_sparse_switchable.py
+passes/test_kalman.py
+test_bad_input.py
+test_doors.py
+test_cli.py
+test_behaviour.py
+test_backend.py
+test_convert.py
+nn/test_nodes.py
+""".split()
+"""The files that take longest. They begin, so that no process is alone with one of them at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="write the tables of the long sweeps here, a JSON file for each table and torch version",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 class Results:
@@ -64,6 +85,18 @@ def frozen_heap() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_behind() -> Iterator[None]:
+    """What a file leaves in Dynamo's caches is dropped, and what stays of it is not looked through again.
+
+    A process that has run fifty files holds millions of objects, through which each `gc.collect` would go.
+    """
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

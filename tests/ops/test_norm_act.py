@@ -196,7 +196,7 @@ def test_as_accurate_as_eager_far_from_zero(layout, make_site, plain_formula, er
 
 
 def test_gradcheck(smooth_activation, batch_statistics, make_site, norm_act):
-    site = make_site((3, 2, 2, 2), activation=smooth_activation, batch_statistics=batch_statistics)
+    site = make_site((3, 2, 2), activation=smooth_activation, batch_statistics=batch_statistics)
 
     def function(x, residual, weight, bias):
         mean, var = moments(x.detach()) if batch_statistics else (site.mean, site.var)
