@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch._dynamo import config, convert_frame, symbolic_convert
+from torch._dynamo import config, convert_frame, guards, symbolic_convert
 
 from normpass.dynamo_limits import capturing
 
@@ -270,6 +270,13 @@ def test_a_hook_that_comes_later(kind: str) -> None:
 @pytest.mark.parametrize("ask", [torch.compiler.is_compiling, torch._dynamo.is_compiling, torch._utils.is_compiling])
 def test_a_model_that_asks_whether_it_is_compiled(ask: Callable[[], bool]) -> None:
     assert_as_plain(lambda: Net(lambda m, x: x * 2 if ask() else x))
+
+
+def test_guards_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Any] = []
+    monkeypatch.setattr(guards, "profile_guard_manager", lambda *args: timed.append(args) or 0.0)
+    assert_as_plain(lambda: Net(lambda m, x: x * 2))
+    assert not timed
 
 
 # --- nobody else is touched -----------------------------------------------------------------------

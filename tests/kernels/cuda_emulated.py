@@ -16,7 +16,7 @@ from normpass.kernels.cuda_variant import Variant, packer, signature
 HERE = Path(__file__).parent
 SOURCES = Path(normpass.kernels.__file__).parent
 COMPILER = shutil.which("g++")
-COMMAND = (str(COMPILER), *"-std=c++17 -O0 -fPIC -fno-strict-aliasing -ffp-contract=off".split())
+COMMAND = (str(COMPILER), *"-std=c++17 -O1 -fPIC -fno-strict-aliasing -ffp-contract=off".split())
 HEADER = "cuda_on_cpu.h"
 ENTRIES = {"norm_act_backward": ("reduce", "apply"), "inplace_abn_backward": ("reduce", "apply")}
 FAILURES = {1: "wrong number of arguments", 2: "a barrier that some threads never reached"}
