@@ -260,9 +260,9 @@ class _Recorder(Copier):
         """Sort what was saved into values and internals."""
         facts = self.facts
         facts.results = results
-        facts.modes = dict(
-            zip(results, itertools.accumulate(_is_switch(n, r) for n, r in results.items()), strict=True)
-        )
+        writers = {step.node for step in facts.steps if step.writes}
+        switches = (node not in writers and _is_switch(node, result) for node, result in results.items())
+        facts.modes = dict(zip(results, itertools.accumulate(switches, initial=0), strict=False))
         facts.storages = {n: frozenset(self.identity(t) for t in tensors_in(r)) for n, r in results.items()}
         states = (s for n, s in facts.storages.items() if n.op == "placeholder" and is_state(n))
         facts.state = frozenset().union(*states)

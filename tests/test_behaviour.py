@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from training import ConvNet, assert_equal, assert_trains_alike, image, loss_of, spread, train
 
 import normpass
-from normpass import recipe
+from normpass import notes, recipe
 from normpass.measure import kept_bytes
 
 C = 4
@@ -499,7 +499,7 @@ def test_an_exception_in_forward_leaves_nothing_behind() -> None:
     optimised = normpass.optimize(Fails().double())
     with pytest.raises(RuntimeError, match="expected input"):
         optimised(image())
-    assert not recipe.is_recording() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert not notes.is_recording() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     optimised.c = nn.Conv2d(C, 2, 1).double()
     plain = copy.deepcopy(normpass.restore(optimised))
     assert_equal(train(plain, (image(),)), train(copy.deepcopy(optimised), (image(),)))

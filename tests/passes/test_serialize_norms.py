@@ -213,7 +213,7 @@ class Rewritten:
             graph = program.graph
             self.matched, refusals = self.rewrite.match(graph, {}, {})
             self.reasons = {refusal.path: refusal.reason for refusal in refusals}
-            self.done = self.rewrite.apply(graph, {}).done
+            self.done = self.rewrite.apply(graph, {}, {}).done
             graph.lint()
             place = next(index for index, value in enumerate(values) if value is x)
             self.programs[self.model.training] = fx.GraphModule(program, graph), values, place
