@@ -18,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
-demo: $(VENV)/.installed  ## train a network plain and optimised, side by side (five minutes the first time)
+demo: $(VENV)/.installed  ## train a network plain and optimised, side by side (eight minutes the first time)
 	$(PY) -m normpass demo
 
 test: $(VENV)/.installed  ## run the tests, without the long sweeps over networks
