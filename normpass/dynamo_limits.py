@@ -17,7 +17,7 @@ Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14),
 - random numbers that other threads draw meanwhile come again (`normpass.random_state`).
 - `torch.compiler.is_compiling()` is true: a model then takes a branch that it does not take without us. False in the
   user's code, true in torch's and ours.
-- each graph's guards are timed for a line in a log, with the processor's caches flushed before: 25 to 100 ms of each
+- each graph's guards are timed for a line in a log, with the processor's caches flushed before: some 25 ms of each
   capture. Not timed.
 
 Dynamo's methods are replaced for as long as one frame is captured, under Dynamo's own lock: nobody else's frames
