@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -86,3 +87,10 @@ def test_a_library_of_other_sources_does_not_stay(tree):
     (tree / "broken").touch()
     compilations(tree)
     assert not libraries(tree)
+
+
+def test_a_wheel_is_for_any_python(tree):
+    compilations(tree, "wheel")
+    (wheel,) = (tree / "wheels").glob("*.whl")
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    assert [name for name in ZipFile(wheel).namelist() if name.startswith("normpass/kernels/_cpu_")]

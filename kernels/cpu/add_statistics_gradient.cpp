@@ -1,5 +1,5 @@
 // add_statistics_gradient: dx += total[0]·(x − mean) + total[1], per channel and in place.
-#include "forward.h"
+#include "layout.h"
 
 namespace normpass {
 namespace {

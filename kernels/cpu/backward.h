@@ -173,7 +173,8 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
 }
 
 template <class A> struct TileBuffers {
-  alignas(64) A grad[tile_size], kept[tile_size], residual[tile_size], result[runs_at_once * tile_size];
+  alignas(64) A grad[tile_size], kept[tile_size], residual[tile_size];
+  alignas(64) A result[runs_at_once * tile_size], inverse[runs_at_once * tile_size];
 };
 
 template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const Source& source, int threads) {
@@ -185,7 +186,7 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
     auto sums = accumulator_for<A>(walk);
     int thread = omp_get_thread_num();
     walk.template groups<S>(thread, omp_get_num_threads(), [&](const Tile& tile, auto runs) {
-      source.first_pass(walk, buffers, tile, [&](const auto& gradients) {
+      source.template first_pass<runs.value>(walk, buffers, tile, [&](const auto& gradients) NORMPASS_INLINED_LAMBDA {
         sums.template add<runs.value>(gradients, tile.n, tile.position);
       });
     });
@@ -201,15 +202,14 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
   return total;
 }
 
-template <class A, class PerChannel> struct CoefficientsAt {
+template <class PerChannel> struct CoefficientsAt {
   PerChannel by_centred, constant;
-  bool through;
 };
 
-template <class Gradients, class A, class PerChannel>
+// THROUGH the statistics: a template's argument, for with a choice inside GCC vectorises no such loop.
+template <bool THROUGH, class Gradients, class A, class PerChannel>
 NORMPASS_SHARED void combine(const Gradients& gradients, const Target<A>& dx, int64_t n,
-                             const CoefficientsAt<A, PerChannel>& at) {
-  const bool through = at.through;
+                             const CoefficientsAt<PerChannel>& at) {
   write_lines<1>(n, dx, [&](int64_t begin, auto values, const Line<A>& to) {
     gradients.template prefetch<1>(begin);
     const int64_t count = values;
@@ -218,9 +218,9 @@ NORMPASS_SHARED void combine(const Gradients& gradients, const Target<A>& dx, in
     for (int64_t i = 0; i < count; ++i) {
       auto channel = gradients.channel(begin + i);
       Derivative<A> value = gradients.at(channel, 0, begin + i);
-      // Computed in any case and then chosen: where only one is computed, GCC gives up on a third of these loops.
-      A rest = multiply_add(at.by_centred[begin + i], value.centred, at.constant[begin + i]);
-      to(0, i) = multiply_add(channel.scale, value.dy, through ? rest : A(0));
+      A rest = 0;
+      if constexpr (THROUGH) rest = multiply_add(at.by_centred[begin + i], value.centred, at.constant[begin + i]);
+      to(0, i) = multiply_add(channel.scale, value.dy, rest);
     }
   });
 }
@@ -235,10 +235,10 @@ void apply(const Walk& walk, const Source& source, const Coefficients<Wide<S>>& 
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
       using PerChannel = decltype(walk.at(c.constant, tile.position));
       Target<A> target = target_of(dx, 0, buffers.result, tile, streamed);
-      CoefficientsAt<A, PerChannel> at{walk.at(c.by_centred, tile.position), walk.at(c.constant, tile.position),
-                                       c.through};
-      source.second_pass(walk, buffers, tile, [&](const auto& gradients) {
-        combine(gradients, target, tile.n, at);
+      CoefficientsAt<PerChannel> at{walk.at(c.by_centred, tile.position), walk.at(c.constant, tile.position)};
+      source.second_pass(walk, buffers, tile, [&](const auto& gradients) NORMPASS_INLINED_LAMBDA {
+        if (c.through) combine<true>(gradients, target, tile.n, at);
+        else combine<false>(gradients, target, tile.n, at);
       });
       finish_tile(dx, target, tile);
     });

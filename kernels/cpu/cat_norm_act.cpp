@@ -1,6 +1,6 @@
 // cat_norm_act: norm_act of a concatenation, from its pieces. One read of each piece, one write of z. Rebuilding z in
 // backward is this kernel again.
-#include "forward.h"
+#include "activate.h"
 #include "pieces.h"
 
 namespace normpass {
@@ -13,7 +13,7 @@ template <class S> struct Call {
   S* z;
   const void* const* xs;
   std::vector<Piece> pieces;
-  ActivationCall activation;
+  Activated<Wide<S>> activated;
   bool streamed;
 
   const S* x(int64_t piece) const { return static_cast<const S*>(xs[piece]); }
@@ -30,16 +30,14 @@ template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<
     strips(layout, call.pieces, rows_per_block, thread, count, [&](const Strip& strip) {
       const int64_t channels = call.pieces[strip.piece].channels;
       auto at = affine_at(walk, affine, strip.channel);
-      with_activation<A>(call.activation, [&](auto activation) {
-        groups_of_rows(strip, [&](int64_t row, auto runs) {
-          const S* from = call.x(strip.piece) + strip.own + row * channels;
-          const int64_t stride = runs.value == 1 ? 0 : layout.channels;
-          Tile tile{strip.whole + row * layout.channels, strip.n, strip.channel, stride};
-          Target<A> target = target_of(call.z, layout.channels, buffer, tile, call.streamed);
-          Runs<A> values = read_runs(from, channels, wide, runs.value, strip.n);
-          forward_tile<runs.value>(values, none, target, strip.n, at, activation);
-          finish_tile(call.z, target, tile);
-        });
+      groups_of_rows(strip, [&](int64_t row, auto runs) {
+        const S* from = call.x(strip.piece) + strip.own + row * channels;
+        const int64_t stride = runs.value == 1 ? 0 : layout.channels;
+        Tile tile{strip.whole + row * layout.channels, strip.n, strip.channel, stride};
+        Target<A> target = target_of(call.z, layout.channels, buffer, tile, call.streamed);
+        Runs<A> values = read_runs(from, channels, wide, runs.value, strip.n);
+        call.activated.value(values, none, target, runs.value, strip.n, at);
+        finish_tile(call.z, target, tile);
       });
     });
     if (call.streamed) end_of_stream();
@@ -57,9 +55,7 @@ template <class S> void run(const Planes& walk, const Call<S>& call, const Affin
       Runs<A> values = read_runs(from, 0, wide, 1, part.tile.n);
       Target<A> target = target_of(call.z, 0, buffer, part.tile, call.streamed);
       auto at = affine_at(walk, affine, part.tile.position);
-      with_activation<A>(call.activation, [&](auto activation) {
-        forward_tile<1>(values, none, target, part.tile.n, at, activation);
-      });
+      call.activated.value(values, none, target, 1, part.tile.n, at);
       finish_tile(call.z, target, part.tile);
     });
     if (call.streamed) end_of_stream();
@@ -80,7 +76,7 @@ NORMPASS_EXPORT int normpass_cat_norm_act(void* z, const void* const* xs, const 
     with_layout({outer, channels, inner}, [&](const auto& walk) {
       Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
                        static_cast<const A*>(mean), static_cast<const A*>(var), eps);
-      Call<S> call{static_cast<S*>(z), xs, pieces_of(piece_channels, pieces), {activation, arg0, arg1},
+      Call<S> call{static_cast<S*>(z), xs, pieces_of(piece_channels, pieces), Activated<A>({activation, arg0, arg1}),
                    is_streamed<S>(walk.layout())};
       run<S>(walk, call, affine, threads);
     });

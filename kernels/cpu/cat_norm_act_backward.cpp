@@ -6,6 +6,7 @@
 // in one pass: what goes through the statistics, total[0]·c + total[1], is left to add_statistics_gradient, once for
 // all norms that read a piece.
 #include "backward.h"
+#include "activate.h"
 #include "pieces.h"
 
 namespace normpass {
@@ -22,78 +23,121 @@ template <class S> struct Call {
   void* const* dxs;
   const uint8_t* adds;
   std::vector<Piece> pieces;
-  ActivationCall activation;
+  Activated<Wide<S>> activated;
 
   const S* x(int64_t piece) const { return static_cast<const S*>(xs[piece]); }
   S* dx(int64_t piece) const { return static_cast<S*>(dxs[piece]); }
 };
 
-// Writes dx = a·dy, or that added to what is there.
-template <bool ADDS, class A, class PerChannel, class Activation> struct PieceTile {
-  static constexpr bool writes = true;
+// Of a tile: dx = a·dy + before.
+template <class A, class PerChannel> struct PieceTile {
   Runs<A> grad, x, before;
   Target<A> target;
   AffineAt<PerChannel> affine;
+};
+
+template <class A, class PerChannel, class Activation> struct PieceGradients {
+  static constexpr bool writes = true;
+  const PieceTile<A, PerChannel>& tile;
+  const Target<A>& target;
   Activation activation;
 
   template <int RUNS> NORMPASS_ALWAYS_INLINE void prefetch(int64_t i) const {
-    grad.template prefetch<RUNS>(i), x.template prefetch<RUNS>(i);
+    tile.grad.template prefetch<RUNS>(i), tile.x.template prefetch<RUNS>(i);
   }
-  NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {affine, i}; }
+  NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {tile.affine, i}; }
   NORMPASS_ALWAYS_INLINE Derivative<A> at(const AffineValues<A>& channel, int run, int64_t i) const {
-    A centred = x(run, i) - channel.mean;
-    return {activation.gradient(grad(run, i), channel.value(centred)), centred};
+    A centred = tile.x(run, i) - channel.mean;
+    return {activation.gradient(tile.grad(run, i), channel.value(centred)), centred};
   }
   NORMPASS_ALWAYS_INLINE A written(const AffineValues<A>& channel, A dy, int run, int64_t i) const {
-    return ADDS ? multiply_add(channel.scale, dy, before(run, i)) : channel.scale * dy;
+    return multiply_add(channel.scale, dy, tile.before(run, i));
   }
 };
 
-template <int RUNS, class A, class Tile>
-NORMPASS_SHARED void add_rows(const Tile& tile, int64_t n, A* dy_sums, A* centred_sums) {
+// Of rows the sums of every position, of a plane those of one channel, are added to the sums.
+template <class A, class PerChannel>
+using PieceLoop = void (*)(const PieceTile<A, PerChannel>&, const ActivationCall&, int64_t n, A* dy, A* centred);
+
+template <int RUNS, class A, class Activation>
+void add_rows(const PieceTile<A, OnePerValue<A>>& tile, const ActivationCall& call, int64_t n, A* dy, A* centred) {
+  const PieceGradients<A, OnePerValue<A>, Activation> gradients{tile, tile.target, Activation(call.arg0, call.arg1)};
   Derivative<A> none;
-  add_sums<RUNS, 1>(tile, n, dy_sums, centred_sums, none);
+  add_sums<RUNS, 1>(gradients, n, dy, centred, none);
 }
 
+template <class A, class Activation>
+void add_plane(const PieceTile<A, OneForAll<A>>& tile, const ActivationCall& call, int64_t n, A* dy, A* centred) {
+  const PieceGradients<A, OneForAll<A>, Activation> gradients{tile, tile.target, Activation(call.arg0, call.arg1)};
+  Derivative<A> sum = sums_of_plane<1, A>(gradients, n);
+  *dy = sum.dy;
+  *centred = sum.centred;
+}
+
+template <class A> struct PieceLoops {
+  PieceLoop<A, OnePerValue<A>> row, rows;
+  PieceLoop<A, OneForAll<A>> plane;
+  explicit PieceLoops(const Activated<A>& activated) {
+    activated.with_cheap([&](const auto& activation) {
+      using Activation = std::decay_t<decltype(activation)>;
+      row = add_rows<1, A, Activation>, rows = add_rows<runs_at_once, A, Activation>, plane = add_plane<A, Activation>;
+    });
+  }
+};
+
+// Added to anything it changes nothing.
+template <class A> struct MinusZeros {
+  alignas(64) A values[tile_size];
+  constexpr MinusZeros() : values{} {
+    for (A& value : values) value = -A(0);
+  }
+};
+template <class A> constexpr MinusZeros<A> minus_zeros;
+
 template <class A> struct Buffers {
-  alignas(64) A grad[runs_at_once * tile_size], x[runs_at_once * tile_size], dx[runs_at_once * tile_size];
+  alignas(64) A grad[runs_at_once * tile_size], x[runs_at_once * tile_size], dx[runs_at_once * tile_size],
+      dy[runs_at_once * tile_size];
   alignas(64) A dy_sums[tile_size], centred_sums[tile_size];
 };
 
-template <class F> void with_addition(bool adds, F f) {
-  adds ? f(std::true_type()) : f(std::false_type());
+// RUNS runs of n values of a piece, `own` values apart, from the whole's at `offset`, `whole` values apart.
+template <int RUNS, class S, class PerChannel>
+void piece_backward(const Call<S>& call, const S* grad, int64_t whole, const S* x, S* result, int64_t own, bool adds,
+                    int64_t n, const AffineAt<PerChannel>& at, PieceLoop<Wide<S>, PerChannel> loop,
+                    Buffers<Wide<S>>& buffers, Wide<S>* dy_sums, Wide<S>* centred_sums) {
+  using A = Wide<S>;
+  constexpr bool is_wide = std::is_same<S, A>::value;
+  Runs<A> outer = read_runs(grad, whole, buffers.grad, RUNS, n), from = read_runs(x, own, buffers.x, RUNS, n);
+  Runs<A> before{minus_zeros<A>.values, 0};
+  if (adds) before = read_runs<S>(result, own, buffers.dx, RUNS, n);
+  Target<A> dx{buffers.dx, tile_size};
+  if constexpr (is_wide)
+    if (result != nullptr) dx = {result, own};
+  if (call.activated.is_costly()) {
+    const Target<A> dy = adds ? Target<A>{buffers.dy, tile_size} : dx;
+    call.activated.gradient(outer, from, {nullptr, 0}, dy, RUNS, n, at);
+    outer = {dy.values, dy.stride};
+  }
+  loop({outer, from, before, dx, at}, call.activated.call(), n, dy_sums, centred_sums);
+  if constexpr (!is_wide)
+    for (int run = 0; result != nullptr && run < RUNS; ++run) narrow(buffers.dx + run * tile_size, result + run * own, n);
 }
 
 template <class S>
 void strip_backward(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>& affine, const Strip& strip,
-                    Buffers<Wide<S>>& buffers, Sums& sums) {
+                    const PieceLoops<Wide<S>>& loops, Buffers<Wide<S>>& buffers, Sums& sums) {
   using A = Wide<S>;
-  constexpr bool is_wide = std::is_same<S, A>::value;
   const int64_t whole = walk.layout().channels, own = call.pieces[strip.piece].channels;
   S* const result = call.dx(strip.piece);
   const bool adds = result != nullptr && call.adds[strip.piece];
-  auto at = affine_at(walk, affine, strip.channel);
+  const auto at = affine_at(walk, affine, strip.channel);
   std::fill_n(buffers.dy_sums, strip.n, A(0));
   std::fill_n(buffers.centred_sums, strip.n, A(0));
-  with_activation<A>(call.activation, [&](auto activation) {
-    with_addition(adds, [&](auto added) {
-      groups_of_rows(strip, [&](int64_t row, auto runs) {
-        constexpr int RUNS = runs.value;
-        int64_t offset = strip.own + row * own;
-        Runs<A> grad = read_runs(call.grad + strip.whole + row * whole, whole, buffers.grad, RUNS, strip.n);
-        Runs<A> x = read_runs(call.x(strip.piece) + offset, own, buffers.x, RUNS, strip.n);
-        Runs<A> before{nullptr, 0};
-        if (added.value) before = read_runs<S>(result + offset, own, buffers.dx, RUNS, strip.n);
-        Target<A> dx{buffers.dx, tile_size};
-        if constexpr (is_wide)
-          if (result != nullptr) dx = {result + offset, own};
-        PieceTile<added.value, A, OnePerValue<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
-        add_rows<RUNS>(tile, strip.n, buffers.dy_sums, buffers.centred_sums);
-        if constexpr (!is_wide)
-          for (int run = 0; result != nullptr && run < RUNS; ++run)
-            narrow(buffers.dx + run * tile_size, result + offset + run * own, strip.n);
-      });
-    });
+  groups_of_rows(strip, [&](int64_t row, auto runs) {
+    const int64_t offset = strip.own + row * own;
+    piece_backward<runs.value>(call, call.grad + strip.whole + row * whole, whole, call.x(strip.piece) + offset,
+                               result == nullptr ? nullptr : result + offset, own, adds, strip.n, at,
+                               runs.value == 1 ? loops.row : loops.rows, buffers, buffers.dy_sums, buffers.centred_sums);
   });
   for (int64_t i = 0; i < strip.n; ++i) {
     sums.dy[strip.channel + i] += buffers.dy_sums[i];
@@ -105,37 +149,26 @@ template <class S>
 void walk_share(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>& affine, Sums& sums, int thread,
                 int threads) {
   Buffers<Wide<S>> buffers;
+  const PieceLoops<Wide<S>> loops(call.activated);
   strips(walk.layout(), call.pieces, rows_per_block(walk.layout().channels), thread, threads,
-         [&](const Strip& strip) { strip_backward(walk, call, affine, strip, buffers, sums); });
+         [&](const Strip& strip) { strip_backward(walk, call, affine, strip, loops, buffers, sums); });
 }
 
 template <class S>
 void walk_share(const Planes& walk, const Call<S>& call, const Affine<Wide<S>>& affine, Sums& sums, int thread,
                 int threads) {
   using A = Wide<S>;
-  constexpr bool is_wide = std::is_same<S, A>::value;
   Buffers<A> buffers;
+  const PieceLoops<A> loops(call.activated);
   plane_parts<S>(walk, call.pieces, thread, threads, [&](const PlanePart& part) {
-    const int64_t n = part.tile.n, channel = part.tile.position;
+    const int64_t channel = part.tile.position;
     S* const result = call.dx(part.piece) == nullptr ? nullptr : call.dx(part.piece) + part.own;
     const bool adds = result != nullptr && call.adds[part.piece];
-    Runs<A> grad = read_runs(call.grad + part.tile.offset, 0, buffers.grad, 1, n), before{nullptr, 0};
-    Runs<A> x = read_runs(call.x(part.piece) + part.own, 0, buffers.x, 1, n);
-    if (adds) before = read_runs<S>(result, 0, buffers.dx, 1, n);
-    Target<A> dx{buffers.dx, 0};
-    if constexpr (is_wide)
-      if (result != nullptr) dx = {result, 0};
-    auto at = affine_at(walk, affine, channel);
-    with_activation<A>(call.activation, [&](auto activation) {
-      with_addition(adds, [&](auto added) {
-        PieceTile<added.value, A, OneForAll<A>, decltype(activation)> tile{grad, x, before, dx, at, activation};
-        Derivative<A> sum = sums_of_plane<1, A>(tile, n);
-        sums.dy[channel] += sum.dy;
-        sums.dy_centred[channel] += sum.centred;
-      });
-    });
-    if constexpr (!is_wide)
-      if (result != nullptr) narrow(buffers.dx, result, n);
+    A dy, centred;
+    piece_backward<1>(call, call.grad + part.tile.offset, 0, call.x(part.piece) + part.own, result, 0, adds, part.tile.n,
+                      affine_at(walk, affine, channel), loops.plane, buffers, &dy, &centred);
+    sums.dy[channel] += dy;
+    sums.dy_centred[channel] += centred;
   });
 }
 
@@ -184,7 +217,7 @@ NORMPASS_EXPORT int normpass_cat_norm_act_backward(void* const* dxs, double* con
       Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
                        static_cast<const A*>(mean), static_cast<const A*>(var), eps);
       Call<S> call{static_cast<const S*>(grad), xs,  dxs, adds, pieces_of(piece_channels, pieces),
-                   {activation, arg0, arg1}};
+                   Activated<A>({activation, arg0, arg1})};
       Sums sums = backward<S>(walk, call, affine, threads);
       store<A>(sums, call.pieces, affine, static_cast<const A*>(var), eps,
                static_cast<double>(walk.layout().count()), static_cast<A*>(dweight), static_cast<A*>(dbias), totals);

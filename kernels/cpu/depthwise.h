@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "activate.h"
 #include "affine.h"
 #include "vector.h"
 
@@ -41,44 +42,38 @@ template <class S> struct Ahead {
   NORMPASS_ALWAYS_INLINE void prefetch(int64_t x) const { __builtin_prefetch(pixel + x * step, 0, 2); }
 };
 
-// z = act((x − mean)·scale + shift) of the pixels of one vector of channels, in place.
-template <class A, class S, class Activation>
-NORMPASS_SHARED void normalise_pixels(A* pixels, int64_t count, const Affine<A>& affine, int64_t channel,
-                                      const Ahead<S>& next, const Activation& given) {
-  constexpr int64_t n = Vector<A>::lanes;
-  const Activation activation = given;
-  alignas(64) A mean[n], scale[n], shift[n];
-  std::memcpy(mean, affine.mean.data() + channel, sizeof(mean));
-  std::memcpy(scale, affine.scale.data() + channel, sizeof(scale));
-  std::memcpy(shift, affine.shift.data() + channel, sizeof(shift));
-  for (int64_t x = 0; x < count; ++x) {
-    A* values = pixels + x * n;
-    next.prefetch(x);
-#pragma GCC ivdep
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < n; ++i) values[i] = activation.value(multiply_add(values[i] - mean[i], scale[i], shift[i]));
+// The per-channel values of one vector of channels, over and over, as many as fill a line.
+template <class A> struct VectorChannels {
+  alignas(64) A mean[line<A>], scale[line<A>], shift[line<A>];
+  VectorChannels(const Affine<A>& affine, int64_t channel) {
+    for (int64_t i = 0; i < line<A>; i += lanes<A>) {
+      std::memcpy(mean + i, affine.mean.data() + channel, vector_bytes);
+      std::memcpy(scale + i, affine.scale.data() + channel, vector_bytes);
+      std::memcpy(shift + i, affine.shift.data() + channel, vector_bytes);
+    }
   }
-}
+};
 
 // What is done to x before it is convolved: nothing, or a norm with its activation.
 template <class A> struct Entry {
   std::unique_ptr<Affine<A>> affine;
-  ActivationCall call{};
+  Activated<A> activated{ActivationCall{}};
 
-  template <class S> void apply(A* pixels, int64_t count, int64_t channel, const Ahead<S>& next) const {
-    with_activation<A>(
-        call, [&](const auto& activation) { normalise_pixels(pixels, count, *affine, channel, next, activation); });
+  void apply(A* pixels, int64_t count, int64_t channel, const Ahead<A>& next) const {
+    const VectorChannels<A> at(*affine, channel);
+    activated.value({pixels, nullptr, nullptr, pixels, at.mean, at.scale, at.shift, 0, count * lanes<A>, next.pixel,
+                     nullptr, next.step});
   }
 };
 
 template <class A>
 Entry<A> entry_of(int64_t channels, const void* weight, const void* bias, const void* mean, const void* var, double eps,
-                  ActivationCall call) {
-  if (mean == nullptr) return {nullptr, call};
+                  const ActivationCall& call) {
+  if (mean == nullptr) return {nullptr, Activated<A>(call)};
   return {std::make_unique<Affine<A>>(round_up(channels, Vector<A>::lanes), channels, static_cast<const A*>(weight),
                                       static_cast<const A*>(bias), static_cast<const A*>(mean),
                                       static_cast<const A*>(var), eps),
-          call};
+          Activated<A>(call)};
 }
 
 // The last rows of some vectors of channels of one sample, as [vector][row of the ring][pixel][lane].
@@ -109,8 +104,9 @@ template <class S> class Ring {
         continue;
       }
       gather<false>(next_);
-      for (int64_t v = 0; v * V::lanes < count_; ++v)
-        entry.apply(row(v, next_), images_.width, channel_ + v * V::lanes, ahead(v, next_ + 1));
+      if constexpr (std::is_same<S, A>::value)  // there is no norm before narrow storage
+        for (int64_t v = 0; v * V::lanes < count_; ++v)
+          entry.apply(row(v, next_), images_.width, channel_ + v * V::lanes, ahead(v, next_ + 1));
     }
   }
   // A vector's part of the row that will be read next, perhaps of the channels or the sample that come then.

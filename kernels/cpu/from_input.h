@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward.h"
+#include "activate.h"
 
 namespace normpass {
 
@@ -22,24 +23,6 @@ template <class A, class PerChannel, class Activation> struct FromInputTile {
   }
 };
 
-template <class A, class PerChannel, class Activation> struct FromJoinTile {
-  static constexpr bool writes = true;
-  Runs<A> grad, x, residual;
-  Target<A> target;
-  AffineAt<PerChannel> affine;
-  Activation activation;
-
-  template <int RUNS> NORMPASS_ALWAYS_INLINE void prefetch(int64_t i) const {
-    grad.template prefetch<RUNS>(i), x.template prefetch<RUNS>(i), residual.template prefetch<RUNS>(i);
-  }
-  NORMPASS_ALWAYS_INLINE AffineValues<A> channel(int64_t i) const { return {affine, i}; }
-  NORMPASS_ALWAYS_INLINE Derivative<A> at(const AffineValues<A>& channel, int run, int64_t i) const {
-    A centred = x(run, i) - channel.mean;
-    return {activation.gradient(grad(run, i), channel.value(centred) + residual(run, i)), centred};
-  }
-  NORMPASS_ALWAYS_INLINE A written(const AffineValues<A>&, A dy, int, int64_t) const { return dy; }
-};
-
 template <class S> struct FromInput {
   using A = Wide<S>;
   const S* grad;
@@ -47,29 +30,27 @@ template <class S> struct FromInput {
   const S* residual;
   S* dresidual;
   const Affine<A>& affine;
-  ActivationCall activation;
+  Activated<A> activated;
   bool streamed;
 
-  template <class Walk, class F>
-  void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+  template <int RUNS, class Walk, class F>
+  NORMPASS_ALWAYS_INLINE void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
     auto at = affine_at(walk, affine, tile.position);
     using PerChannel = decltype(at.mean);
     const int64_t stride = tile.stride;
     Runs<A> from = read_tile(x, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
-    if (residual == nullptr && dresidual == nullptr) {
-      with_activation<A>(activation, [&](const auto& act) {
+    if (residual == nullptr && dresidual == nullptr && !activated.is_costly()) {
+      activated.with_cheap([&](const auto& act) NORMPASS_INLINED_LAMBDA {
         f(FromInputTile<A, PerChannel, std::decay_t<decltype(act)>>{outer, from, at, act});
       });
       return;
     }
-    alignas(64) static constexpr A zeros[tile_size] = {};
-    Runs<A> added{zeros, 0};  // for every run
+    Runs<A> added{nullptr, 0};
     if (residual != nullptr) added = read_tile(residual, stride, buffers.residual, tile);
     Target<A> dy{buffers.result, tile_size};
     if (dresidual != nullptr) dy = target_of(dresidual, stride, buffers.result, tile, streamed);
-    with_activation<A>(activation, [&](const auto& act) {
-      f(FromJoinTile<A, PerChannel, std::decay_t<decltype(act)>>{outer, from, added, dy, at, act});
-    });
+    activated.gradient(outer, from, added, dy, RUNS, tile.n, at);
+    f(FromInputTile<A, PerChannel, Identity<A>>{{dy.values, dy.stride}, from, at, Identity<A>(0, 0)});
     if (dresidual != nullptr) finish_tile(dresidual, dy, tile);
   }
   void end_of_first_pass() const {
@@ -77,23 +58,17 @@ template <class S> struct FromInput {
   }
 
   template <class Walk, class F>
-  void second_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
-    if (dresidual == nullptr) return first_pass(walk, buffers, tile, f);
+  NORMPASS_ALWAYS_INLINE void second_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+    if (dresidual == nullptr) return first_pass<1>(walk, buffers, tile, f);
     auto at = affine_at(walk, affine, tile.position);
     Runs<A> from = read_tile(x, 0, buffers.kept, tile), dy = read_tile<S>(dresidual, 0, buffers.grad, tile);
-    Identity<A> identity(0, 0);
-    f(FromInputTile<A, decltype(at.mean), Identity<A>>{dy, from, at, identity});
+    f(FromInputTile<A, decltype(at.mean), Identity<A>>{dy, from, at, Identity<A>(0, 0)});
   }
 };
 
 // Whether act' costs more than to write dy and read it again. (dy rounded to 16 bits would be rounded once too often.)
-template <class S> bool is_costly(ActivationCall activation) {
-  switch (activation.code) {
-#define NORMPASS_CASE(CODE, NAME, TYPE) case CODE: return std::is_same<S, Wide<S>>::value && TYPE<Wide<S>>::is_costly;
-    NORMPASS_FOR_EACH_ACTIVATION(NORMPASS_CASE)
-#undef NORMPASS_CASE
-  }
-  return false;
+template <class S> bool is_written(const Activated<Wide<S>>& activated) {
+  return std::is_same<S, Wide<S>>::value && activated.is_costly();
 }
 
 }  // namespace normpass

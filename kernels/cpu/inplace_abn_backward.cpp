@@ -6,6 +6,7 @@
 // epsilon (zero counts as positive), so that nothing is infinite.
 #include <limits>
 
+#include "activate.h"
 #include "backward.h"
 
 namespace normpass {
@@ -36,23 +37,43 @@ template <class S> struct FromOutput {
   const S* grad;
   const S* z;
   Values<A> bias, reciprocal, scale;
-  ActivationCall activation;
+  Activated<A> activated;
 
-  template <class Walk, class F>
-  void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+  template <int RUNS, class Walk, class F>
+  NORMPASS_ALWAYS_INLINE void first_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
     const int64_t stride = tile.stride;
     Runs<A> from = read_tile(z, stride, buffers.kept, tile), outer = read_tile(grad, stride, buffers.grad, tile);
-    auto shift = walk.at(bias, tile.position), divisor = walk.at(reciprocal, tile.position);
-    auto slope = walk.at(scale, tile.position);
-    with_activation<A>(activation, [&](const auto& act) {
-      f(FromOutputTile<A, decltype(shift), std::decay_t<decltype(act)>>{outer, from, shift, divisor, slope, act});
-    });
+    const auto shift = walk.at(bias, tile.position), divisor = walk.at(reciprocal, tile.position);
+    const auto slope = walk.at(scale, tile.position);
+    using PerChannel = std::decay_t<decltype(shift)>;
+    if (activated.is_leaky_relu()) {
+      f(FromOutputTile<A, PerChannel, LeakyRelu<A>>{outer, from, shift, divisor, slope, activated.leaky_relu()});
+      return;
+    }
+    invert<RUNS>(from, outer, buffers, tile.n);
+    f(FromOutputTile<A, PerChannel, Identity<A>>{
+        {buffers.result, tile_size}, {buffers.inverse, tile_size}, shift, divisor, slope, Identity<A>(0, 0)});
   }
   void end_of_first_pass() const {}
 
   template <class Walk, class F>
-  void second_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
-    first_pass(walk, buffers, tile, f);
+  NORMPASS_ALWAYS_INLINE void second_pass(const Walk& walk, TileBuffers<A>& buffers, const Tile& tile, F f) const {
+    first_pass<1>(walk, buffers, tile, f);
+  }
+
+ private:
+  // y to `inverse`, dy to `result`.
+  template <int RUNS>
+  void invert(const Runs<A>& from, const Runs<A>& outer, TileBuffers<A>& buffers, int64_t n) const {
+    static constexpr LineOf<A> zeros{A(0)}, ones{A(1)}, minus_zeros{-A(0)};  // the norm that changes nothing
+    const int64_t ahead = RUNS == 1 ? tile_size : RUNS * from.stride;
+    for (int run = 0; run < RUNS; ++run) {
+      A *y = buffers.inverse + run * tile_size, *dy = buffers.result + run * tile_size;
+      const A *z_run = from.values + run * from.stride, *grad_run = outer.values + run * outer.stride;
+      activated.inverse({z_run, nullptr, nullptr, y, nullptr, nullptr, nullptr, 0, n, z_run + ahead, nullptr, lanes<A>});
+      activated.gradient({y, nullptr, grad_run, dy, zeros.values, ones.values, minus_zeros.values, 0, n, y,
+                          grad_run + ahead, lanes<A>, lanes<A>});
+    }
   }
 };
 
@@ -63,11 +84,11 @@ template <class A> A away_from_zero(A weight) {
 
 template <class S, class Walk>
 FromOutput<S> source_of(const Walk& walk, const void* grad, const void* z, const Wide<S>* weight, const Wide<S>* bias,
-                        const Wide<S>* var, double eps, ActivationCall activation) {
+                        const Wide<S>* var, double eps, const ActivationCall& call) {
   using A = Wide<S>;
   int64_t channels = walk.layout().channels, width = walk.width();
   FromOutput<S> source{static_cast<const S*>(grad), static_cast<const S*>(z), Values<A>(width), Values<A>(width),
-                       Values<A>(width), activation};
+                       Values<A>(width), Activated<A>(call)};
   for (int64_t i = 0; i < width; ++i) {
     int64_t c = i % channels;
     A slope = weight == nullptr ? A(1) : weight[c];

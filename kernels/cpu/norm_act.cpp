@@ -1,13 +1,13 @@
 // norm_act: z = act((x − mean)·a + bias + residual), with a = weight/sqrt(var + eps). One read of each input, one
 // write. Rebuilding z in backward is this kernel again.
-#include "forward.h"
+#include "activate.h"
 
 namespace normpass {
 namespace {
 
 template <class S, class Walk>
 void norm_act(const Walk& walk, S* z, const S* x, const S* residual, const Affine<Wide<S>>& affine,
-              ActivationCall call, int threads) {
+              const Activated<Wide<S>>& activated, int threads) {
   using A = Wide<S>;
   const bool streamed = is_streamed<S>(walk.layout());
 #pragma omp parallel num_threads(threads)
@@ -18,9 +18,7 @@ void norm_act(const Walk& walk, S* z, const S* x, const S* residual, const Affin
       if (residual != nullptr) added = read_tile(residual, 0, wide_residual, tile);
       Target<A> target = target_of(z, 0, buffer, tile, streamed);
       auto at = affine_at(walk, affine, tile.position);
-      with_activation<A>(call, [&](auto activation) {
-        forward_tile<1>(from, added, target, tile.n, at, activation);
-      });
+      activated.value(from, added, target, 1, tile.n, at);
       finish_tile(z, target, tile);
     });
     if (streamed) end_of_stream();
@@ -42,7 +40,7 @@ NORMPASS_EXPORT int normpass_norm_act(void* z, const void* x, const void* residu
       Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
                        static_cast<const A*>(mean), static_cast<const A*>(var), eps);
       norm_act<S>(walk, static_cast<S*>(z), static_cast<const S*>(x), static_cast<const S*>(residual), affine,
-                  {activation, arg0, arg1}, threads);
+                  Activated<A>({activation, arg0, arg1}), threads);
     });
   });
 }

@@ -10,16 +10,6 @@
 namespace normpass {
 namespace {
 
-template <class A, class Gradients> NORMPASS_SHARED void differentiate(const Gradients& gradients, int64_t n) {
-  write_lines<1>(n, gradients.target, [&](int64_t begin, auto values, const Line<A>& to) {
-    gradients.template prefetch<1>(begin);
-    const int64_t count = values;
-#pragma GCC ivdep
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < count; ++i) to(0, i) = gradients.at(gradients.channel(begin + i), 0, begin + i).dy;
-  });
-}
-
 // dresidual alone: dy, written in the pass of the reduction where there is one.
 template <class S, class Walk> void differentiate_only(const Walk& walk, const FromInput<S>& source, int threads) {
   using A = Wide<S>;
@@ -27,9 +17,7 @@ template <class S, class Walk> void differentiate_only(const Walk& walk, const F
   {
     TileBuffers<A> buffers;
     walk.template tiles<S>(omp_get_thread_num(), omp_get_num_threads(), [&](const Tile& tile) {
-      source.first_pass(walk, buffers, tile, [&](const auto& gradients) {
-        if constexpr (std::decay_t<decltype(gradients)>::writes) differentiate<A>(gradients, tile.n);
-      });
+      source.template first_pass<1>(walk, buffers, tile, [](const auto&) {});
     });
     source.end_of_first_pass();
   }
@@ -42,7 +30,7 @@ void backward(const Walk& walk, FromInput<S> source, S* dx, void* dweight, void*
   const A* variance = static_cast<const A*>(var);
   bool sums_needed = dweight != nullptr || dbias != nullptr || (dx != nullptr && batch_statistics);
   Sums sums;
-  if (sums_needed && source.dresidual == nullptr && is_costly<S>(source.activation)) source.dresidual = dx;
+  if (sums_needed && source.dresidual == nullptr && is_written<S>(source.activated)) source.dresidual = dx;
   if (sums_needed) sums = reduce<S>(walk, source, threads);
   else if (source.dresidual != nullptr) differentiate_only(walk, source, threads);
   if (dx != nullptr) {
@@ -73,7 +61,7 @@ NORMPASS_EXPORT int normpass_norm_act_backward(void* dx, void* dresidual, void* 
                        static_cast<const A*>(mean), static_cast<const A*>(var), eps);
       FromInput<S> source{static_cast<const S*>(grad), static_cast<const S*>(x),
                           static_cast<const S*>(residual), static_cast<S*>(dresidual),
-                          affine, {activation, arg0, arg1}, is_streamed<S>(walk.layout())};
+                          affine, Activated<A>({activation, arg0, arg1}), is_streamed<S>(walk.layout())};
       backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, var, eps, batch_statistics != 0, threads);
     });
   });

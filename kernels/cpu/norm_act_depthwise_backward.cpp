@@ -21,77 +21,43 @@ template <class A> struct Norm {
 };
 
 // Of one vector of channels.
-template <class A> struct PerLane {
-  static constexpr int64_t n = Vector<A>::lanes;
-  alignas(64) A mean[n], scale[n], shift[n], by_centred[n], constant[n];
-  bool through = false;  // the statistics
+template <class A> struct PerLane : VectorChannels<A> {
+  static constexpr int64_t n = lanes<A>;
+  alignas(64) A by_centred[n], constant[n];
 
-  PerLane(const Affine<A>& affine, int64_t channel) {
-    std::memcpy(mean, affine.mean.data() + channel, sizeof(mean));
-    std::memcpy(scale, affine.scale.data() + channel, sizeof(scale));
-    std::memcpy(shift, affine.shift.data() + channel, sizeof(shift));
-  }
+  PerLane(const Affine<A>& affine, int64_t channel) : VectorChannels<A>(affine, channel) {}
   PerLane(const Affine<A>& affine, const Coefficients<A>& coefficients, int64_t channel) : PerLane(affine, channel) {
     std::memcpy(by_centred, coefficients.by_centred.data() + channel, sizeof(by_centred));
     std::memcpy(constant, coefficients.constant.data() + channel, sizeof(constant));
-    through = coefficients.through;
   }
 };
 
-// Adds Σdy and Σdy·c of PIXELS pixels to the sums and makes z of x and dy of dz, in place.
-template <int PIXELS, class A, class Activation>
-NORMPASS_ALWAYS_INLINE void first_pass_of_pixels(A* x, A* dz, const PerLane<A>& at, A* dy_sums, A* centred_sums,
-                                                 const Activation& activation) {
-  constexpr int64_t n = Vector<A>::lanes;
-#pragma GCC ivdep
-#pragma GCC unroll 1
-  for (int64_t i = 0; i < n; ++i) {
-    A sum = 0, product = 0;
-#pragma GCC unroll 4
-    for (int p = 0; p < PIXELS; ++p) {
-      const A centred = x[p * n + i] - at.mean[i], y = multiply_add(centred, at.scale[i], at.shift[i]);
-      const A dy = activation.gradient(dz[p * n + i], y);
-      x[p * n + i] = activation.value(y);
-      dz[p * n + i] = dy;
-      sum += dy;
-      product = multiply_add(dy, centred, product);
-    }
-    dy_sums[i] += sum;
-    centred_sums[i] += product;
+// Makes z of x and dy of dz, in place, and adds Σdy and Σdy·c to the totals.
+template <class A>
+void first_pass(A* x, A* dz, int64_t count, const PerLane<A>& at, double* dy_total, double* centred_total,
+                const Ahead<A>& next_x, const Ahead<A>& next_grad, const Activated<A>& activated) {
+  alignas(64) A dy_sums[line<A>] = {}, centred_sums[line<A>] = {};
+  activated.both({x, nullptr, dz, x, at.mean, at.scale, at.shift, 0, count * lanes<A>, next_x.pixel, next_grad.pixel,
+                  next_x.step, next_grad.step, dz, dy_sums, centred_sums});
+  for (int64_t i = 0; i < line<A>; ++i) {
+    dy_total[i % lanes<A>] += dy_sums[i];
+    centred_total[i % lanes<A>] += centred_sums[i];
   }
 }
 
-template <class A, class Activation>
-NORMPASS_SHARED void first_pass(A* x, A* dz, int64_t count, const PerLane<A>& at, double* dy_total,
-                                double* centred_total, const Ahead<A>& next_x, const Ahead<A>& next_grad,
-                                const Activation& given) {
-  constexpr int64_t n = Vector<A>::lanes;
-  const Activation activation = given;
-  alignas(64) A dy[n] = {}, centred[n] = {};
-  int64_t p = 0;
-  for (; p + 4 <= count; p += 4) {
-    for (int64_t i = p; i < p + 4; ++i) next_x.prefetch(i), next_grad.prefetch(i);
-    first_pass_of_pixels<4>(x + p * n, dz + p * n, at, dy, centred, activation);
-  }
-  for (; p < count; ++p) first_pass_of_pixels<1>(x + p * n, dz + p * n, at, dy, centred, activation);
-  for (int64_t i = 0; i < n; ++i) dy_total[i] += dy[i], centred_total[i] += centred[i];
-}
-
-// dx of some pixels, in place of x.
-template <class A, class Activation>
-NORMPASS_SHARED void second_pass(A* x, const A* dz, int64_t count, const PerLane<A>& at, const Ahead<A>& next_x,
-                                 const Ahead<A>& next_grad, const Activation& given) {
-  constexpr int64_t n = Vector<A>::lanes;
-  const Activation activation = given;
-  const bool through = at.through;
+// dx of some pixels, in place of x. THROUGH: the statistics.
+template <bool THROUGH, class A>
+NORMPASS_SHARED void second_pass(A* x, const A* dy, int64_t count, const PerLane<A>& at, const Ahead<A>& next_x,
+                                 const Ahead<A>& next_grad) {
+  constexpr int64_t n = lanes<A>;
   for (int64_t p = 0; p < count * n; p += n) {
     next_x.prefetch(p / n), next_grad.prefetch(p / n);
 #pragma GCC ivdep
 #pragma GCC unroll 1
     for (int64_t i = 0; i < n; ++i) {
-      const A centred = x[p + i] - at.mean[i], y = multiply_add(centred, at.scale[i], at.shift[i]);
-      const A rest = multiply_add(at.by_centred[i], centred, at.constant[i]);
-      x[p + i] = multiply_add(at.scale[i], activation.gradient(dz[p + i], y), through ? rest : A(0));
+      A rest = 0;
+      if constexpr (THROUGH) rest = multiply_add(at.by_centred[i], x[p + i] - at.mean[i], at.constant[i]);
+      x[p + i] = multiply_add(at.scale[i], dy[p + i], rest);
     }
   }
 }
@@ -113,7 +79,7 @@ template <class A> struct Backward {
   const Convolution& conv;  // transposed: from grad to dz
   const RowConvolution<A>& rows;
   const Affine<A>& affine;
-  ActivationCall activation;
+  Activated<A> activated;
   const A *grad, *x;
   int threads;
 
@@ -160,10 +126,8 @@ template <class A> struct Backward {
           const Ahead<A> next_x = inputs.ahead(v), next_grad = gradients.ahead(v);
           rows.row(gradients, place, v, channel + c, V{}, dz.data(), V::lanes, V::lanes, false);
           const PerLane<A> at(affine, channel + c);
-          with_activation<A>(activation, [&](const auto& act) {
-            first_pass(inputs.row(v, row), dz.data(), images.width, at, &sums.dy[channel + c],
-                       &sums.dy_centred[channel + c], next_x, next_grad, act);
-          });
+          first_pass(inputs.row(v, row), dz.data(), images.width, at, &sums.dy[channel + c],
+                     &sums.dy_centred[channel + c], next_x, next_grad, activated);
           if (kept != nullptr) {
             A* to = kept + (sample * images.height + row) * images.width * images.channels + channel + c;
             store_pixels(dz.data(), images.width, to, images.channels, std::min(V::lanes, count - c), streamed);
@@ -204,9 +168,10 @@ template <class A> struct Backward {
           rows.row(gradients, place, v, channel + c, V{}, dz.data(), V::lanes, V::lanes, false);
           const PerLane<A> at(affine, coefficients, channel + c);
           A* pixels = inputs.row(v, row);
-          with_activation<A>(activation, [&](const auto& act) {
-            second_pass(pixels, dz.data(), images.width, at, next_x, next_grad, act);
-          });
+          activated.gradient({pixels, nullptr, dz.data(), dz.data(), at.mean, at.scale, at.shift, 0,
+                              images.width * V::lanes, pixels, dz.data()});
+          if (coefficients.through) second_pass<true>(pixels, dz.data(), images.width, at, next_x, next_grad);
+          else second_pass<false>(pixels, dz.data(), images.width, at, next_x, next_grad);
           store_pixels(pixels, images.width, to + c, images.channels, lanes, streamed);
         }
       }
@@ -221,16 +186,16 @@ template <class A> struct Results {
 
 template <class A>
 int backward(const Convolution& conv, const Results<A>& to, const A* grad, const A* x, const A* weight, const Norm<A>& norm,
-             bool batch_statistics, ActivationCall activation, int threads) {
+             bool batch_statistics, const ActivationCall& activation, int threads) {
   const int64_t channels = conv.to.channels, kernel = conv.kernel_height * conv.kernel_width;
   const Affine<A> affine = norm.affine(round_up(channels, Vector<A>::lanes), channels);
   const RowConvolution<A> rows(conv, weight);
   const AddRow<A> add = add_row_function<A>(conv.kernel_width, conv.stride_width);
   if (!rows.has_loops() || add == nullptr) return 1;
-  const Backward<A> pass{conv, rows, affine, activation, grad, x, threads};
+  const Backward<A> pass{conv, rows, affine, Activated<A>(activation), grad, x, threads};
   const bool through = to.dx != nullptr && batch_statistics;
   const bool first = to.dnorm_weight != nullptr || to.dnorm_bias != nullptr || to.dweight != nullptr || through;
-  const bool keeps = first && to.dx != nullptr && (is_costly<A>(activation) || !is_streamed(conv.to, to.dx));
+  const bool keeps = first && to.dx != nullptr && (pass.activated.is_costly() || !is_streamed(conv.to, to.dx));
   const size_t all = affine.mean.size();
   Sums total(all);
   if (first) {
@@ -250,7 +215,7 @@ int backward(const Convolution& conv, const Results<A>& to, const A* grad, const
     if (keeps) {
       const Rows walk(layout);
       const Affine<A> spread = norm.affine(walk.width(), channels);
-      const FromInput<A> source{nullptr, x, nullptr, to.dx, spread, activation, false};
+      const FromInput<A> source{nullptr, x, nullptr, to.dx, spread, Activated<A>(activation), false};
       apply<A>(walk, source, coefficients_of(spread, norm.var, norm.eps, sums, layout), to.dx, threads);
     } else {
       const Coefficients<A> coefficients = coefficients_of(affine, norm.var, norm.eps, sums, layout);

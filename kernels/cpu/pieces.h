@@ -83,7 +83,7 @@ Runs<Wide<S>> read_runs(const S* from, int64_t stride, Wide<S>* buffer, int coun
 }
 
 // The rows of a strip, f(row, runs): four at a time, then one by one.
-template <class F> void groups_of_rows(const Strip& strip, F f) {
+template <class F> NORMPASS_ALWAYS_INLINE void groups_of_rows(const Strip& strip, F f) {
   int64_t row = 0;
   for (; row + runs_at_once <= strip.rows; row += runs_at_once) f(row, std::integral_constant<int, runs_at_once>());
   for (; row < strip.rows; ++row) f(row, std::integral_constant<int, 1>());

@@ -37,15 +37,24 @@ struct Half { uint16_t bits; };
 // The type in which values of a storage type are computed with.
 template <class S> using Wide = std::conditional_t<std::is_same<S, double>::value, double, float>;
 
-// Values in a line of the caches.
+// Values in a line of the caches, and in a register.
 template <class A> constexpr int64_t line = 64 / sizeof(A);
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+template <class A> constexpr int64_t lanes = vector_bytes / sizeof(A);
 
 // An array that begins at a line: a vector that lies in two of them takes twice as long to load.
 template <class A> struct AtLines {
   using value_type = A;
   AtLines() = default;
   template <class B> AtLines(const AtLines<B>&) {}
-  A* allocate(size_t n) { return static_cast<A*>(::operator new(n * sizeof(A), std::align_val_t(64))); }
+  // A whole line may be read from anywhere on.
+  A* allocate(size_t n) { return static_cast<A*>(::operator new(n * sizeof(A) + 64, std::align_val_t(64))); }
   void deallocate(A* values, size_t) { ::operator delete(values, std::align_val_t(64)); }
   template <class B> bool operator==(const AtLines<B>&) const { return true; }
   template <class B> bool operator!=(const AtLines<B>&) const { return false; }
@@ -229,21 +238,6 @@ template <class A> NORMPASS_ALWAYS_INLINE A sum_of_line(const A* values) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < line<A>; ++i) sum += values[i];
   return sum;
-}
-
-struct ActivationCall {
-  int code;
-  double arg0, arg1;
-};
-
-// Calls f with the activation that `call` names.
-template <class T, class F> void with_activation(ActivationCall call, F f) {
-  switch (call.code) {
-#define NORMPASS_CASE(CODE, NAME, TYPE) \
-  case CODE: f(TYPE<T>(call.arg0, call.arg1)); return;
-    NORMPASS_FOR_EACH_ACTIVATION(NORMPASS_CASE)
-#undef NORMPASS_CASE
-  }
 }
 
 }  // namespace normpass

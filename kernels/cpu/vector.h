@@ -8,18 +8,10 @@
 
 namespace normpass {
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-
 template <class A> struct Vector {
   typedef A Values __attribute__((vector_size(vector_bytes)));
   typedef A Unaligned __attribute__((vector_size(vector_bytes), aligned(sizeof(A)), may_alias));
-  static constexpr int64_t lanes = vector_bytes / sizeof(A);
+  static constexpr int64_t lanes = normpass::lanes<A>;
   Values values;  // not initialised by default: V{} is zero
 
   static NORMPASS_ALWAYS_INLINE Vector load(const A* from) { return {*reinterpret_cast<const Unaligned*>(from)}; }
