@@ -13,7 +13,7 @@ ALLOCATOR := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=10000000
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nets check bench gpu clean
+.PHONY: help demo test test-nets check bench gpu wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -42,6 +42,12 @@ gpu:  ## on a machine with a GPU, with its own Python, in ten minutes: correctne
 	@$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("torch") or sys.exit("make gpu: this Python has no torch")'
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU here")'
 	$(PYTHON) tests/gpu/run_all.py $(OUT)
+
+# libgomp stays out: the libraries run on the one that torch brings and has loaded, or there would be two.
+wheel: $(VENV)/.installed  ## a wheel for any Python on this platform, in dist/: it installs without a compiler
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PY) -m pip --quiet --disable-pip-version-check wheel --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 
 clean:  ## remove what the other commands made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis normpass-demo.png

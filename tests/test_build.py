@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
-pytest.importorskip("setuptools", reason="needs setuptools to build the package")
+pytestmark = pytest.mark.skipif(find_spec("setuptools") is None, reason="needs setuptools to build the package")
 
 ROOT = Path(__file__).parents[1]
 COMPILER = """#!/bin/sh

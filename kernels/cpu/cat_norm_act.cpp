@@ -19,6 +19,25 @@ template <class S> struct Call {
   const S* x(int64_t piece) const { return static_cast<const S*>(xs[piece]); }
 };
 
+// Rows together: a piece of few channels has short ones, and a call for each would take a fifth of the time.
+template <int RUNS, class A, class PerChannel, class Activation>
+NORMPASS_SHARED void rows_together(const Runs<A>& x, const Target<A>& z, int64_t n, const AffineAt<PerChannel>& at,
+                                   const Activation& given) {
+  const Activation activation = given;  // its fields, read under a condition, would keep the loop scalar
+  write_lines<RUNS>(n, z, [&](int64_t begin, auto values, Line<A> to) {
+    x.template prefetch<RUNS>(begin);
+    const int64_t count = values;
+#pragma GCC ivdep
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < count; ++i) {
+      AffineValues<A> affine(at, begin + i);
+#pragma GCC unroll 4
+      for (int run = 0; run < RUNS; ++run)
+        to(run, i) = activation.value(affine.value(x(run, begin + i) - affine.mean));
+    }
+  });
+}
+
 template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<Wide<S>>& affine, int threads) {
   using A = Wide<S>;
   const Layout& layout = walk.layout();
@@ -36,7 +55,12 @@ template <class S> void run(const Rows& walk, const Call<S>& call, const Affine<
         Tile tile{strip.whole + row * layout.channels, strip.n, strip.channel, stride};
         Target<A> target = target_of(call.z, layout.channels, buffer, tile, call.streamed);
         Runs<A> values = read_runs(from, channels, wide, runs.value, strip.n);
-        call.activated.value(values, none, target, runs.value, strip.n, at);
+        if (runs.value == 1 || call.activated.is_costly()) {
+          call.activated.value(values, none, target, runs.value, strip.n, at);
+        } else {
+          call.activated.with_cheap(
+              [&](const auto& act) { rows_together<runs_at_once>(values, target, strip.n, at, act); });
+        }
         finish_tile(call.z, target, tile);
       });
     });
