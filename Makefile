@@ -32,7 +32,7 @@ check: $(VENV)/.checkers  ## ruff, types, layers
 	$(VENV)/bin/ruff format --check --quiet .
 	$(call link_tree,build/typing)
 	MYPYPATH=build/typing $(VENV)/bin/mypy --package normpass
-	$(PY) -m pytest --quiet tests/test_layers.py
+	$(PY) -m pytest --quiet tests/project/test_layers.py
 
 bench: $(VENV)/.installed  ## time, kept and peak bytes of four networks against eager; ARGS="--batch 8", ARGS=kernels
 	$(ALLOCATOR) $(PY) -m normpass bench $(ARGS)
@@ -52,7 +52,7 @@ wheel: $(VENV)/.installed  ## a wheel for any Python on this platform, in dist/:
 clean:  ## remove what the other commands made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis normpass-demo.png
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/* kernels/include/*)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/include/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the other packages into $(VENV), once: some gigabytes, a minute or more"

@@ -99,7 +99,7 @@ class WheelOfAnyPython(bdist_wheel):
 
 def in_place(extension):
     """Where the library lies in the source tree, from where an editable installation loads it."""
-    return Path("kernels", extension.name.split(".")[-1] + ".so")
+    return Path(*extension.name.split(".")[1:]).with_suffix(".so")
 
 
 def fingerprint(flags):
@@ -120,7 +120,7 @@ def libraries():
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return [
         Extension(
-            f"normpass.kernels._cpu_{name}",
+            f"normpass.kernels.cpu._{name}",
             SOURCES,
             depends=HEADERS,
             extra_compile_args=[*FLAGS, *flags],

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normpass
-from normpass import digits
+from normpass.demo import digits
 from normpass.nn import RadiusSchedule, freeze_decided, parameter_groups, usage
 from normpass.passes import Kalman
 

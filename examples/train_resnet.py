@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 import normpass
-from normpass import digits
+from normpass.demo import digits
 
 
 def main(steps: int = 20, batch_size: int = 16, size: int = 64) -> list[float]:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normpass.kernels import Layout
 from normpass.kernels.activations import RULES
-from normpass.kernels.cuda_geometry import as_walked, vector_of
+from normpass.kernels.contract import Layout
+from normpass.kernels.cuda.geometry import as_walked, vector_of
 
 BITS = 8
 

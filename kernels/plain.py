@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normpass.kernels import InputNorm, Layout, Running
 from normpass.kernels.activations import RULES
+from normpass.kernels.contract import InputNorm, Layout, Running
 from normpass.kernels.masks import gradient_by_mask, packed, unpacked
 
 

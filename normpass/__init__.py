@@ -11,7 +11,8 @@ measure    bytes kept, peak, step time: the one definition used everywhere
 from normpass import measure
 from normpass._version import __version__
 from normpass.api import explain, optimize, plan, restore
-from normpass.convert import Conversion, convert
+from normpass.budget.step_plan import StepPlan
+from normpass.conversion.convert import Conversion, convert
 from normpass.errors import (
     ConversionError,
     InfeasibleBudgetError,
@@ -23,8 +24,7 @@ from normpass.errors import (
     VerificationError,
 )
 from normpass.optimized import Optimized
-from normpass.report import Report
-from normpass.step_plan import StepPlan
+from normpass.report.summary import Report
 
 __all__ = [
     "Conversion",

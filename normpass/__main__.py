@@ -2,7 +2,7 @@
 
 import sys
 
-from normpass.cli import main
+from normpass.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

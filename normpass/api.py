@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from normpass import passes
-from normpass.budget import check_plan, plan_step
+from normpass.budget.planning import check_plan, plan_step
+from normpass.budget.step_plan import StepPlan
+from normpass.copies.shared_copy import shared_copy
+from normpass.copies.trial import call_arguments, run_trial
 from normpass.errors import InvalidInputError, InvalidModelError
-from normpass.explain import make_report
 from normpass.files import read_json
 from normpass.optimized import is_optimised, optimise_in_place, plain_copy
 from normpass.pipeline import Request
-from normpass.planner import DEFAULT
-from normpass.report import Report
-from normpass.shared_copy import shared_copy
-from normpass.step_plan import StepPlan
-from normpass.trial import call_arguments, run_trial
-from normpass.verify import verify_state
+from normpass.report.explain import make_report
+from normpass.report.summary import Report
+from normpass.rewrite.choices import DEFAULT
+from normpass.rewrite.verify import verify_state
 
 
 def optimize(

@@ -3,7 +3,7 @@
 Dynamo hands over one graph of functions with every parameter and buffer as an input; `normpass.pipeline` rewrites it.
 What differs from `optimize` is how a rebuilt tensor is not kept:
 
-  * inner `eager` runs the graph as it is, under the saved-tensor hooks of `normpass.notes`, as `optimize` does;
+  * inner `eager` runs the graph as it is, under the saved-tensor hooks of `normpass.recipe.notes`, as `optimize` does;
   * inner `aot_eager` and `inductor` trace it further, and a partitioner decides what is kept. Every node that
     computes what a recipe would rebuild carries `recompute = MUST_RECOMPUTE`, which AOTAutograd hands on to the
     operators traced from it and which its partitioner obeys. A site becomes two nodes for that: the moments and the
@@ -28,18 +28,30 @@ from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import CheckpointPolicy
 
-from normpass.budget import plan_graphs
-from normpass.capture import is_raising
+from normpass.budget.planning import plan_graphs
+from normpass.budget.step_plan import parse_budget
+from normpass.capture.dynamo import is_raising
 from normpass.errors import InvalidInputError
-from normpass.functional import finish_norm_act, fused_norm_act, plain_norm_act, prepare_norm_act, split_norm_act
-from normpass.graph import copy_graph
+from normpass.graph.nodes import copy_graph
 from normpass.optimized import with_recipes
-from normpass.passes.normal_form import dropout, finish_dropout, prepare_dropout, run_checkpoint, run_custom_function
+from normpass.passes.graph.normal_form import (
+    dropout,
+    finish_dropout,
+    prepare_dropout,
+    run_checkpoint,
+    run_custom_function,
+)
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, decide_again, note_recipes, rewrite, will_differentiate
-from normpass.plain_sites import finish_plain, prepare_plain
-from normpass.planner import DEFAULT
-from normpass.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
-from normpass.step_plan import parse_budget
+from normpass.rewrite.choices import DEFAULT
+from normpass.runtime.functional import (
+    finish_norm_act,
+    fused_norm_act,
+    plain_norm_act,
+    prepare_norm_act,
+    split_norm_act,
+)
+from normpass.runtime.plain_sites import finish_plain, prepare_plain
+from normpass.runtime.sharing import finish_shared_norm_act, prepare_shared_norm_act, shared_norm_act
 
 INNER = ("inductor", "aot_eager", "eager")
 _OPTIONS = ("inner", "memory_budget", "winograd", "kernels")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from normpass.copies.trial import Arguments, copied_inputs, trial, trial_copy
 from normpass.optimized import optimise_in_place, state_of
 from normpass.pipeline import Request, Rewritten
-from normpass.trial import Arguments, copied_inputs, trial, trial_copy
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 `optimise_in_place(copy, request)` gives the copy a class derived from its own: same attributes, same methods, same
 `state_dict`, same children; only `forward` differs. It runs the model's forward through Dynamo, with a backend that
-rewrites every graph (`normpass.pipeline`) and runs it under saved-tensor hooks (`normpass.notes`).
+rewrites every graph (`normpass.pipeline`) and runs it under saved-tensor hooks (`normpass.recipe.notes`).
 
 Pickling and copying store the plain structure and what was asked for, and optimise again when loaded. What is made of
 the class without being optimised (a slice of a Sequential, `type(model)(…)`) is a plain module.
@@ -23,15 +23,15 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from normpass.capture import OTHER_HOOKS, Captured, is_raising, reason_to_run_plain
+from normpass.capture.dynamo import OTHER_HOOKS, Captured, is_raising, reason_to_run_plain
+from normpass.copies.shared_copy import shared_copy
 from normpass.errors import NormpassError, StaleChangeError
-from normpass.graph import copy_graph, name_from_root
+from normpass.graph.nodes import copy_graph, name_from_root
 from normpass.nn import register_with_dynamo
 from normpass.nn.norm import BatchNormLike, as_batch_norm, batch_norm_again
 from normpass.nn.switchable import decide, switchable_layers
-from normpass.notes import recording
 from normpass.pipeline import Request, Rewritten, note_recipes, rewrite
-from normpass.shared_copy import shared_copy
+from normpass.recipe.notes import recording
 
 _STATE = "_normpass"
 _log = logging.getLogger(__name__)

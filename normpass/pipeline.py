@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normpass import passes
-from normpass.facts import Facts
-from normpass.fake_run import FakeInputs, facts_of
-from normpass.functional import batch_norm
-from normpass.graph import copy_graph, give_keys
-from normpass.minimum_cut import Possible, minimum_cut, needed_values, possible
+from normpass.analysis.facts import Facts
+from normpass.analysis.fake_inputs import FakeInputs
+from normpass.analysis.fake_run import facts_of
+from normpass.analysis.minimum_cut import Possible, minimum_cut, needed_values, possible
+from normpass.analysis.stand_ins import STAND_INS
+from normpass.graph.nodes import copy_graph, give_keys
 from normpass.nn import NORM_NODES
-from normpass.passes.normal_form import dropout
-from normpass.planner import DEFAULT, Choice, Decisions, choose_rewrites
-from normpass.sharing import WITHOUT_RECIPE
-from normpass.sites import find_sites
-from normpass.stand_ins import STAND_INS
+from normpass.passes.graph.normal_form import dropout
+from normpass.rewrite.choices import DEFAULT, Choice, Decisions, choose_rewrites
+from normpass.rewrite.sites import find_sites
+from normpass.runtime.functional import batch_norm
+from normpass.runtime.sharing import WITHOUT_RECIPE
 
 NOTES_ITSELF = frozenset({*WITHOUT_RECIPE, *NORM_NODES, dropout})
 """Functions that note themselves how their result is made again."""

@@ -5,23 +5,23 @@ Adding one: a file here, its test, a line below.
 
 from __future__ import annotations
 
-from normpass.passes.convolution_kernels import ConvolutionKernels
-from normpass.passes.fuse_norm_act import FuseNormAct
-from normpass.passes.fuse_norm_convolution import FuseNormConvolution
-from normpass.passes.group_norm import GroupNorm
-from normpass.passes.inplace_abn import InplaceABN
-from normpass.passes.join_norms import JoinNorms
-from normpass.passes.kalman import Kalman
-from normpass.passes.leaky_relu import LeakyReLU
-from normpass.passes.normal_form import NormalForm
-from normpass.passes.rebuild_values import RebuildValues
-from normpass.passes.serialize_minibatch import SerializeMinibatch
-from normpass.passes.serialize_norms import SerializeNorms
-from normpass.passes.share_statistics import ShareStatistics
-from normpass.passes.sparse_switchable import SparseSwitchable
-from normpass.passes.split_bn import SplitBN
-from normpass.passes.two_readers import TwoReaders
-from normpass.rewrite import Rewrite
+from normpass.passes.changes.group_norm import GroupNorm
+from normpass.passes.changes.kalman import Kalman
+from normpass.passes.changes.leaky_relu import LeakyReLU
+from normpass.passes.changes.sparse_switchable import SparseSwitchable
+from normpass.passes.graph.convolution_kernels import ConvolutionKernels
+from normpass.passes.graph.fuse_norm_convolution import FuseNormConvolution
+from normpass.passes.graph.join_norms import JoinNorms
+from normpass.passes.graph.normal_form import NormalForm
+from normpass.passes.graph.rebuild_values import RebuildValues
+from normpass.passes.graph.serialize_minibatch import SerializeMinibatch
+from normpass.passes.graph.serialize_norms import SerializeNorms
+from normpass.passes.graph.two_readers import TwoReaders
+from normpass.passes.sites.fuse_norm_act import FuseNormAct
+from normpass.passes.sites.inplace_abn import InplaceABN
+from normpass.passes.sites.share_statistics import ShareStatistics
+from normpass.passes.sites.split_bn import SplitBN
+from normpass.rewrite.contract import Rewrite
 
 NORMAL_FORM = NormalForm()  # first: what comes after knows one spelling of each thing
 SITES: tuple[Rewrite, ...] = (  # the first that matches a site is taken

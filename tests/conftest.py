@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 import torch._dynamo  # before the heap is frozen
 
-from normpass.capture import raising
+from normpass.capture.dynamo import raising
 
 PACKAGES = ("torch", "torchvision", "timm")
 LONGEST = """
-test_random_graphs.py
+whole/test_random_graphs.py
 kernels/test_cuda_emulated.py
 kernels/test_cuda_compile.py
 passes/test_share_statistics.py
 passes/test_sparse_switchable.py
 passes/test_kalman.py
-test_bad_input.py
-test_doors.py
-test_cli.py
-test_behaviour.py
-test_backend.py
-test_convert.py
+whole/test_bad_input.py
+whole/test_doors.py
+cli/test_cli.py
+whole/test_behaviour.py
+whole/test_backend.py
+conversion/test_convert.py
 nn/test_nodes.py
 """.split()
 """The files that take longest. They begin, so that no process is alone with one of them at the end."""

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from normpass import digits, models
+from normpass import models
+from normpass.demo import digits
 
 
 @pytest.fixture

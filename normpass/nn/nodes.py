@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import torch
 
-from normpass.cumulative import cumulative_batch_norm
+from normpass.capture.cumulative_norm import cumulative_batch_norm
 from normpass.nn.kalman import kalman_norm
 from normpass.nn.switchable import instance_norm, layer_norm, mixed_norm, switchable_norm
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normpass.graph import hooks_of
-from normpass.kernels import Running
-from normpass.notes import is_recording, tag
+from normpass.graph.nodes import hooks_of
+from normpass.kernels.contract import Running
 from normpass.ops import shift_scale
 from normpass.ops.layout import statistics_dtype
 from normpass.ops.running_stats import move_running_stats
+from normpass.recipe.notes import is_recording, tag
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

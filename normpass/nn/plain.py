@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normpass.graph import replace_layers
+from normpass.graph.nodes import replace_layers
 from normpass.nn.kalman import KALMAN_NORMS
 from normpass.nn.norm import BatchNormLike, as_batch_norm, options_of
 from normpass.nn.switchable import SWITCHABLE_NORMS, decide, switchable_layers

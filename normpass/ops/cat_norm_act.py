@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels
+from normpass.kernels.contract import Kernels
 
 from .cat_norm_act_backward import _cat_norm_act_backward
 from .layout import statistics_dtype

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Depthwise, Kernels, kernels_for
+from normpass.kernels import kernels_for
+from normpass.kernels.contract import Depthwise, Kernels
 
 from .eager import eager_device
 from .layout import memory_format_of, statistics_dtype

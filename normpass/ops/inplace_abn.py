@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels, kernels_for
+from normpass.kernels import kernels_for
+from normpass.kernels.contract import Kernels
 
 from .activation import activate_
 from .eager import eager_device

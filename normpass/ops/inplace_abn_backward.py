@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels
+from normpass.kernels.contract import Kernels
 
 from .activation import RULES, Activation, activation_backward, deactivate, is_invertible
 from .layout import check_like, memory_format_of, or_empty, statistics_dtype

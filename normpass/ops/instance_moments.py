@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels
+from normpass.kernels.contract import Kernels
 
 from .layout import check_input, statistics_dtype
 from .library import declare, is_exporting

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels, Running
+from normpass.kernels.contract import Kernels, Running
 
 from .layout import (
     check_input,

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels, Layout, kernels_for
+from normpass.kernels import kernels_for
+from normpass.kernels.contract import Kernels, Layout
 from normpass.kernels.masks import bytes_of_mask
 
 from .activation import activate_

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels
+from normpass.kernels.contract import Kernels
 from normpass.kernels.masks import gradient_by_mask, unpacked
 
 from .activation import activate, activation_backward

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Depthwise, InputNorm, Kernels, kernels_for
+from normpass.kernels import kernels_for
+from normpass.kernels.contract import Depthwise, InputNorm, Kernels
 
 from .depthwise_conv2d import (
     _depthwise_weight_gradient,

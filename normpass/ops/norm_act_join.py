@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import InputNorm, Kernels, kernels_for
+from normpass.kernels import kernels_for
+from normpass.kernels.contract import InputNorm, Kernels
 
 from .eager import eager_device
 from .layout import memory_format_of, new_result, statistics_dtype

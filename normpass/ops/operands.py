@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normpass.kernels import Kernels, Layout
+from normpass.kernels.contract import Kernels, Layout
 
 from .activation import RULES
 from .layout import statistics_dtype

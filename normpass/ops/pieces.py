@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels
+from normpass.kernels.contract import Kernels
 
 from .activation import RULES
 from .layout import check_input, is_dense_in_both, suggested_format

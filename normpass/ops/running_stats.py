@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from normpass.kernels import Kernels, Running
+from normpass.kernels.contract import Kernels, Running
 
 from .layout import STATISTICS_DTYPES
 from .library import declare

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels, kernels_for
+from normpass.kernels import kernels_for
+from normpass.kernels.contract import Kernels
 
 from .cat_norm_act import gradients_by_op, run_cat_norm_act
 from .cat_norm_act_backward import accumulate, new_total

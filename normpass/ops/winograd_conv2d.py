@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.kernels import Kernels, Winograd, kernels_for
+from normpass.kernels import kernels_for
+from normpass.kernels.contract import Kernels, Winograd
 
 from .eager import eager_device
 from .layout import convolution_format, memory_format_of

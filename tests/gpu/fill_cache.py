@@ -23,8 +23,8 @@ DTYPES = ("bfloat16", "float32", "float16", "float64")
 
 def fill(target: str) -> int:
     """How many entries are there now."""
-    from normpass.kernels.cuda_compiler import cache_folder, machine_code
-    from normpass.kernels.cuda_device import PROBE
+    from normpass.kernels.cuda.compiler import cache_folder, machine_code
+    from normpass.kernels.cuda.device import PROBE
 
     for variant in {PROBE: None, **dict.fromkeys(variants())}:
         machine_code(variant, target)
@@ -35,9 +35,9 @@ def variants() -> Iterator:
     """Every width of access in both layouts with ReLU, and every activation at the widest rows."""
     import torch
 
-    from normpass.kernels import ACTIVATIONS, Layout
-    from normpass.kernels.cuda_geometry import geometry
-    from normpass.kernels.cuda_variant import Variant
+    from normpass.kernels.contract import ACTIVATIONS, Layout
+    from normpass.kernels.cuda.geometry import geometry
+    from normpass.kernels.cuda.variant import Variant
 
     yield from (Variant("running_stats", (("NORMPASS_STORAGE", storage),)) for storage in ("float", "double"))
     for name, inner, width in itertools.product(DTYPES, (1, 16), (8, 4, 2, 1)):
@@ -53,8 +53,8 @@ def variants() -> Iterator:
 
 def of_shape(dtype, shape, activations) -> Iterator:
     from normpass.kernels.activations import RULES
-    from normpass.kernels.cuda_kernels import PIECES
-    from normpass.kernels.cuda_plans import Join, variant_of
+    from normpass.kernels.cuda.kernels import PIECES
+    from normpass.kernels.cuda.plans import Join, variant_of
 
     for source in ("moments", "add_statistics_gradient"):
         yield variant_of(source, dtype, shape)

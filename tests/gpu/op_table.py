@@ -11,8 +11,8 @@ from typing import Any
 import rows
 import torch
 
-from normpass.bench_kernels import bench_kernels
-from normpass.bench_layers import Case, bench_layer
+from normpass.bench.layers import Case, bench_layer
+from normpass.bench.ops import bench_kernels
 
 DEVICE = torch.device("cuda")
 ROUNDS = 10

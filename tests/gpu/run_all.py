@@ -85,7 +85,7 @@ def compile_cache() -> Stage:
 def tests() -> list[Stage]:
     """Everything in tests/gpu, and what elsewhere has `cuda` in its name and does not replace the GPU."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
-    others = [str(ROOT / "tests" / name) for name in ("ops", "kernels/test_cuda_library.py", "test_measure.py")]
+    others = [str(ROOT / "tests" / name) for name in ("ops", "kernels/test_cuda_library.py", "measure")]
     return [
         Stage("tests of the kernels", [*pytest, str(HERE)], 120),
         Stage("tests of the ops", [*pytest, "-k", "cuda", *others], 60),

@@ -19,8 +19,9 @@ sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 import cuda_checks as checks
 from cuda_checks import Site
 
-from normpass.kernels import Layout, Running, cuda_library
-from normpass.kernels.cuda_library import GuardedKernels
+from normpass.kernels.contract import Layout, Running
+from normpass.kernels.cuda import library as cuda_library
+from normpass.kernels.cuda.library import GuardedKernels
 
 LAYOUTS = (Layout(3000, 24, 1), Layout(700, 5, 1), Layout(40, 300, 1), Layout(9, 24, 8), Layout(300, 3, 49))
 

@@ -17,8 +17,8 @@ import rows
 import torch
 
 from normpass import measure, models
-from normpass.bench_networks import count_rebuilds
-from normpass.contenders import contender
+from normpass.bench.contenders import contender
+from normpass.bench.networks import count_rebuilds
 
 DEVICE = "cuda"
 ROUNDS = 12

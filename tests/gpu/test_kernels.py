@@ -13,8 +13,9 @@ import pytest
 import torch
 from cuda_checks import Site
 
-from normpass.kernels import ACTIVATIONS, Layout, Running, cuda_library
-from normpass.kernels.cuda_library import GuardedKernels
+from normpass.kernels.contract import ACTIVATIONS, Layout, Running
+from normpass.kernels.cuda import library as cuda_library
+from normpass.kernels.cuda.library import GuardedKernels
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)

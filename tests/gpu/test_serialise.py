@@ -1,4 +1,4 @@
-"""Serialised regions on a GPU give the numbers of the plain layers. Times: `normpass.bench_serialised`."""
+"""Serialised regions on a GPU give the numbers of the plain layers. Times: `normpass bench serialized`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from normpass.bench_serialised import SerialisedModel
+from normpass.bench.serialized import SerialisedModel
 from normpass.measure import peak_bytes
-from normpass.passes.serialize_norms import as_function
-from normpass.serial_norm import norm_act_with_moments, serial_norm_act_conv
+from normpass.passes.graph.serialize_norms import as_function
+from normpass.runtime.norm_blocks import norm_act_with_moments, serial_norm_act_conv
 
 
 def chain():

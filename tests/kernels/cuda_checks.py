@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normpass.kernels import InputNorm, Kernels, Layout, Running
 from normpass.kernels.activations import RULES
+from normpass.kernels.contract import InputNorm, Kernels, Layout, Running
 from normpass.kernels.masks import bytes_of_mask, packed, unpacked
 
 EPS = 1e-5

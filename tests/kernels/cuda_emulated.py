@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import normpass.kernels
-from normpass.kernels.cuda_driver import Launch
-from normpass.kernels.cuda_variant import Variant, packer, signature
+from normpass.kernels.cuda.driver import Launch
+from normpass.kernels.cuda.variant import Variant, packer, signature
 
 HERE = Path(__file__).parent
 SOURCES = Path(normpass.kernels.__file__).parent

@@ -11,7 +11,7 @@ import cuda_checks as checks
 import torch
 from cuda_checks import Site
 
-from normpass.kernels import Kernels, Layout
+from normpass.kernels.contract import Kernels, Layout
 
 SPECIAL = (torch.inf, -torch.inf, torch.nan)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from cuda_emulated import EmulatedDevice
 
-from normpass.kernels import cuda_compiler
-from normpass.kernels.cuda_variant import Variant, signature
+from normpass.kernels.cuda import compiler as cuda_compiler
+from normpass.kernels.cuda.variant import Variant, signature
 
 
 class Code(enum.IntEnum):

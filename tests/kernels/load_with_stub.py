@@ -14,8 +14,8 @@ import sys
 
 import torch
 
-from normpass.kernels import cuda_library
-from normpass.kernels.cuda_device import Gpus
+from normpass.kernels.cuda import library as cuda_library
+from normpass.kernels.cuda.device import Gpus
 
 
 @contextlib.contextmanager

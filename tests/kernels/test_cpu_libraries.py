@@ -10,7 +10,7 @@ from torch import nn
 
 import normpass
 from normpass import kernels
-from normpass.kernels import cpu_library
+from normpass.kernels.cpu import library as cpu_library
 
 NAMES = cpu_library.INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ("baseline",))
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-4}
@@ -18,7 +18,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-4}
 
 @pytest.fixture(params=NAMES)
 def library(request, monkeypatch):
-    path = Path(cpu_library.__file__).with_name(f"_cpu_{request.param}.so")
+    path = Path(cpu_library.__file__).with_name(f"_{request.param}.so")
     if not path.exists():
         pytest.skip(f"{path.name} was not built")
     loaded = cpu_library.CpuKernels(path)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from normpass.kernels import ACTIVATIONS, Layout, cpu_library
+from normpass.kernels.contract import ACTIVATIONS, Layout
+from normpass.kernels.cpu import library as cpu_library
 from normpass.ops.activation import is_invertible
 
 MOST = {"avx512": (6, 24), "avx2": (8, 40)}
@@ -76,7 +77,7 @@ def calls(kernels, memory_format):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", SETS)
 def test_no_loop_is_scalar(name, memory_format):
-    path = Path(cpu_library.__file__).with_name(f"_cpu_{name}.so")
+    path = Path(cpu_library.__file__).with_name(f"_{name}.so")
     if not path.exists():
         pytest.skip(f"{path.name} was not built")
     ops = calls(cpu_library.CpuKernels(path), memory_format)

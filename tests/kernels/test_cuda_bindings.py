@@ -17,9 +17,9 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, as torch for CUDA brings it")
 
-from normpass.kernels.cuda_calls import CudaError
-from normpass.kernels.cuda_compiler import machine_code
-from normpass.kernels.cuda_device import PROBE
+from normpass.kernels.cuda.calls import CudaError
+from normpass.kernels.cuda.compiler import machine_code
+from normpass.kernels.cuda.device import PROBE
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")

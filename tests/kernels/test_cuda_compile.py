@@ -16,12 +16,12 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, as torch for CUDA brings it")
 
-from normpass.kernels import ACTIVATIONS, Layout
-from normpass.kernels.cuda_compiler import compile_variant, supported_architectures
-from normpass.kernels.cuda_geometry import THREADS, geometry
-from normpass.kernels.cuda_kernels import PIECES
-from normpass.kernels.cuda_plans import Join, variant_of
-from normpass.kernels.cuda_variant import Variant
+from normpass.kernels.contract import ACTIVATIONS, Layout
+from normpass.kernels.cuda.compiler import compile_variant, supported_architectures
+from normpass.kernels.cuda.geometry import THREADS, geometry
+from normpass.kernels.cuda.kernels import PIECES
+from normpass.kernels.cuda.plans import Join, variant_of
+from normpass.kernels.cuda.variant import Variant
 
 SOURCES = (
     *("moments", "norm_act", "norm_act_backward", "inplace_abn_backward"),

@@ -17,9 +17,9 @@ import cuda_special as special
 from cuda_checks import Site
 from cuda_emulated import COMPILER, EmulatedDevice
 
-from normpass.kernels import ACTIVATIONS, Layout, Running
-from normpass.kernels.cuda_calls import CudaError
-from normpass.kernels.cuda_kernels import CudaKernels
+from normpass.kernels.contract import ACTIVATIONS, Layout, Running
+from normpass.kernels.cuda.calls import CudaError
+from normpass.kernels.cuda.kernels import CudaKernels
 from normpass.kernels.masks import bytes_of_mask
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run CUDA sources on the CPU")

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from normpass.kernels import Layout, cuda_compiler, cuda_library
-from normpass.kernels.cuda_compiler import machine_code
-from normpass.kernels.cuda_geometry import THREADS, geometry
-from normpass.kernels.cuda_variant import Variant
+from normpass.kernels.contract import Layout
+from normpass.kernels.cuda import compiler as cuda_compiler
+from normpass.kernels.cuda import library as cuda_library
+from normpass.kernels.cuda.compiler import machine_code
+from normpass.kernels.cuda.geometry import THREADS, geometry
+from normpass.kernels.cuda.variant import Variant
 
 RUNNING_STATS = Variant("running_stats", (("NORMPASS_STORAGE", "float"),))
 HUGE = Layout(256 * 112 * 112, 2048, 1)
@@ -59,7 +61,7 @@ def test_large_tensors_keep_the_gpu_busy(layout):
 
 def test_importing_does_no_work():
     script = (
-        "import sys, normpass.kernels.cuda_library, torch\n"
+        "import sys, normpass.kernels.cuda.library, torch\n"
         "assert 'cuda.bindings.nvrtc' not in sys.modules and not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

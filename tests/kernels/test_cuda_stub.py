@@ -22,9 +22,11 @@ from cuda_stub import Code, Stubs
 
 import normpass
 from normpass import kernels as normpass_kernels
-from normpass.kernels import Layout, Running, cuda_compiler, cuda_library
-from normpass.kernels.cuda_compiler import cache_folder, target_for
-from normpass.kernels.cuda_counters import SMALLEST_BLOCK, Counters
+from normpass.kernels.contract import Layout, Running
+from normpass.kernels.cuda import compiler as cuda_compiler
+from normpass.kernels.cuda import library as cuda_library
+from normpass.kernels.cuda.compiler import cache_folder, target_for
+from normpass.kernels.cuda.counters import SMALLEST_BLOCK, Counters
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run CUDA sources on the CPU")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normpass.kernels import Layout
+from normpass.kernels.contract import Layout
 from normpass.kernels.masks import bytes_of_mask, packed, unpacked
 
 LAYOUTS = [

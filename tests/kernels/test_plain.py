@@ -14,7 +14,8 @@ import cuda_checks as checks
 import cuda_special as special
 from cuda_checks import Site
 
-from normpass.kernels import ACTIVATIONS, Layout, Running, plain
+from normpass.kernels import plain
+from normpass.kernels.contract import ACTIVATIONS, Layout, Running
 
 LAYOUTS = (Layout(90, 100, 1), Layout(6, 3, 49), Layout(1, 7, 1))
 PIECES = {100: (64, *[2] * 18), 3: (1, 2), 7: (7,)}

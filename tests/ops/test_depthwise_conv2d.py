@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from normpass import kernels as library
-from normpass.kernels import cpu_depthwise
+from normpass.kernels.cpu import depthwise as cpu_depthwise
 from normpass.ops import depthwise_conv2d, depthwise_weight_gradient
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d, input_gradient_on
 

@@ -1,4 +1,4 @@
-"""`normpass.functional` without the dispatcher: when it is left out, and that it makes no difference."""
+"""`normpass.runtime.functional` without the dispatcher: when it is left out, and that it makes no difference."""
 
 import copy
 import gc
@@ -15,9 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normpass import notes
-from normpass.functional import FunctionalBatchNorm, fused_norm_act, inplace_abn, split_norm_act
 from normpass.ops.eager import eager_device
+from normpass.recipe import notes
+from normpass.runtime.functional import FunctionalBatchNorm, fused_norm_act, inplace_abn, split_norm_act
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

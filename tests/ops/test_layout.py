@@ -4,7 +4,7 @@ from normpass.ops import memory_format_of
 
 
 def test_three_dimensions_and_strides_that_are_neither():
-    """What ATen goes on with is compared for every input in `tests/test_strides.py`."""
+    """What ATen goes on with is compared for every input in `tests/whole/test_strides.py`."""
     x = torch.zeros(2, 3, 4, 5, 6)
     assert memory_format_of(x) is torch.contiguous_format
     assert memory_format_of(x.to(memory_format=torch.channels_last_3d)) is torch.channels_last_3d

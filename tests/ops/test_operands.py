@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from normpass import kernels, ops
-from normpass.functional import FunctionalBatchNorm, fused_norm_act
+from normpass.kernels.contract import Layout
 from normpass.ops import Activation
 from normpass.ops import norm_act_backward as norm_act_backward_op
 from normpass.ops.library import _on_device
 from normpass.ops.operands import can_run, layout_of
+from normpass.runtime.functional import FunctionalBatchNorm, fused_norm_act
 
 LEAKY = Activation("leaky_relu", (0.1,))
 NEEDS = (True, True, True, True)
@@ -169,9 +170,9 @@ def test_another_device_is_the_references_to_refuse(checked):
 
 def test_layouts_in_words():
     x = torch.zeros(2, 3, 4, 5)
-    assert layout_of(x, torch.contiguous_format) == kernels.Layout(2, 3, 20)
-    assert layout_of(x, torch.channels_last) == kernels.Layout(40, 3, 1)
-    assert layout_of(torch.zeros(7, 3), torch.contiguous_format) == kernels.Layout(7, 3, 1)
+    assert layout_of(x, torch.contiguous_format) == Layout(2, 3, 20)
+    assert layout_of(x, torch.channels_last) == Layout(40, 3, 1)
+    assert layout_of(torch.zeros(7, 3), torch.contiguous_format) == Layout(7, 3, 1)
 
 
 def test_switched_off_and_on_again(checked, make_site):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from normpass import kernels as library
-from normpass.kernels import cpu_winograd
+from normpass.kernels.cpu import winograd as cpu_winograd
 from normpass.ops import winograd_conv2d, winograd_weight_gradient
 
 pytestmark = pytest.mark.skipif(library.kernels_for("cpu") is None, reason="the vendor's convolutions run")

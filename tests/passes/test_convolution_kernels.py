@@ -9,12 +9,12 @@ from torch import nn
 from training import assert_same_step, collected
 
 import normpass
-from normpass.convolution import convolution_function
-from normpass.kernels.cpu_winograd import CpuWinograd
+from normpass.kernels.cpu.winograd import CpuWinograd
 from normpass.measure import kept_bytes
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d
 from normpass.ops.winograd_conv2d import WinogradConv2d
 from normpass.optimized import state_of
+from normpass.runtime.convolution import convolution_function
 
 
 class Inverted(nn.Module):

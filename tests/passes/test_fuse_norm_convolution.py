@@ -12,7 +12,7 @@ import normpass
 from normpass import kernels as library
 from normpass.measure import kept_bytes, peak_bytes
 from normpass.ops.norm_act_depthwise import NormActDepthwise
-from normpass.recipe import Rebuilds
+from normpass.recipe.recipes import Rebuilds
 
 pytestmark = pytest.mark.skipif(library.kernels_for("cpu") is None, reason="there are no kernels that could join them")
 
@@ -91,7 +91,7 @@ def test_nothing_is_rebuilt_and_less_is_kept(runs):
     assert kept_bytes(optimised, x) < 0.7 * kept_bytes(plain, x)
     apart = copy.deepcopy(optimised)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(normpass.convolution, "_joined_steps", lambda *args: None)
+        patch.setattr(normpass.runtime.convolution, "_joined_steps", lambda *args: None)
         assert kept_bytes(apart, x) == kept_bytes(optimised, x)
         peak = peak_bytes(apart, x)
     assert peak_bytes(optimised, x) < peak

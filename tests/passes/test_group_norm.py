@@ -10,7 +10,7 @@ from training import ConvNet, assert_equal, image, train
 
 import normpass
 from normpass.passes import GroupNorm
-from normpass.passes.group_norm import group_norm_from
+from normpass.passes.changes.group_norm import group_norm_from
 
 
 def by_hand(num_groups):

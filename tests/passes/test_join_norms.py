@@ -15,10 +15,10 @@ from training import image, spread
 
 import normpass
 from normpass import kernels
-from normpass.joins import JOINED, PREPARED, TWICE_JOINED
 from normpass.measure import kept_bytes
 from normpass.optimized import state_of
-from normpass.recipe import Rebuilds
+from normpass.recipe.recipes import Rebuilds
+from normpass.runtime.joins import JOINED, PREPARED, TWICE_JOINED
 
 
 @pytest.fixture(autouse=True)

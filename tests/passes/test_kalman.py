@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 
 import normpass
-from normpass.graph import path_of
+from normpass.graph.nodes import path_of
 from normpass.nn import KalmanNorm1d, KalmanNorm2d
 from normpass.nn.kalman import KALMAN_NORMS, kalman_norm
 from normpass.passes import Kalman, LeakyReLU

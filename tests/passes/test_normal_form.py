@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_facts import captured
+from captured import captured
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from training import step
 
 import normpass
-from normpass.fake_run import FakeInputs, facts_of
-from normpass.graph import name_of
+from normpass.analysis.fake_inputs import FakeInputs
+from normpass.analysis.fake_run import facts_of
+from normpass.graph.nodes import name_of
 from normpass.measure import kept_bytes
-from normpass.notes import recording
-from normpass.passes.normal_form import NormalForm, as_first, dropout, run_checkpoint
-from normpass.recipe import Rebuilds
+from normpass.passes.graph.normal_form import NormalForm, as_first, dropout, run_checkpoint
+from normpass.recipe.notes import recording
+from normpass.recipe.recipes import Rebuilds
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64)
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from training import assert_same_step, collected, step
 
 import normpass
-from normpass.functional import FunctionalBatchNorm, fused_norm_act, inplace_abn, split_norm_act
-from normpass.graph import name_of
+from normpass.graph.nodes import name_of
 from normpass.measure import kept_bytes
 from normpass.optimized import state_of
 from normpass.passes import InplaceABN, LeakyReLU, SplitBN
 from normpass.pipeline import Rewritten
-from normpass.rewrite import Match, Refusal
-from normpass.sites import Site
+from normpass.rewrite.contract import Match, Refusal
+from normpass.rewrite.sites import Site
+from normpass.runtime.functional import FunctionalBatchNorm, fused_norm_act, inplace_abn, split_norm_act
 
 
 def images(*shape: int) -> Tensor:

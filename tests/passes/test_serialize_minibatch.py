@@ -5,17 +5,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from serialising import NORMS, Serial, small_resnet
+from sub_batches import NORMS, Serial, small_resnet
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from training import assert_equal, image, train
 
 from normpass import measure
+from normpass.analysis.fake_inputs import FakeInputs
+from normpass.analysis.fake_run import facts_of
 from normpass.errors import InvalidInputError
-from normpass.fake_run import FakeInputs, facts_of
-from normpass.graph import give_keys
-from normpass.passes.serialize_minibatch import SerializeMinibatch
+from normpass.graph.nodes import give_keys
+from normpass.passes.graph.serialize_minibatch import SerializeMinibatch
 
 SHAPE = 7, 3, 16, 16
 

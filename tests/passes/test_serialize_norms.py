@@ -4,19 +4,19 @@ import copy
 
 import pytest
 import torch
-from serialising import Bottleneck
+from sub_batches import Bottleneck
 from torch import fx, nn
 from training import assert_equal, image, spread, train
 
 import normpass
-from normpass.functional import split_norm_act
-from normpass.graph import key_of
+from normpass.graph.nodes import key_of
 from normpass.measure import kept_bytes
-from normpass.notes import recording
-from normpass.passes.serialize_norms import SerializeNorms, as_function, tuned
+from normpass.passes.graph.serialize_norms import SerializeNorms, as_function, tuned
 from normpass.pipeline import Request, rewrite
-from normpass.serial_norm import merge_moments, norm_act_with_moments, serial_norm_act_conv
-from normpass.traffic import graph_of
+from normpass.recipe.notes import recording
+from normpass.runtime.functional import split_norm_act
+from normpass.runtime.norm_blocks import merge_moments, norm_act_with_moments, serial_norm_act_conv
+from normpass.serialize.traffic import graph_of
 
 KINDS = {
     "1x1": dict(kernel_size=1),
@@ -245,7 +245,7 @@ def test_trains_the_same_in_a_network(paths):
 
 def test_moments_are_taken_once(monkeypatch):
     """Of what is made block by block no norm takes the moments again."""
-    import normpass.functional as functional
+    import normpass.runtime.functional as functional
 
     counted = []
     original = functional.moments_with_update

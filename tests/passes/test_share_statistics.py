@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled import compile_with, quietly
-from nets.identity import Layout
+from identity import Layout
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training import assert_equal, assert_trains_alike, collected, image, reasons, rewrites, spread, train
 
 import normpass
 from normpass import kernels as library
-from normpass import sharing
-from normpass.functional import split_norm_act
 from normpass.measure import kept_bytes, peak_bytes
-from normpass.sharing import WITHOUT_RECIPE, producer_statistics, shared_norm_act
+from normpass.runtime import sharing
+from normpass.runtime.functional import split_norm_act
+from normpass.runtime.sharing import WITHOUT_RECIPE, producer_statistics, shared_norm_act
 
 
 class Layer(nn.Module):
@@ -141,7 +141,7 @@ class Moments:
 
     def __init__(self, monkeypatch):
         self.channels = self.concatenated = 0
-        functions = {"moments_with_update": (sharing, normpass.functional), "plain_norm_act": (sharing,)}
+        functions = {"moments_with_update": (sharing, normpass.runtime.functional), "plain_norm_act": (sharing,)}
         for name, modules in functions.items():
             for module in modules:
                 monkeypatch.setattr(module, name, self.counting(getattr(module, name)))

@@ -16,12 +16,12 @@ from training import image, spread
 import normpass
 from normpass import kernels
 from normpass.collect import captured_graphs
-from normpass.functional import FunctionalBatchNorm
 from normpass.measure import kept_bytes
 from normpass.optimized import state_of
 from normpass.pipeline import Request
-from normpass.recipe import Rebuilds
-from normpass.two_readers import TWICE
+from normpass.recipe.recipes import Rebuilds
+from normpass.runtime.functional import FunctionalBatchNorm
+from normpass.runtime.two_readers import TWICE
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,163 @@
+"""Depthwise convolutions of the CPU, and which of them there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from normpass.kernels.contract import InputNorm
+
+WIDTHS, STRIDES = (3, 5, 7), (1, 2)
+"""of the kernels, and from column to column: for these there are loops"""
+_STREAMED_BYTES = 1 << 23
+"""of a result that is written past the caches (`streamed_from` in `cpu/tile.h`)"""
+_WIDE_TYPES = (torch.float32, torch.float64)
+
+
+class CpuDepthwise:
+    """The `Depthwise` of the CPU."""
+
+    def __init__(
+        self,
+        convolve: Callable[..., int],
+        weight_gradient: Callable[..., int],
+        norm_act_backward: Callable[..., int],
+        dtypes: Mapping[torch.dtype, int],
+        activation: Callable[[str, Sequence[float]], tuple[int, float, float]],
+        threads: Callable[[Tensor], int],
+    ):
+        self._convolve, self._weight_gradient, self._backward = convolve, weight_gradient, norm_act_backward
+        self._dtypes, self._activation, self._threads = dtypes, activation, threads
+
+    def convolves(
+        self,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> bool:
+        if dtype not in _WIDE_TYPES or memory_format is not torch.channels_last:
+            return False
+        is_usual = all(0 <= p < k for p, k in zip(padding, kernel_size, strict=True))
+        return is_usual and kernel_size[1] in WIDTHS and stride[1] in STRIDES
+
+    def has_input_gradient(
+        self,
+        x: Tensor,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> bool:
+        pays = kernel_size[1] > 3 or x.numel() * x.element_size() >= _STREAMED_BYTES
+        return pays and self.convolves(x.dtype, memory_format, kernel_size, stride, padding)
+
+    def convolve(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        transposed: bool = False,
+        norm: InputNorm | None = None,
+    ) -> None:
+        status = self._convolve(
+            y.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            *self._norm(norm),
+            *x.shape,
+            *y.shape[2:],
+            *weight.shape[2:],
+            *stride,
+            *padding,
+            transposed,
+            self._dtypes[x.dtype],
+            self._threads(y if transposed else x),
+        )
+        assert status == 0, f"no loop for a kernel of {tuple(weight.shape[2:])} with a stride of {tuple(stride)}"
+
+    def has_weight_gradient(
+        self,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+    ) -> bool:
+        if kernel_size[1] not in WIDTHS or stride[1] not in STRIDES or dtype not in self._dtypes:
+            return False
+        return kernel_size[1] > 3 or memory_format is torch.channels_last  # in planes the vendor's does for 3
+
+    def weight_gradient(
+        self,
+        dweight: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        memory_format: torch.memory_format,
+    ) -> None:
+        status = self._weight_gradient(
+            dweight.data_ptr(),
+            grad.data_ptr(),
+            x.data_ptr(),
+            *x.shape,
+            *grad.shape[2:],
+            *dweight.shape[2:],
+            *stride,
+            *padding,
+            memory_format is torch.channels_last,
+            self._dtypes[x.dtype],
+            self._threads(x),
+        )
+        assert status == 0, f"no loop for a kernel of {tuple(dweight.shape[2:])} with a stride of {tuple(stride)}"
+
+    def norm_act_backward(
+        self,
+        dx: Tensor | None,
+        dnorm_weight: Tensor | None,
+        dnorm_bias: Tensor | None,
+        dweight: Tensor | None,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        norm: InputNorm,
+        batch_statistics: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+    ) -> None:
+        *pointers, eps, activation, first, second = self._norm(norm)
+        results = (None if t is None else t.data_ptr() for t in (dx, dnorm_weight, dnorm_bias, dweight))
+        status = self._backward(
+            *results,
+            grad.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            *pointers,
+            eps,
+            batch_statistics,
+            activation,
+            first,
+            second,
+            *x.shape,
+            *grad.shape[2:],
+            *weight.shape[2:],
+            *stride,
+            *padding,
+            self._dtypes[x.dtype],
+            self._threads(x),
+        )
+        assert status == 0, f"no loop for a kernel of {tuple(weight.shape[2:])} with a stride of {tuple(stride)}"
+
+    def _norm(self, norm: InputNorm | None) -> tuple[int | float | None, ...]:
+        if norm is None:
+            return None, None, None, None, 0.0, 0, 0.0, 0.0
+        values = (norm.weight, norm.bias, norm.mean, norm.var)
+        pointers = (None if t is None else t.data_ptr() for t in values)
+        return *pointers, norm.eps, *self._activation(norm.activation, norm.activation_args)

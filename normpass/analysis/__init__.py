@@ -1,0 +1,1 @@
+"""What is known of a captured graph before it is rewritten."""

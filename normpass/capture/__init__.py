@@ -1,0 +1,1 @@
+"""A module's forward as graphs: TorchDynamo, and what it gets wrong."""

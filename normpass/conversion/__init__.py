@@ -1,0 +1,1 @@
+"""Trained models as files that need neither normpass nor, for ONNX, torch."""

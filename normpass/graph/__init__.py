@@ -1,0 +1,1 @@
+"""torch.fx graphs: nodes, the operators that are known by name, concatenations."""

@@ -1,0 +1,194 @@
+"""The operators that the library knows by name: norms, activations, additions, concatenations, producers.
+
+One table for all: whoever recognises something in a graph asks here. What aliases, writes or saves is in no table:
+see `normpass.analysis.facts`.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from normpass.graph.nodes import bound, name_of
+from normpass.ops.activation import Activation
+
+BATCH_NORM = frozenset({F.batch_norm, torch.batch_norm})
+NORMS: dict[Any, str] = {
+    F.batch_norm: "batch_norm",
+    torch.batch_norm: "batch_norm",
+    F.instance_norm: "instance_norm",
+    torch.instance_norm: "instance_norm",
+    F.group_norm: "group_norm",
+    torch.group_norm: "group_norm",
+    F.layer_norm: "layer_norm",
+    torch.layer_norm: "layer_norm",
+    F.rms_norm: "rms_norm",
+    torch.rms_norm: "rms_norm",
+    F.local_response_norm: "local_response_norm",
+}
+CAT = frozenset({torch.cat, torch.concat, torch.concatenate})
+CONVOLUTIONS = frozenset(
+    {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+    | {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+    | {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
+)
+LINEAR = frozenset({F.linear})
+MAX_POOLS = frozenset({F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d})
+AVERAGE_POOLS = frozenset(
+    {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+    | {torch.adaptive_avg_pool1d}
+)
+_POOLS_WITH_STRIDE = MAX_POOLS | {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+
+# Dear or small: what they make is kept, unless a budget asks for it. (What multiplies matrices, draws random numbers
+# or belongs to an unknown library need not be named.)
+_PRODUCERS = frozenset(
+    "mean sum nansum amax amin max min prod norm std var std_mean var_mean logsumexp cumsum cumprod cummax cummin "
+    "sort argsort topk kthvalue median mode unique bincount histc unfold fold grid_sample ctc_loss cdist "
+    "scaled_dot_product_attention multi_head_attention_forward rnn_tanh lstm gru einsum bilinear embedding "
+    "embedding_bag cross_entropy nll_loss mse_loss roll convolution_function run_checkpoint".split()
+)
+
+# --- additions and the like -------------------------------------------------------------------------
+
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether `node` adds two values of the graph, nothing else (no `alpha`, no number)."""
+    if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+        return False
+    return all(isinstance(a, fx.Node) for a in node.args)
+
+
+def other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:
+    """The operand of the addition that is not `operand` (itself, where both are)."""
+    first, second = add.args
+    other = second if first is operand else first
+    assert isinstance(other, fx.Node)  # `is_add` has looked
+    return other
+
+
+def sums_in_place(add: fx.Node) -> bool:
+    """Whether the result of an addition has its first operand's dtype, as `a += b` has."""
+    return add.target in (operator.iadd, "add_")
+
+
+# --- activations ------------------------------------------------------------------------------------
+
+# function or method -> (name, the names of its arguments that the activation needs)
+_ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    F.relu: ("relu", ()),
+    torch.relu: ("relu", ()),
+    torch.relu_: ("relu", ()),
+    F.relu_: ("relu", ()),
+    F.relu6: ("relu6", ()),
+    F.hardtanh: ("hardtanh", ("min_val", "max_val")),
+    F.hardtanh_: ("hardtanh", ("min_val", "max_val")),
+    F.leaky_relu: ("leaky_relu", ("negative_slope",)),
+    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
+    F.elu: ("elu", ("alpha",)),
+    F.elu_: ("elu", ("alpha",)),
+    F.selu: ("selu", ()),
+    F.celu: ("celu", ("alpha",)),
+    F.silu: ("silu", ()),
+    F.gelu: ("gelu", ("approximate",)),
+    F.hardswish: ("hardswish", ()),
+    F.hardsigmoid: ("hardsigmoid", ()),
+    F.sigmoid: ("sigmoid", ()),
+    torch.sigmoid: ("sigmoid", ()),
+    torch.sigmoid_: ("sigmoid", ()),
+    F.tanh: ("tanh", ()),
+    torch.tanh: ("tanh", ()),
+    torch.tanh_: ("tanh", ()),
+    F.softplus: ("softplus", ("beta", "threshold")),
+    F.mish: ("mish", ()),
+}
+_ACTIVATION_METHODS = frozenset({"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"})
+_DEFAULTS = {
+    "min_val": -1.0,
+    "max_val": 1.0,
+    "negative_slope": 0.01,
+    "alpha": 1.0,
+    "approximate": "none",
+    "beta": 1.0,
+    "threshold": 20.0,
+}
+
+
+def activation_of(node: fx.Node) -> Activation | None:
+    """The activation that `node` applies to one tensor, in any spelling; None if it is none known."""
+    if node.op == "call_method":
+        plain = node.target in _ACTIVATION_METHODS and len(node.args) == 1 and not node.kwargs
+        return Activation(str(node.target).removesuffix("_")) if plain else None
+    known = _ACTIVATIONS.get(node.target) if node.op == "call_function" else None
+    if known is None or len(node.all_input_nodes) != 1 or "out" in node.kwargs:
+        return None
+    name, wanted = known
+    arguments = _activation_arguments(node, wanted)
+    if arguments is None:
+        return None
+    if name == "gelu":
+        return Activation("gelu_tanh" if arguments == ("tanh",) else "gelu")
+    if name == "relu6":
+        return Activation("hardtanh", (0.0, 6.0))
+    return Activation(name, tuple(float(a) for a in arguments))
+
+
+def _activation_arguments(node: fx.Node, wanted: tuple[str, ...]) -> tuple | None:
+    """The values of `wanted`, given by name or in that order after the input; built-ins have no signature."""
+    positional = dict(zip(wanted, node.args[1:], strict=False))
+    values = [node.kwargs.get(name, positional.get(name, _DEFAULTS[name])) for name in wanted]
+    return None if any(isinstance(v, fx.Node) for v in values) else tuple(values)
+
+
+# --- producers --------------------------------------------------------------------------------------
+
+
+def is_producer(node: fx.Node) -> bool:
+    """Whether what `node` makes is kept rather than made again, where no budget is named; by its name alone."""
+    name = name_of(node.target).removesuffix("_")
+    if "pool" in name:
+        return strides_of_pool(node) != {1}
+    return name in _PRODUCERS or node.target in CONVOLUTIONS or node.target in LINEAR
+
+
+def strides_of_pool(node: fx.Node) -> set[Any]:
+    """The strides of a pooling; its kernel size where no stride is given; none where it also returns indices."""
+    if node.target not in _POOLS_WITH_STRIDE or node.kwargs.get("return_indices", False):
+        return set()
+    kernel = node.kwargs.get("kernel_size", node.args[1] if len(node.args) > 1 else None)
+    stride = node.kwargs.get("stride", node.args[2] if len(node.args) > 2 else None)
+    if stride is None or stride == []:
+        stride = kernel
+    values = set(stride) if isinstance(stride, (tuple, list)) else {stride}
+    return set() if any(isinstance(v, fx.Node) for v in values) else values
+
+
+def producer_name(node: fx.Node) -> str:
+    """What a report calls the maker of a norm's input: `conv2d`, `cat`, `input`."""
+    return "input" if node.op == "placeholder" else name_of(node.target)
+
+
+__all__ = [
+    "AVERAGE_POOLS",
+    "BATCH_NORM",
+    "CAT",
+    "CONVOLUTIONS",
+    "LINEAR",
+    "MAX_POOLS",
+    "NORMS",
+    "activation_of",
+    "bound",
+    "is_add",
+    "is_producer",
+    "other_operand",
+    "producer_name",
+    "strides_of_pool",
+    "sums_in_place",
+]

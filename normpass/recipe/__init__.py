@@ -1,0 +1,1 @@
+"""What is not kept for backward and how it is made again."""

@@ -1,0 +1,242 @@
+"""Graph -> Sites: the only file that recognises a norm and what stands around it.
+
+A *site* is one normalisation with its producer, an optional residual input, its activation and the
+consumers of the result:
+
+    x = producer(…);  y = norm(x);  s = y + residual;  z = activation(s);  consumers(z)
+
+A norm that cannot be rewritten at all is a site too, with the reason in `refused`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from normpass.analysis.facts import Facts
+from normpass.graph.concatenation import dissolved, pieces_of
+from normpass.graph.nodes import bound, called, module_of, name_of
+from normpass.graph.operators import (
+    BATCH_NORM,
+    NORMS,
+    activation_of,
+    is_add,
+    other_operand,
+    producer_name,
+    sums_in_place,
+)
+from normpass.ops.activation import Activation
+from normpass.ops.layout import activated_format, memory_format_of
+
+IDENTITY = Activation("identity")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One normalisation with what stands around it."""
+
+    path: str
+    """dotted name of the norm's module, or that of the call"""
+    kind: str
+    """class of the norm's module, or the function that is called"""
+    norm: fx.Node
+    x: fx.Node | None
+    producer: str
+    """what makes x: `conv2d`, `cat`, `add`, …"""
+    residual: fx.Node | None
+    add: fx.Node | None
+    activation: Activation
+    out: fx.Node
+    """the last node of norm, add, activation: its value is z"""
+    written: fx.Node | None = None
+    """the later node that changes z in place, if any"""
+    gamma: Tensor | None = None
+    """the norm's weight, (C,), if it has one"""
+    refused: str | None = None
+    """why no rewrite may touch this norm"""
+    refused_at: tuple[str, ...] = ()
+    """the nodes that are the reason"""
+    cats: tuple[fx.Node, ...] = ()
+    """x and the concatenations in it that only norms read (see `normpass.graph.concatenation`); none if `not_shared`"""
+    not_shared: str | None = None
+    """why this norm cannot do with the pieces of a concatenation"""
+
+    @property
+    def pattern(self) -> str:
+        parts = [self.producer, self.kind]
+        parts += ["add"] if self.residual is not None else []
+        parts += [] if self.activation.name == "identity" else [self.activation.name]
+        return " → ".join(parts)
+
+
+def find_sites(
+    graph: fx.Graph,
+    facts: Facts,
+    values: Mapping[fx.Node, Any],
+    layers: Mapping[Any, str],
+    there_anyway: Collection[int],
+) -> tuple[Site, ...]:
+    """Every norm of the captured graph, in order.
+
+    Args:
+        there_anyway: the values that are kept or made again in backward without any rewrite: a norm takes only such
+            a residual, which it keeps.
+        values: the real inputs of the graph, by placeholder.
+        layers: functions that are norms of this library's own, with the reason why each is no site.
+    """
+    finder = _Finder(facts, values, layers, there_anyway)
+    sites = [finder.site(node) for node in graph.nodes if node.target in NORMS or node.target in layers]
+    norms = frozenset(site.norm for site in sites if _reads_pieces(site))
+    return tuple(finder.with_concatenations(site, norms) for site in sites)
+
+
+def _reads_pieces(site: Site) -> bool:
+    return site.refused is None and site.residual is None and site.written is None
+
+
+class _Finder:
+    def __init__(
+        self, facts: Facts, values: Mapping[fx.Node, Any], layers: Mapping[Any, str], there_anyway: Collection[int]
+    ):
+        self.facts, self.values, self.layers, self.there_anyway = facts, values, layers, there_anyway
+        saved = frozenset(v for step in facts.steps for v in step.saves)
+        self.doomed = saved & facts.overwritten  # backward is to raise, as it does without us
+
+    def site(self, norm: fx.Node) -> Site:
+        path, kind = module_of(norm)
+        known = kind is not None and kind.__module__ != "torch.nn.modules.container"
+        label = kind.__name__ if known and kind is not None else name_of(norm.target)
+        x = _input_of(norm)
+        producer = "?" if x is None else producer_name(x)
+        start = Site(called(norm) or path, label, norm, x, producer, None, None, IDENTITY, norm)
+        reason, at = self._refusal(norm, x)
+        if reason is not None:
+            return replace(start, refused=reason, refused_at=at)
+        add, residual = self._residual(norm, x)
+        activation, out = self._activation(add if add is not None else norm, x)
+        if residual is not None and self._would_move(norm, x, out):
+            add, residual = None, None
+            activation, out = self._activation(norm, x)
+        written = self.facts.writer_after(out, out)
+        arguments = bound(F.batch_norm, norm) or {}
+        weight = arguments.get("weight")
+        gamma = self.values.get(weight) if isinstance(weight, fx.Node) else None
+        return replace(start, residual=residual, add=add, activation=activation, out=out, written=written, gamma=gamma)
+
+    def with_concatenations(self, site: Site, norms: frozenset[fx.Node]) -> Site:
+        """The site with the concatenations that it can do without, `norms` being all that might."""
+        if site.x is None or site.refused is not None:
+            return site
+        cats = dissolved(site.x, norms | {site.norm})
+        if isinstance(cats, str):
+            return replace(site, not_shared=cats)
+        if not self.facts.are_in_one_mode(site.norm, *cats, *pieces_of(site.x, cats)):
+            return replace(site, not_shared="grad mode or autocast is switched behind its concatenation")
+        for piece in pieces_of(site.x, cats):
+            writer = self.facts.writer_after(piece, piece)
+            if writer is not None:
+                reason = f"a tensor of its concatenation is changed in place later, by `{called(writer)}`"
+                return replace(site, not_shared=reason)
+            if not self.facts.is_watched(piece):
+                reason = f"a tensor of its concatenation, `{called(piece)}`, may be changed by others before backward"
+                return replace(site, not_shared=reason)
+        return replace(site, cats=cats)
+
+    # --- the norm itself ---
+
+    def _refusal(self, norm: fx.Node, x: fx.Node | None) -> tuple[str | None, tuple[str, ...]]:
+        if norm.target in self.layers:
+            return self.layers[norm.target], ()
+        if norm.target not in BATCH_NORM:
+            return f"{NORMS[norm.target]} is not a batch norm", ()
+        if x is None:
+            return "it is not called with one tensor", ()
+        arguments = bound(F.batch_norm, norm)
+        if norm.target is not F.batch_norm or arguments is None:
+            return "it is not called as F.batch_norm is", ()
+        if not isinstance(arguments["training"], bool):
+            return "its `training` argument is computed", ()
+        if not all(self._is_number(arguments[name]) for name in ("eps", "momentum")):
+            return "its `eps` or `momentum` is computed", ()
+        writer = self.facts.writer_after(x, norm)
+        if writer is not None:
+            return f"its input is changed in place later, by `{called(writer)}`", (called(writer),)
+        return None, ()
+
+    def _is_number(self, argument: Any) -> bool:
+        """Whether it is a number, or one that has changed between two calls, which the graph reads at each."""
+        return isinstance(self.facts.results.get(argument, argument), (int, float))
+
+    # --- what follows ---
+
+    def _residual(self, norm: fx.Node, x: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None]:
+        """The addition that alone uses the norm's result, and its other operand; or (None, None)."""
+        if len(norm.users) != 1:
+            return None, None
+        add = next(iter(norm.users))
+        if not is_add(add):
+            return None, None
+        residual = other_operand(add, norm)
+        if residual is norm or self._is_norm_of_another_site(residual, norm):
+            return None, None
+        if not self.facts.are_in_one_mode(norm, add):
+            return None, None
+        if not isinstance(self.facts.results.get(residual), Tensor):
+            return None, None
+        into_residual = sums_in_place(add) and add.args[0] is not norm
+        if into_residual and not (residual.target in BATCH_NORM and len(residual.users) == 1):
+            return None, None  # it is the other operand that is written, and somebody else may see it
+        last = self._activation(add, x)[1] if into_residual else add  # what the site itself writes there is no more
+        if self.facts.writer_after(residual, last) is not None:
+            return None, None  # kept as the residual, it must not change later
+        value = self.facts.value_of(residual)
+        if value is not None and value not in self.there_anyway:
+            return None, None  # the sum is what is kept
+        if value is None and not self.facts.is_watched(residual):
+            return None, None  # somebody else may change it
+        return add, residual
+
+    def _is_norm_of_another_site(self, node: fx.Node, norm: fx.Node) -> bool:
+        """Of two norms added to each other the later one takes the other as its residual."""
+        return node.target in BATCH_NORM and len(node.users) == 1 and norm < node
+
+    def _activation(self, last: fx.Node, x: fx.Node | None) -> tuple[Activation, fx.Node]:
+        """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
+        user = next(iter(last.users)) if len(last.users) == 1 else None
+        activation = None if user is None else activation_of(user)
+        if user is None or activation is None or self.facts.value_of(user) in self.doomed:
+            return IDENTITY, last
+        if not self.facts.are_in_one_mode(last, user):
+            return IDENTITY, last
+        given = None if x is None else self.facts.results.get(x)
+        if self.facts.writer_after(last, last) is user and not _is_activated_alike(given):
+            return IDENTITY, last
+        return activation, user
+
+    def _would_move(self, norm: fx.Node, x: fx.Node | None, out: fx.Node) -> bool:
+        """Whether a norm that runs where its residual is added would pass somebody who sees what it reads or moves."""
+        if x is not None and self.facts.writer_after(x, norm, until=out) is not None:
+            return True
+        state = [node for node in norm.all_input_nodes if node is not x]
+        return self.facts.toucher_between(state, norm, out) is not None
+
+
+def _is_activated_alike(x: Any) -> bool:
+    """Whether an activation behind a norm of `x` lies alike in place and out of place."""
+    return not isinstance(x, Tensor) or (x.numel() > 0 and activated_format(x, "relu") is memory_format_of(x))
+
+
+def _input_of(norm: fx.Node) -> fx.Node | None:
+    """The node that a norm normalises; None where it is not called with one."""
+    x = norm.args[0] if norm.args else norm.kwargs.get("input")
+    return x if isinstance(x, fx.Node) else None
+
+
+input_of = _input_of
+
+
+__all__ = ["IDENTITY", "Site", "find_sites", "input_of"]

@@ -1,0 +1,1 @@
+"""Changes of the model's function, which are asked for by name."""

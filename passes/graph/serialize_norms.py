@@ -1,0 +1,232 @@
+"""norm → activation → conv → norm  ⇒  the same, one block after another  (between two barriers)
+
+    for every block b:  z_b = act(norm(x_b));  c_b = conv(z_b);  moments of c_b        then merged, for the next norm
+
+The exact form of mini-batch serialisation where norms are in train mode: each needs the moments of the whole batch
+before it can begin, so no region can span one. What is saved is memory traffic, not memory: x is read and c written
+once (`normpass.runtime.norm_blocks` has the algebra; arXiv 1807.01702 and 1810.00307). It runs on a graph in which
+`split_bn` has put `split_norm_act` at both norms; x is what is kept, as there.
+
+Never made by default: `optimize(model, serialize=SerializeNorms(paths=…))`. It is made where `paths` names the
+convolution, which is what `tuned` is for: it times the whole and the blocked form at the real shapes and says which
+block wins, or none. No prediction says that it wins: on a CPU with a last-level cache of 32 MiB the blocked form took
+0.9 to 1.4 times as long at ResNet-50's shapes, batch 16, float32
+(`tests/bench/results/bench_serialised_cpu_torch-2.15.0.json`); on a GPU it has not been measured yet.
+
+Refuses: a norm with a residual, one whose parameters or statistics something else sees, a result that something else
+reads too, a convolution with another padding than numbers, and one that no batch norm follows. Changes nothing but
+rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from normpass.errors import InvalidInputError
+from normpass.graph.nodes import bound, inherit, key_of
+from normpass.kernels import kernels_for
+from normpass.measure.step_time import wait_for
+from normpass.ops.moments import moments_with_update
+from normpass.recipe.notes import recording
+from normpass.rewrite.contract import Refusal, Semantics, is_alone
+from normpass.runtime.convolution import convolution_function
+from normpass.runtime.functional import FunctionalBatchNorm, split_norm_act
+from normpass.runtime.norm_blocks import norm_act_with_moments, serial_norm_act_conv
+
+_CONVOLUTIONS = frozenset(
+    {convolution_function, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+)
+BLOCKS = tuple(2**20 * mib for mib in (1, 2, 4, 8, 16, 32, 64))
+"""What `tuned` tries, in bytes."""
+
+
+Storages = Mapping[fx.Node, frozenset[int]]
+"""Where the results of nodes lie, from `normpass.analysis.facts`."""
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """The convolutions behind the norms of one graph."""
+
+    done: tuple[str, ...]
+    """those that run block by block"""
+    possible: tuple[str, ...]
+    """those that may be named, and are not"""
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class SerializeNorms:
+    block_bytes: int = 8 * 2**20
+    """what a block of the norm's input, of its result and of the convolution's result may take together"""
+    paths: Collection[str] = ()
+    """the convolutions that are run block by block: those at which that was measured to win"""
+    name: str = "serialize_norms"
+    semantics: Semantics = Semantics.EXACT
+
+    def __post_init__(self) -> None:
+        if self.block_bytes < 1:
+            raise InvalidInputError(f"`block_bytes` must be at least 1, it is {self.block_bytes}")
+        if isinstance(self.paths, str):
+            raise InvalidInputError(f'`paths` is a collection of names: paths=("{self.paths}",)')
+
+    def match(
+        self, graph: fx.Graph, storages: Storages, modes: Mapping[fx.Node, int]
+    ) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
+        """Names of the convolutions between two norms that may be run so, and why others behind a norm may not."""
+        found: list[str] = []
+        refusals: list[Refusal] = []
+        for node in graph.nodes:
+            conv = _convolution_behind(node)
+            if conv is None:
+                continue
+            reason = _reason_against(node, conv, storages, modes)
+            if reason is None:
+                found.append(key_of(conv))
+            else:
+                refusals.append(Refusal(self.name, key_of(conv), reason))
+        return tuple(found), tuple(refusals)
+
+    def apply(self, graph: fx.Graph, storages: Storages, modes: Mapping[fx.Node, int]) -> Blocked:
+        """Rewrite those of the matches that `paths` names."""
+        found, refusals = self.match(graph, storages, modes)
+        wanted = set(found) & set(self.paths)
+        chosen = [node for node in graph.nodes if node.target in _CONVOLUTIONS and key_of(node) in wanted]
+        for node in chosen:
+            _replace(graph, node, self.block_bytes)
+        done = tuple(key_of(node) for node in chosen)
+        return Blocked(done, tuple(path for path in found if path not in done), refusals)
+
+
+def _convolution_behind(node: fx.Node) -> fx.Node | None:
+    """The convolution that reads what the rewritten norm `node` returns, if there is one."""
+    if node.target is not split_norm_act:
+        return None
+    return next((user for user in node.users if user.target in _CONVOLUTIONS), None)
+
+
+def _reason_against(norm: fx.Node, conv: fx.Node, storages: Storages, modes: Mapping[fx.Node, int]) -> str | None:
+    if norm.args[2] is not None:
+        return "a residual is added behind the norm"
+    if len(norm.users) != 1:
+        return "the norm's result has other readers"
+    arguments = bound(convolution_function, conv)
+    if arguments is None or arguments["input"] is not norm:
+        return "it reads the norm's result as something other than its input"
+    if not all(_are_numbers(arguments[name]) for name in ("stride", "padding", "dilation", "groups")):
+        return f"its padding {arguments['padding']!r} is no number, or its stride or dilation is computed"
+    readers = list(conv.users)
+    if len(readers) != 1 or readers[0].target is not split_norm_act or readers[0].args[1] is not conv:
+        return "no batch norm alone reads its result"
+    if len({modes.get(node) for node in (norm, conv, readers[0])}) > 1:
+        return "grad mode or autocast is switched between the two norms"
+    call = norm.args[0]
+    if not isinstance(call, fx.Node) or not is_alone(call, storages):
+        return "something else sees the parameters or statistics of the norm, which would run later"
+    return None
+
+
+def _are_numbers(value: Any) -> bool:
+    return all(isinstance(v, int) for v in (value if isinstance(value, (tuple, list)) else (value,)))
+
+
+def _replace(graph: fx.Graph, conv: fx.Node, block_bytes: int) -> None:
+    """Put the blocked form where the norm, the convolution and the next norm's moments stood."""
+    convolution = bound(convolution_function, conv)
+    assert convolution is not None  # `_reason_against` has looked
+    norm = convolution.pop("input")
+    (behind,) = conv.users
+    if norm.target is norm_act_with_moments:  # the convolution before it is run block by block as well
+        arguments, x, moments, _, activation, activation_args, _ = norm.args
+    else:
+        arguments, x, _, activation, activation_args, _ = norm.args
+        moments = None
+    with graph.inserting_before(conv):
+        args = arguments, x, moments, activation, activation_args, block_bytes, *convolution.values()
+        call = graph.call_function(serial_norm_act_conv, args)
+        c = graph.call_function(operator.getitem, (call, 0))
+        of_c = graph.call_function(operator.getitem, (call, 1))
+    next_norm, _, residual, *others = behind.args
+    with graph.inserting_before(behind):
+        end = graph.call_function(norm_act_with_moments, (next_norm, c, of_c, residual, *others))
+    inherit(call, conv)
+    inherit(end, behind)
+    behind.replace_all_uses_with(end)
+    for node in (behind, conv, norm):
+        graph.erase_node(node)
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def tuned(
+    norm: nn.Module,
+    conv: nn.Module,
+    x: Tensor,
+    activation: str = "relu",
+    activation_args: Sequence[float] = (),
+    blocks: Sequence[int] = BLOCKS,
+    rounds: int = 5,
+) -> tuple[int | None, dict[int, float]]:
+    """The block with which norm, activation, convolution and moments are fastest, forward and backward.
+
+    Copies of the layers run on a detached `x`, whole and with every block of `blocks` (bytes), in turns.
+
+    Returns:
+        The block, None where the whole form is fastest; and the time of each block relative to the whole form, the
+        median of `rounds`.
+    """
+    norm, conv = copy.deepcopy(norm), copy.deepcopy(conv)
+    x = x.detach().requires_grad_()
+    runs: dict[int, Callable[[], float]] = {
+        block: partial(_seconds, norm, conv, x, activation, list(activation_args), block) for block in (0, *blocks)
+    }
+    times: dict[int, list[float]] = {block: [] for block in runs}
+    order = list(runs)
+    for turn in range(-1, rounds):
+        for block in order[turn % len(order) :] + order[: turn % len(order)]:
+            seconds = runs[block]()
+            if turn >= 0:
+                times[block].append(seconds)
+    whole = times.pop(0)
+    ratios = {b: statistics.median(t / w for t, w in zip(found, whole, strict=True)) for b, found in times.items()}
+    best = min(ratios, key=ratios.__getitem__, default=None)
+    return (best if best is not None and ratios[best] < 1 else None), ratios
+
+
+def _seconds(norm: Any, conv: Any, x: Tensor, activation: str, args: list[float], block: int) -> float:
+    """One forward and backward; `block` 0: whole."""
+    wait_for(x.device)
+    start = time.perf_counter()
+    with recording():
+        if block:
+            c, moments = serial_norm_act_conv(as_function(norm), x, None, activation, args, block, *_arguments(conv))
+        else:
+            z = split_norm_act(as_function(norm), x, None, activation, args)
+            c, moments = convolution_function(z, *_arguments(conv)), None
+        if moments is None:
+            moments_with_update(kernels_for(c.device.type), c, None)
+    torch.autograd.grad(c, [x, *conv.parameters(), *norm.parameters()], torch.ones_like(c))
+    wait_for(x.device)
+    return time.perf_counter() - start
+
+
+def as_function(norm: Any) -> FunctionalBatchNorm:
+    """The arguments of the call that a batch norm makes."""
+    mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return FunctionalBatchNorm(mean, var, weight, bias, norm.training, norm.momentum or 0.0, norm.eps)
+
+
+def _arguments(conv: Any) -> tuple[Any, ...]:
+    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups

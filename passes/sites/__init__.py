@@ -1,0 +1,1 @@
+"""Rewrites of a site: a norm with what stands around it."""
