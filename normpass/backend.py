@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,6 @@ from normpass.passes.graph.normal_form import (
     run_custom_function,
 )
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, decide_again, note_recipes, rewrite, will_differentiate
-from normpass.rewrite.choices import DEFAULT
 from normpass.runtime.functional import (
     finish_norm_act,
     fused_norm_act,
@@ -118,24 +117,24 @@ def compile_graph(
 def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> fx.GraphModule:
     """What the inner backend gets; the graph as it is where it cannot be rewritten."""
     plain = copy_graph(graph_module)
+    request = Request(winograd=bool(settings.winograd))
     try:
-        found = rewrite(graph_module, inputs, Request(winograd=bool(settings.winograd)))
+        found = rewrite(graph_module, inputs, request)
     except Exception as error:
         if is_raising():
             raise
         _log.warning("a graph of %d nodes runs as it is: %s: %s", len(plain.graph.nodes), type(error).__name__, error)
         return plain
-    decisions = DEFAULT
     if settings.memory_budget is not None:
         step = plan_graphs([found], settings.memory_budget)
         _log.info("%s", step)
-        decisions = step.decisions
-        found.again = decide_again(found, decisions)
+        request = replace(request, decisions=step.decisions)
+        found.again = decide_again(found, request.decisions)
     _log_choices(found)
     if settings.inner == "eager":
-        note_recipes(found, decisions)
+        note_recipes(found, request)
         return found.runs
-    _mark_recomputed(found, decisions.replayed, has_plain_norms(settings, device_of(inputs)))
+    _mark_recomputed(found, request.decisions.replayed, has_plain_norms(settings, device_of(inputs)))
     return found.graph_module
 
 

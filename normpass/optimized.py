@@ -281,7 +281,7 @@ def _compile(
     plain = copy_graph(graph_module)
     try:
         rewritten = rewrite(graph_module, inputs, state.request)
-        note_recipes(rewritten, state.request.decisions)
+        note_recipes(rewritten, state.request)
     except NormpassError:
         raise
     except Exception as error:

@@ -1,6 +1,8 @@
 """One captured graph -> the same graph rewritten: every step, in order, for `optimize` and `torch.compile` alike.
 
-graph ──normal form──► facts ──changes──► sites ──match──► choices ──apply──► facts ──plan──► notes ──join──► what runs
+    graph ─normal form─► facts ─changes─► sites ─match─► choices ─apply─► facts ─plan─► notes ─join─► what runs
+
+`rewrite` is all up to the plan, `note_recipes` the rest; both are read from top to bottom.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from normpass.analysis.minimum_cut import Possible, minimum_cut, needed_values, 
 from normpass.analysis.stand_ins import STAND_INS
 from normpass.graph.nodes import copy_graph, give_keys
 from normpass.nn import NORM_NODES
+from normpass.passes import ConvolutionKernels, SerializeMinibatch, SerializeNorms
 from normpass.passes.graph.normal_form import dropout
+from normpass.passes.graph.serialize_minibatch import Regions
+from normpass.passes.graph.serialize_norms import Blocked
 from normpass.rewrite.choices import DEFAULT, Choice, Decisions, choose_rewrites
+from normpass.rewrite.contract import ModelChange
 from normpass.rewrite.sites import find_sites
 from normpass.runtime.functional import batch_norm
 from normpass.runtime.sharing import WITHOUT_RECIPE
@@ -35,13 +41,12 @@ NOTES_ITSELF = frozenset({*WITHOUT_RECIPE, *NORM_NODES, dropout})
 class Request:
     """What was asked for."""
 
-    changes: tuple[Any, ...] = ()
+    changes: tuple[ModelChange, ...] = ()
     allow_lossy: bool = False
     winograd: bool = True
     """whether 3×3 convolutions may run as Winograd's on a CPU"""
     decisions: Decisions = DEFAULT
-    serialize: Any = None
-    """a `SerializeMinibatch` or a `SerializeNorms`"""
+    serialize: SerializeMinibatch | SerializeNorms | None = None
 
 
 @dataclass
@@ -63,10 +68,10 @@ class Rewritten:
     """name of a node whose result is made again -> what it calls"""
     convolutions: frozenset[str] = frozenset()
     """names of the convolutions that have kernels of ours on the CPU"""
-    regions: Any = None
+    regions: Regions | None = None
     """what runs sub-batch by sub-batch, and what does not and why"""
-    blocks: Any = None
-    """the `SerializeNorms` that was asked for, and once the graph runs what it did"""
+    blocks: Blocked | None = None
+    """what runs block by block, and what does not and why; once the graph runs"""
     keeps_gradients: bool = True
     ends: str = ""
     """why the graph ends where it does, where that is not the end of forward"""
@@ -74,37 +79,56 @@ class Rewritten:
 
 def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Request) -> Rewritten:
     """Rewrite a graph of Dynamo's in place. `inputs`: a tensor or number for every placeholder."""
-    graph = graph_module.graph
+    graph, fakes, decisions = graph_module.graph, FakeInputs(inputs), request.decisions
     give_keys(graph)
-    passes.NORMAL_FORM.before_facts(graph)
-    fakes = FakeInputs(inputs)
+    # What comes after knows one spelling of each thing, and nothing that nobody reads.
+    passes.SpellPlainly().apply(graph)
     plain = facts_of(graph_module, fakes)
-    if passes.NORMAL_FORM.without_unread(graph, plain):
+    if passes.DropUnread().apply(graph, plain):
         plain = facts_of(graph_module, fakes)
+    # What was asked for by name, before any norm is looked for.
     for change in request.changes:
         for region in _regions(graph_module):
             change.change_graph(region.graph)
             region.recompile()
-    has_changed = bool(request.changes) + passes.NORMAL_FORM.out_of_place(graph, plain)
+    has_changed = bool(request.changes) | bool(passes.WriteOutOfPlace().apply(graph, plain))
     facts = facts_of(graph_module, fakes) if has_changed else plain
-    serialize = request.serialize
-    regions = serialize.apply(graph, facts) if isinstance(serialize, passes.SerializeMinibatch) else None
+    regions = request.serialize.apply(graph, facts) if isinstance(request.serialize, SerializeMinibatch) else None
     if regions is not None and regions.groups:
         facts = facts_of(graph_module, fakes)
-    decisions = request.decisions
+    # Norms, then the convolutions that have kernels.
     choices = _rewrite_sites(graph, facts, inputs, request)
-    convolutions = set() if decisions.leaves_all else passes.CONVOLUTIONS.apply(graph, facts, request.winograd)
+    convolutions = set() if decisions.leaves_all else ConvolutionKernels(request.winograd).apply(graph, facts)
+    # All nodes are made: a minimum cut or a plan says which values are made again.
     graph.lint()
     facts = facts_of(graph_module, fakes, STAND_INS)
-    passes.CONVOLUTIONS.note_scratch(facts)
-    passes.TWO_READERS.note(facts)
+    ConvolutionKernels.note_scratch(facts)
+    passes.TwoReaders.note(facts)
     found = _possible(facts)
     again = frozenset() if decisions.leaves_all else _again(found, decisions)
     rewritten = Rewritten(graph_module, graph_module, choices, plain, found, again)
     rewritten.convolutions, rewritten.regions = frozenset(convolutions), regions
-    rewritten.blocks = serialize if isinstance(serialize, passes.SerializeNorms) else None
     rewritten.keeps_gradients, rewritten.ends = will_differentiate(inputs), _reason_of_break(graph_module)
     return rewritten
+
+
+def note_recipes(rewritten: Rewritten, request: Request) -> None:
+    """Let the graph that runs note what is made again, and join norms with the convolutions behind them."""
+    assert rewritten.found is not None
+    facts, graph, decisions = rewritten.found.facts, rewritten.graph_module.graph, request.decisions
+    rewritten.rebuilt = passes.RebuildValues(rewritten.again, decisions.replayed, NOTES_ITSELF).apply(graph, facts)
+    # From here on in a copy: what is planned and reported is the graph before.
+    copies: dict[fx.Node, fx.Node] = {}
+    runs = copy_graph(rewritten.graph_module, copies)
+    facts = facts.of_copy(copies)
+    if isinstance(request.serialize, SerializeNorms):
+        rewritten.blocks = request.serialize.apply(runs.graph, facts)
+    for joining in () if decisions.leaves_all else passes.JOINS:
+        joining.apply(runs.graph, facts)
+    for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):
+        node.target = batch_norm
+    runs.recompile()
+    rewritten.runs = runs
 
 
 def _regions(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
@@ -120,25 +144,6 @@ def _reason_of_break(graph_module: fx.GraphModule) -> str:
     frame = found.user_stack[-1] if found.user_stack else None
     lines = str(found.reason).strip().splitlines() or ["?"]
     return lines[0] if frame is None else f"{lines[0]} ({frame.filename}:{frame.lineno})"
-
-
-def note_recipes(rewritten: Rewritten, decisions: Decisions) -> None:
-    """Let the graph that runs note what is made again, and join norms with the convolutions behind them."""
-    assert rewritten.found is not None
-    facts, graph = rewritten.found.facts, rewritten.graph_module.graph
-    rewritten.rebuilt = passes.REBUILD.apply(graph, facts, rewritten.again, decisions.replayed, NOTES_ITSELF)
-    copies: dict[fx.Node, fx.Node] = {}
-    runs = copy_graph(rewritten.graph_module, copies)
-    if isinstance(rewritten.blocks, passes.SerializeNorms):
-        rewritten.blocks = rewritten.blocks.apply(runs.graph, facts.storages_in(copies), facts.modes_in(copies))
-    if not decisions.leaves_all:
-        passes.JOINS.apply(runs.graph, facts, copies)
-        passes.SHORTCUTS.apply(runs.graph, facts, copies)
-        passes.TWO_READERS.apply(runs.graph, facts, copies)
-    for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):
-        node.target = batch_norm
-    runs.recompile()
-    rewritten.runs = runs
 
 
 def will_differentiate(inputs: Iterable[Any]) -> bool:

@@ -1,6 +1,10 @@
-"""The passes over a captured graph, and their order: `normpass.pipeline` runs them.
+"""The passes over a captured graph: `normpass.pipeline` runs them, and has their order.
 
-Adding one: a file here, its test, a line below.
+    sites/     rewrites of a norm with what stands around it; the first of SITES that matches is taken
+    graph/     passes over a whole graph
+    changes/   changes of the model's function, asked for by name
+
+The contracts are in `normpass.rewrite.contract`. Adding one: a file in its folder, its test, a line below.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from normpass.passes.changes.sparse_switchable import SparseSwitchable
 from normpass.passes.graph.convolution_kernels import ConvolutionKernels
 from normpass.passes.graph.fuse_norm_convolution import FuseNormConvolution
 from normpass.passes.graph.join_norms import JoinNorms
-from normpass.passes.graph.normal_form import NormalForm
+from normpass.passes.graph.normal_form import DropUnread, SpellPlainly, WriteOutOfPlace
 from normpass.passes.graph.rebuild_values import RebuildValues
 from normpass.passes.graph.serialize_minibatch import SerializeMinibatch
 from normpass.passes.graph.serialize_norms import SerializeNorms
@@ -21,21 +25,20 @@ from normpass.passes.sites.fuse_norm_act import FuseNormAct
 from normpass.passes.sites.inplace_abn import InplaceABN
 from normpass.passes.sites.share_statistics import ShareStatistics
 from normpass.passes.sites.split_bn import SplitBN
-from normpass.rewrite.contract import Rewrite
+from normpass.rewrite.contract import GraphPass, ModelChange, SiteRewrite
 
-NORMAL_FORM = NormalForm()  # first: what comes after knows one spelling of each thing
-SITES: tuple[Rewrite, ...] = (  # the first that matches a site is taken
+SITES: tuple[SiteRewrite, ...] = (  # the first that matches a site is taken
     InplaceABN(),  # keeps one tensor and rebuilds nothing; lossy, so tried only when that is allowed
     ShareStatistics(),  # as SplitBN, without the concatenation and its moments
     SplitBN(),  # keeps one tensor exactly
     FuseNormAct(),  # where z cannot be rebuilt: still one tensor fewer than separate layers keep
 )
-CONVOLUTIONS = ConvolutionKernels()
-REBUILD = RebuildValues()  # after all that makes nodes: a plan says what is made again
-JOINS = FuseNormConvolution()  # of what runs: what is planned and reported is the graph before
-SHORTCUTS = JoinNorms()  # before TWO_READERS, which knows its joins too
-TWO_READERS = TwoReaders()  # after JOINS, which knows norms with one result
-CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
+JOINS: tuple[GraphPass[set[str]], ...] = (  # of what runs: what is planned and reported is the graph before
+    FuseNormConvolution(),  # first: it knows norms with one result
+    JoinNorms(),  # before TwoReaders, which knows its joins too
+    TwoReaders(),
+)
+CHANGES: dict[str, type[ModelChange]] = {  # option objects of `changes=`, by name
     "leaky_relu": LeakyReLU,
     "group_norm": GroupNorm,
     "kalman": Kalman,
@@ -44,14 +47,10 @@ CHANGES: dict[str, type] = {  # option objects of `changes=`, by name
 
 __all__ = [
     "CHANGES",
-    "CONVOLUTIONS",
     "JOINS",
-    "NORMAL_FORM",
-    "REBUILD",
-    "SHORTCUTS",
     "SITES",
-    "TWO_READERS",
     "ConvolutionKernels",
+    "DropUnread",
     "FuseNormAct",
     "FuseNormConvolution",
     "GroupNorm",
@@ -59,12 +58,13 @@ __all__ = [
     "JoinNorms",
     "Kalman",
     "LeakyReLU",
-    "NormalForm",
     "RebuildValues",
     "SerializeMinibatch",
     "SerializeNorms",
     "ShareStatistics",
     "SparseSwitchable",
+    "SpellPlainly",
     "SplitBN",
     "TwoReaders",
+    "WriteOutOfPlace",
 ]

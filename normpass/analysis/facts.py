@@ -8,10 +8,12 @@ graph are no values: they exist anyway. `normpass.analysis.fake_run` finds all t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from torch import fx
+
+V = TypeVar("V")
 
 
 @dataclass
@@ -111,13 +113,16 @@ class Facts:
         """The value that the result of `node` lies in as it returns it; None for an input of the graph."""
         return self.values.get(node)
 
-    def storages_in(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, frozenset[int]]:
-        """`storages` of a copy of the graph, whose nodes are the values of `copies`."""
-        return {copies[node]: there for node, there in self.storages.items() if node in copies}
-
-    def modes_in(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, int]:
-        """`modes` of a copy of the graph, whose nodes are the values of `copies`."""
-        return {copies[node]: mode for node, mode in self.modes.items() if node in copies}
+    def of_copy(self, copies: Mapping[fx.Node, fx.Node]) -> Facts:
+        """The same about a copy of the graph, whose nodes are the values of `copies`; others stay as they are."""
+        return replace(
+            self,
+            steps=[replace(step, node=copies.get(step.node, step.node)) for step in self.steps],
+            results=_renamed(self.results, copies),
+            storages=_renamed(self.storages, copies),
+            modes=_renamed(self.modes, copies),
+            values=_renamed(self.values, copies),
+        )
 
     def are_in_one_mode(self, *nodes: fx.Node) -> bool:
         """Whether nothing switches grad mode, autocast or the like between the first and the last of `nodes`."""
@@ -155,6 +160,10 @@ class Facts:
             if is_later:
                 yield step
             is_later = is_later or step.node is after
+
+
+def _renamed(about: Mapping[fx.Node, V], copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, V]:
+    return {copies.get(node, node): what for node, what in about.items()}
 
 
 SMALL = 1 << 16

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from normpass.rewrite.contract import Match, Refusal, Rewrite, Semantics
+from normpass.rewrite.contract import Match, Refusal, Semantics, SiteRewrite
 from normpass.rewrite.sites import Site
 
 
@@ -52,14 +52,14 @@ class Choice:
 
 
 def choose_rewrites(
-    sites: Sequence[Site], rewrites: Sequence[Rewrite], allow_lossy: bool, decisions: Decisions = DEFAULT
+    sites: Sequence[Site], rewrites: Sequence[SiteRewrite], allow_lossy: bool, decisions: Decisions = DEFAULT
 ) -> tuple[Choice, ...]:
     """The first rewrite that matches, or the one decided on, site by site; lossy ones only where they are allowed."""
     allowed = [r for r in rewrites if r.semantics is Semantics.EXACT or allow_lossy]
     return tuple(_choose(site, _wanted(site, allowed, decisions)) for site in sites)
 
 
-def _wanted(site: Site, allowed: Sequence[Rewrite], decisions: Decisions) -> Sequence[Rewrite]:
+def _wanted(site: Site, allowed: Sequence[SiteRewrite], decisions: Decisions) -> Sequence[SiteRewrite]:
     if decisions.leaves_all:
         return ()
     if site.path not in decisions.rewrites:
@@ -67,7 +67,7 @@ def _wanted(site: Site, allowed: Sequence[Rewrite], decisions: Decisions) -> Seq
     return [r for r in allowed if r.name == decisions.rewrites[site.path]]
 
 
-def _choose(site: Site, rewrites: Sequence[Rewrite]) -> Choice:
+def _choose(site: Site, rewrites: Sequence[SiteRewrite]) -> Choice:
     if site.refused is not None:
         return Choice(site, None, (Refusal("any", site.path, site.refused, site.refused_at),))
     refusals: list[Refusal] = []

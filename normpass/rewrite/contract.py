@@ -1,11 +1,12 @@
-"""The contract of a rewrite.
+"""The contracts of what rewrites a graph. Each is a frozen dataclass in a file of `passes/`.
 
-A rewrite is a frozen dataclass with a `name`, its `semantics`, and two methods:
+    SiteRewrite   match(site) -> Match | Refusal      pure; looks, changes nothing
+                  apply(graph, match)                 rewrites the nodes of that site
+    GraphPass     apply(graph, facts) -> changed      rewrites a whole graph, and says what it changed
+    ModelChange   change_modules(model) -> replaced   another function, by other layers
+                  change_graph(graph)                 and by other nodes
 
-    match(site) -> Match | Refusal       pure; looks, changes nothing
-    apply(graph, match)                  rewrites the nodes of that site
-
-`passes/` holds one a file. A Refusal is data and is shown in the report: nothing is skipped silently.
+A Refusal is data, names the nodes that are the reason, and is shown in the report: nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar
 
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
+from normpass.analysis.facts import Facts
 from normpass.graph.nodes import bound, called, inherit
 from normpass.graph.operators import other_operand, sums_in_place
 from normpass.rewrite.sites import Site, input_of
@@ -56,9 +58,8 @@ class Refusal:
     """names of the nodes that are the reason, as `normpass.graph.nodes.key_of` has them"""
 
 
-@runtime_checkable
-class Rewrite(Protocol):
-    """What `passes/` provides."""
+class SiteRewrite(Protocol):
+    """How the nodes of one norm, with what stands around it, are replaced."""
 
     @property
     def name(self) -> str: ...
@@ -66,9 +67,42 @@ class Rewrite(Protocol):
     @property
     def semantics(self) -> Semantics: ...
 
-    def match(self, site: Site) -> Match | Refusal: ...
+    def match(self, site: Site) -> Match | Refusal:
+        """Whether it applies; changes nothing."""
 
-    def apply(self, graph: fx.Graph, match: Match) -> None: ...
+    def apply(self, graph: fx.Graph, match: Match) -> None:
+        """Rewrite the nodes of that site."""
+
+
+Changed = TypeVar("Changed", covariant=True)
+
+
+class GraphPass(Protocol[Changed]):
+    """A pass over a whole graph."""
+
+    @property
+    def name(self) -> str: ...
+
+    def apply(self, graph: fx.Graph, facts: Facts) -> Changed:
+        """Rewrite `graph`, which `facts` are about, in place; what it changed: names of nodes, or more."""
+
+
+class ModelChange(Protocol):
+    """What `changes=` takes: another function of the model, asked for by name."""
+
+    @property
+    def applies_to_graph(self) -> bool:
+        """Whether `change_graph` does anything."""
+
+    @property
+    def changes_eval(self) -> bool:
+        """Whether `change_graph` is needed in eval mode, too."""
+
+    def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Put other layers into `model`; path -> the layer that stood there."""
+
+    def change_graph(self, graph: fx.Graph) -> None:
+        """Rewrite a captured graph in place."""
 
 
 def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool = True) -> fx.Node:

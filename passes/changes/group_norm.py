@@ -31,6 +31,7 @@ class GroupNorm:
     channels at least (of a norm over one channel: one), or on a 1×1 map it would be one value, its own mean"""
 
     applies_to_graph: ClassVar[bool] = False
+    changes_eval: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.num_groups, bool) or not isinstance(self.num_groups, int) or self.num_groups < 1:

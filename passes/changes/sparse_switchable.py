@@ -28,6 +28,7 @@ class SparseSwitchable:
     """Option object of `changes=`."""
 
     applies_to_graph: ClassVar[bool] = False
+    changes_eval: ClassVar[bool] = False
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Replace every BatchNorm of `model`; returns path -> the layer that stood there."""

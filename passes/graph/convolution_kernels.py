@@ -28,21 +28,24 @@ _FUNCTIONS = (F.conv2d, torch.conv2d)
 
 @dataclass(frozen=True)
 class ConvolutionKernels:
+    winograd: bool = True
+    """those of 3×3 as well"""
     name: str = "convolution_kernels"
 
-    def apply(self, graph: fx.Graph, facts: Facts, winograd: bool = True) -> set[str]:
-        """Rewrite `graph` in place, with `winograd` those of 3×3 as well; the names of the new nodes."""
+    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
+        """Rewrite `graph` in place; the names of the new nodes."""
         names = set()
         for node in list(graph.nodes):
             arguments = bound(convolution_function, node) if node.target in _FUNCTIONS else None
-            if arguments is None or not _has_kernels(arguments, facts.results.get(arguments["weight"]), winograd):
+            if arguments is None or not _has_kernels(arguments, facts.results.get(arguments["weight"]), self.winograd):
                 continue
             with graph.inserting_before(node):
                 new = graph.call_function(convolution_function, node.args, node.kwargs)
             names.add(replace_node(graph, node, new).name)
         return names
 
-    def note_scratch(self, facts: Facts) -> None:
+    @staticmethod
+    def note_scratch(facts: Facts) -> None:
         """Unlike the vendor's, our kernels for 3×3 take no copies of their arguments in backward."""
         for step in facts.steps:
             if step.target is not convolution_function:

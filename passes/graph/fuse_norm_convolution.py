@@ -32,20 +32,20 @@ _NORMS = (split_norm_act, fused_norm_act)
 class FuseNormConvolution:
     name: str = "fuse_norm_convolution"
 
-    def apply(self, graph: fx.Graph, facts: Facts, copies: Mapping[fx.Node, fx.Node]) -> set[str]:
-        """Rewrite `graph` in place; the names of the new nodes. It is a copy of the graph that `facts` are about."""
-        results = {copies[node]: result for node, result in facts.results.items() if node in copies}
-        storages, modes = facts.storages_in(copies), facts.modes_in(copies)
+    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
+        """Rewrite `graph` in place; the names of the new nodes."""
         names = set()
         for node in list(graph.nodes):
             arguments = bound(convolution_function, node) if node.target is convolution_function else None
             norm = None if arguments is None else arguments["input"]
             if not isinstance(norm, fx.Node) or norm.target not in _NORMS or list(norm.users) != [node]:
                 continue
-            if modes.get(norm) != modes.get(node):
+            if facts.modes.get(norm) != facts.modes.get(node):
                 continue
             call, x, residual, *activation = cast("tuple[Any, ...]", norm.args[:5])
-            if residual is not None or not _is_depthwise(arguments, results) or not is_alone(call, storages):
+            if residual is not None or not _is_depthwise(arguments, facts.results):
+                continue
+            if not is_alone(call, facts.storages):
                 continue
             assert arguments is not None
             options = [arguments[name] for name in ("weight", "bias", "stride", "padding", "dilation", "groups")]

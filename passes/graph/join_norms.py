@@ -11,7 +11,6 @@ read too late. Changes nothing, not even rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +25,15 @@ from normpass.runtime.joins import JOINED, PREPARED
 class JoinNorms:
     name: str = "join_norms"
 
-    def apply(self, graph: fx.Graph, facts: Facts, copies: Mapping[fx.Node, fx.Node]) -> set[str]:
-        """Rewrite `graph` in place; the names of the joins.
-
-        Args:
-            copies: a node that `facts` know -> that of `graph`.
-        """
+    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
+        """Rewrite `graph` in place; the names of the joins."""
         read = {v for step in facts.steps for v in step.saves}
-        steps = {copies.get(step.node): step for step in facts.steps}
-        modes, names = facts.modes_in(copies), set()
+        steps, names = facts.step_of(), set()
         for node in graph.nodes:
             residual = _residual(node)
             if residual is None or not _is_private(steps.get(residual), facts, read):
                 continue
-            if modes.get(residual) != modes.get(node):
+            if facts.modes.get(residual) != facts.modes.get(node):
                 continue
             if node.target is split_norm_act and residual.target is fused_norm_act:
                 continue

@@ -37,40 +37,63 @@ _CUSTOM_FUNCTION = "autograd_function_apply"
 
 
 @dataclass(frozen=True)
-class NormalForm:
-    name: str = "normal_form"
+class SpellPlainly:
+    """Dropout, cumulative averages, checkpoints and custom functions, each as one call that the facts can follow."""
 
-    def before_facts(self, graph: fx.Graph) -> None:
-        """What needs no facts."""
+    name: str = "spell_plainly"
+
+    def apply(self, graph: fx.Graph, facts: Facts | None = None) -> set[str]:
+        """Rewrite `graph` in place, of which nothing is known yet; the names of the nodes that were replaced."""
+        names = set()
         for node in list(graph.nodes):
             if node.target is F.dropout:
                 _simplify_dropout(graph, node)
             elif node.target is cumulative_batch_norm:
                 _expand_cumulative(graph, node)
             elif node.op == "call_function" and name_of(node.target) == _CHECKPOINT:
-                with graph.inserting_before(node):
-                    new = graph.call_function(run_checkpoint, node.args, node.kwargs)
-                replace_node(graph, node, new)
+                _call_instead(graph, node, run_checkpoint)
             elif name_of(node.target) == _CUSTOM_FUNCTION and "saved_for_backward_idx" in node.kwargs:
                 _take_out_grad_modes(node.args[1])
-                with graph.inserting_before(node):
-                    new = graph.call_function(run_custom_function, node.args, node.kwargs)
-                replace_node(graph, node, new)
+                _call_instead(graph, node, run_custom_function)
+            else:
+                continue
+            names.add(node.name)
+        return names
 
-    def without_unread(self, graph: fx.Graph, facts: Facts) -> bool:
-        """Take out what computes tensors that nobody reads, and does nothing else; whether there was any."""
+
+@dataclass(frozen=True)
+class DropUnread:
+    """Without what computes tensors that nobody reads, and does nothing else."""
+
+    name: str = "drop_unread"
+
+    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
+        """Rewrite `graph` in place; the names of the nodes that are gone."""
         found = [step.node for step in reversed(facts.steps) if _only_computes(step, facts)]
-        unread = [node for node in found if not node.users and graph.erase_node(node) is None]
-        return bool(unread)
+        return {node.name for node in found if not node.users and graph.erase_node(node) is None}
 
-    def out_of_place(self, graph: fx.Graph, facts: Facts) -> int:
-        """Write out of place what autograd would copy; how many nodes that were."""
+
+@dataclass(frozen=True)
+class WriteOutOfPlace:
+    """What autograd would copy before it is overwritten is not overwritten."""
+
+    name: str = "write_out_of_place"
+
+    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
+        """Rewrite `graph` in place; the names of the nodes that were replaced."""
         saved = {v for step in facts.steps for v in step.saves}
         copying = (step for step in facts.steps if step.copies and not saved & facts.overwritten & set(step.reads))
         found = [step.node for step in copying if _nobody_sees_it(step, facts) and _lies_as_first(step.node, facts)]
+        names = {node.name for node in found}
         for node in found:
             _write_elsewhere(graph, node)
-        return len(found)
+        return names
+
+
+def _call_instead(graph: fx.Graph, node: fx.Node, function: Callable) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(function, node.args, node.kwargs)
+    replace_node(graph, node, new)
 
 
 def _only_computes(step: Step, facts: Facts) -> bool:

@@ -30,19 +30,18 @@ from normpass.runtime.sharing import WITHOUT_RECIPE
 
 @dataclass(frozen=True)
 class RebuildValues:
+    again: Collection[int]
+    """the values that are made again"""
+    replayed: Collection[str]
+    """keys of the poolings that look for their maxima again"""
+    itself: Collection[Any]
+    """functions that note their results themselves"""
     name: str = "rebuild_values"
 
-    def apply(
-        self, graph: fx.Graph, facts: Facts, again: Collection[int], replayed: Collection[str], itself: Collection[Any]
-    ) -> dict[str, str]:
-        """Rewrite `graph` in place; name -> function, of the nodes whose results are made again.
-
-        Args:
-            again: the values that are made again.
-            replayed: keys of the poolings that look for their maxima again.
-            itself: functions that note their results themselves.
-        """
-        chosen = [(step, _function(step, facts, again, replayed, itself)) for step in facts.steps]
+    def apply(self, graph: fx.Graph, facts: Facts) -> dict[str, str]:
+        """Rewrite `graph` in place; name -> function, of the nodes whose results are made again."""
+        again = self.again
+        chosen = [(step, _function(step, facts, again, self.replayed, self.itself)) for step in facts.steps]
         names: dict[str, str] = {}
         for step, function in chosen:  # only now: the facts are about the nodes that there were
             node, is_again = step.node, any(v in again for v in step.makes)

@@ -24,7 +24,7 @@ import copy
 import operator
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from normpass.analysis.facts import Facts
 from normpass.errors import InvalidInputError
 from normpass.graph.nodes import bound, inherit, key_of
 from normpass.kernels import kernels_for
@@ -49,10 +50,6 @@ _CONVOLUTIONS = frozenset(
 )
 BLOCKS = tuple(2**20 * mib for mib in (1, 2, 4, 8, 16, 32, 64))
 """What `tuned` tries, in bytes."""
-
-
-Storages = Mapping[fx.Node, frozenset[int]]
-"""Where the results of nodes lie, from `normpass.analysis.facts`."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,7 @@ class SerializeNorms:
         if isinstance(self.paths, str):
             raise InvalidInputError(f'`paths` is a collection of names: paths=("{self.paths}",)')
 
-    def match(
-        self, graph: fx.Graph, storages: Storages, modes: Mapping[fx.Node, int]
-    ) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
+    def match(self, graph: fx.Graph, facts: Facts) -> tuple[tuple[str, ...], tuple[Refusal, ...]]:
         """Names of the convolutions between two norms that may be run so, and why others behind a norm may not."""
         found: list[str] = []
         refusals: list[Refusal] = []
@@ -91,16 +86,16 @@ class SerializeNorms:
             conv = _convolution_behind(node)
             if conv is None:
                 continue
-            reason = _reason_against(node, conv, storages, modes)
+            reason = _reason_against(node, conv, facts)
             if reason is None:
                 found.append(key_of(conv))
             else:
-                refusals.append(Refusal(self.name, key_of(conv), reason))
+                refusals.append(Refusal(self.name, key_of(conv), reason, (conv.name,)))
         return tuple(found), tuple(refusals)
 
-    def apply(self, graph: fx.Graph, storages: Storages, modes: Mapping[fx.Node, int]) -> Blocked:
+    def apply(self, graph: fx.Graph, facts: Facts) -> Blocked:
         """Rewrite those of the matches that `paths` names."""
-        found, refusals = self.match(graph, storages, modes)
+        found, refusals = self.match(graph, facts)
         wanted = set(found) & set(self.paths)
         chosen = [node for node in graph.nodes if node.target in _CONVOLUTIONS and key_of(node) in wanted]
         for node in chosen:
@@ -116,7 +111,7 @@ def _convolution_behind(node: fx.Node) -> fx.Node | None:
     return next((user for user in node.users if user.target in _CONVOLUTIONS), None)
 
 
-def _reason_against(norm: fx.Node, conv: fx.Node, storages: Storages, modes: Mapping[fx.Node, int]) -> str | None:
+def _reason_against(norm: fx.Node, conv: fx.Node, facts: Facts) -> str | None:
     if norm.args[2] is not None:
         return "a residual is added behind the norm"
     if len(norm.users) != 1:
@@ -129,10 +124,10 @@ def _reason_against(norm: fx.Node, conv: fx.Node, storages: Storages, modes: Map
     readers = list(conv.users)
     if len(readers) != 1 or readers[0].target is not split_norm_act or readers[0].args[1] is not conv:
         return "no batch norm alone reads its result"
-    if len({modes.get(node) for node in (norm, conv, readers[0])}) > 1:
+    if len({facts.modes.get(node) for node in (norm, conv, readers[0])}) > 1:
         return "grad mode or autocast is switched between the two norms"
     call = norm.args[0]
-    if not isinstance(call, fx.Node) or not is_alone(call, storages):
+    if not isinstance(call, fx.Node) or not is_alone(call, facts.storages):
         return "something else sees the parameters or statistics of the norm, which would run later"
     return None
 

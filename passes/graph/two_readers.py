@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,8 @@ _TWICE = TWICE | TWICE_JOINED
 class TwoReaders:
     name: str = "two_readers"
 
-    def note(self, facts: Facts) -> None:
+    @staticmethod
+    def note(facts: Facts) -> None:
         """Let `facts` know of which results two gradients will be in memory at one time."""
         kernels = kernels_for(facts.device)
         if kernels is None or not kernels.adds_gradients:
@@ -46,21 +46,16 @@ class TwoReaders:
                 is_read_twice and _is_private(node, facts) and gradients[getattr(result, "grad_fn", None)] == 2
             )
 
-    def apply(self, graph: fx.Graph, facts: Facts, copies: Mapping[fx.Node, fx.Node]) -> set[str]:
-        """Rewrite `graph` in place; the names of the new nodes.
-
-        Args:
-            copies: a node that `facts` know -> that of `graph`.
-        """
+    def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
+        """Rewrite `graph` in place; the names of the new nodes."""
         if not any(node.target in _TWICE for node in graph.nodes):
             return set()
         gradients, present = _gradients(facts), set(graph.nodes)
         names = set()
-        for known, result in facts.results.items():
-            node = copies.get(known)
-            if node not in present or node is None or node.target not in _TWICE or len(node.users) != 2:
+        for node, result in facts.results.items():
+            if node not in present or node.target not in _TWICE or len(node.users) != 2:
                 continue
-            if _is_private(known, facts) and gradients[function_of(result)] == 2:
+            if _is_private(node, facts) and gradients[function_of(result)] == 2:
                 names.add(_hand_out_twice(graph, node).name)
         return names
 

@@ -19,7 +19,7 @@ from normpass.analysis.fake_inputs import FakeInputs
 from normpass.analysis.fake_run import facts_of
 from normpass.graph.nodes import name_of
 from normpass.measure import kept_bytes
-from normpass.passes.graph.normal_form import NormalForm, as_first, dropout, run_checkpoint
+from normpass.passes.graph.normal_form import SpellPlainly, WriteOutOfPlace, as_first, dropout, run_checkpoint
 from normpass.recipe.notes import recording
 from normpass.recipe.recipes import Rebuilds
 
@@ -29,9 +29,8 @@ X = torch.randn(2, 3, 6, 6, dtype=torch.float64)
 def normal_form(function: Callable, *inputs: Any) -> tuple[fx.GraphModule, list[Any], int]:
     """The graph in its normal form, its inputs, and how many operations are out of place now."""
     graph_module, real = captured(function, *inputs)
-    form = NormalForm()
-    form.before_facts(graph_module.graph)
-    changed = form.out_of_place(graph_module.graph, facts_of(graph_module, FakeInputs(real)))
+    SpellPlainly().apply(graph_module.graph)
+    changed = len(WriteOutOfPlace().apply(graph_module.graph, facts_of(graph_module, FakeInputs(real))))
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, real, changed

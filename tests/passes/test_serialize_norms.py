@@ -209,11 +209,12 @@ class Rewritten:
     def program(self, x):
         if self.model.training not in self.programs:
             program, values = graph_of(self.model, x)
-            program = rewrite(program, values, Request()).graph_module
+            rewritten = rewrite(program, values, Request())
+            program, facts = rewritten.graph_module, rewritten.found.facts
             graph = program.graph
-            self.matched, refusals = self.rewrite.match(graph, {}, {})
+            self.matched, refusals = self.rewrite.match(graph, facts)
             self.reasons = {refusal.path: refusal.reason for refusal in refusals}
-            self.done = self.rewrite.apply(graph, {}, {}).done
+            self.done = self.rewrite.apply(graph, facts).done
             graph.lint()
             place = next(index for index, value in enumerate(values) if value is x)
             self.programs[self.model.training] = fx.GraphModule(program, graph), values, place

@@ -252,7 +252,7 @@ def captured(model: nn.Module, x: Tensor) -> tuple[Any, list[Any]]:
 def run_rewritten(graph_module: Any, given: list) -> Any:
     """What the graph returns once it is rewritten for these inputs."""
     rewritten = rewrite(copy.deepcopy(graph_module), given, Request())
-    note_recipes(rewritten, Request().decisions)
+    note_recipes(rewritten, Request())
     torch.manual_seed(0)
     return with_recipes(rewritten.runs)(*given)
 
