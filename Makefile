@@ -13,12 +13,12 @@ ALLOCATOR := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=10000000
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nets check bench gpu wheel clean
+.PHONY: help demo test test-nets check docs bench gpu wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
-demo: $(VENV)/.installed  ## train a network plain and optimised, side by side (eight minutes the first time)
+demo: $(VENV)/.installed  ## train a network plain and optimised, side by side
 	$(PY) -m normpass demo
 
 test: $(VENV)/.installed  ## run the tests, without the long sweeps over networks
@@ -33,6 +33,9 @@ check: $(VENV)/.checkers  ## ruff, types, layers
 	$(call link_tree,build/typing)
 	MYPYPATH=build/typing $(VENV)/bin/mypy --package normpass
 	$(PY) -m pytest --quiet tests/project/test_layers.py
+
+docs: $(VENV)/.documents  ## the pages of docs/, in build/docs; a warning is an error
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 bench: $(VENV)/.installed  ## time, kept and peak bytes of four networks against eager; ARGS="--batch 8", ARGS=kernels
 	$(ALLOCATOR) $(PY) -m normpass bench $(ARGS)
@@ -61,6 +64,10 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels
 
 $(VENV)/.checkers: $(VENV)/.installed
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.documents: $(VENV)/.installed
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 # A throw-away package of links, as an installed one looks: `normpass` with `passes` and `kernels` in it.

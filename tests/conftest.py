@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="write the tables of the long sweeps here, a JSON file for each table and torch version",
     )
+    parser.addoption("--renew-golden", action="store_true", help="write the texts of tests/golden anew")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
