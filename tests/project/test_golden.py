@@ -1,6 +1,7 @@
 """What is printed for people, as it stood when somebody last looked at it: `tests/golden/*.txt`.
 
-`pytest tests/project/test_golden.py --renew-golden` writes the files anew: look at the difference then. Figures are given, not measured, so that a report is the same on every machine.
+`pytest tests/project/test_golden.py --renew-golden` writes the files anew: look at the difference then. Figures are
+given, not measured, so that a report is the same on every machine.
 """
 
 from __future__ import annotations
