@@ -34,15 +34,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from normpass.capture.random_state import ignore_next_restore, ignore_no_more
 from normpass.errors import NormpassError
 from normpass.graph.nodes import global_hooks
-from normpass.ops.eager import is_only_default_device, under_other_derivatives
-from normpass.ops.library import is_exporting
+from normpass.onlookers import dispatch_modes, has_function_modes, is_exporting, is_traced, under_other_derivatives
 
 _log = logging.getLogger(__name__)
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_is_traced = torch._C._is_tracing
 _compiler_of_frames = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 _numbers = itertools.count(1)
@@ -54,9 +50,9 @@ MOST_CAPTURES = 512
 
 def reason_to_run_plain(args: tuple, kwargs: dict) -> str | None:
     """Who looks on and is to see the plain forward; None for nobody. Costs about two microseconds."""
-    if is_exporting() or _is_traced() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+    if is_exporting() or is_traced() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
         return "it is being exported or traced"
-    if _dispatch_modes() or (_function_modes() and not is_only_default_device()):
+    if dispatch_modes() or has_function_modes():
         return "a torch mode is active"
     if under_other_derivatives():
         return "a torch.func transform or forward-mode differentiation is active"

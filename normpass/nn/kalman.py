@@ -40,7 +40,7 @@ from normpass.nn.norm import (
     options_of,
     update_running,
 )
-from normpass.ops.eager import is_plain_eager
+from normpass.onlookers import is_plain_eager
 
 
 class _KalmanNorm(BatchNormLike):

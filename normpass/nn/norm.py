@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normpass.graph.nodes import hooks_of
 from normpass.kernels.contract import Running
+from normpass.onlookers import is_compiling
 from normpass.ops import shift_scale
 from normpass.ops.layout import statistics_dtype
 from normpass.ops.running_stats import move_running_stats
@@ -75,7 +76,7 @@ def normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
 
 def notes_recipes() -> bool:
     """Whether who saves a result may save its recipe instead. A compiler that traces through a layer decides itself."""
-    return not torch.compiler.is_compiling() and is_recording()
+    return not is_compiling() and is_recording()
 
 
 def running_statistics(buffers: Buffers, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,32 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils._device import DeviceContext
 
-_functorch_is_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_is_traced = torch._C._is_tracing
+from normpass.onlookers import is_plain_eager
+
 _keys_of = torch._C._dispatch_keys
 
 _PLAIN_KEYS = ("ADInplaceOrView", "AutogradCPU", "AutocastCPU", "AutogradCUDA", "AutocastCUDA")
 _DEVICES = {"CPU": "cpu", "CUDA": "cuda"}
 _device_of_keys: dict[int, str | None] = {}
-
-
-def under_other_derivatives() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is active: only plain layers support these."""
-    return _functorch_is_active() or forward_ad._current_level >= 0
-
-
-def is_plain_eager() -> bool:
-    """Whether a call is seen by nothing but autograd and autocast. Costs about half a microsecond."""
-    if torch.compiler.is_compiling() or _dispatch_modes() or under_other_derivatives() or _is_traced():
-        return False
-    modes = _function_modes()
-    return modes == 0 or (modes == 1 and is_only_default_device())
 
 
 def eager_device(x: Tensor, *others: Tensor | None) -> str | None:
@@ -65,8 +48,3 @@ def _device(keys: Any) -> str | None:
         backends = [_DEVICES.get(name) for name in names if name not in _PLAIN_KEYS]
         _device_of_keys[raw] = backends[0] if len(backends) == 1 else None
     return _device_of_keys[raw]
-
-
-def is_only_default_device() -> bool:
-    """Whether the one function mode is that of `torch.set_default_device`: it changes factories alone."""
-    return isinstance(torch._C._get_function_stack_at(0), DeviceContext)

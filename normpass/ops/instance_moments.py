@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from normpass.kernels.contract import Kernels
+from normpass.onlookers import is_exporting
 
 from .layout import check_input, statistics_dtype
-from .library import declare, is_exporting
+from .library import declare
 
 
 def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,14 +50,6 @@ def declare(
     return overload
 
 
-def is_exporting() -> bool:
-    """Whether `torch.export` is at work, as for ONNX: then a function is to consist of standard operators alone.
-
-    Under torch.compile `torch.compiler.is_exporting` may be True as well (torch 2.11).
-    """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-
-
 def _on_device(device: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return kernel(kernels_for(device), *args)

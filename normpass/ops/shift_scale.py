@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from normpass.kernels.contract import Kernels
+from normpass.onlookers import is_exporting
 
 from .layout import check_input, check_per_channel, memory_format_of, statistics_dtype
-from .library import declare, is_exporting
+from .library import declare
 
 
 def shift_scale(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

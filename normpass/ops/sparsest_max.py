@@ -30,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import declare, is_exporting
+from normpass.onlookers import is_exporting
+
+from .library import declare
 
 
 def sparsest_max(z: Tensor, radius: Tensor | float) -> Tensor:

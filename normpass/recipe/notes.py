@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from normpass.ops.eager import under_other_derivatives
+from normpass.onlookers import under_other_derivatives
 from normpass.recipe.recipes import Copied, Kept, Recipe, Unread, View, geometry_of
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks

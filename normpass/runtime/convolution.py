@@ -15,10 +15,10 @@ from torch import Tensor
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Kernels
 from normpass.kernels.cpu.depthwise import STRIDES, WIDTHS
+from normpass.onlookers import is_compiling, is_exporting, under_other_derivatives
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d
-from normpass.ops.eager import eager_device, under_other_derivatives
+from normpass.ops.eager import eager_device
 from normpass.ops.layout import memory_format_of
-from normpass.ops.library import is_exporting
 from normpass.ops.norm_act import norm_act_on
 from normpass.ops.norm_act_depthwise import norm_act_depthwise_on
 from normpass.ops.winograd_conv2d import DTYPES, KERNEL_SIZE, LARGEST_PADDING, WinogradConv2d, pays, winograd_conv2d
@@ -119,7 +119,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, pad
     trains = torch.is_grad_enabled() and weight.requires_grad
     if not trains or weight.shape[1] != 1 or weight.shape[0] != x.shape[1] or not weight.is_contiguous():
         return None
-    dtype, is_traced = _dtype(x, weight, bias), torch.compiler.is_compiling()
+    dtype, is_traced = _dtype(x, weight, bias), is_compiling()
     if dtype not in _FLOATING or not (is_traced or _has_gradient(x, dtype, weight, bias, stride)):
         return None
     if is_traced and weight.shape[3] == 3:
@@ -150,7 +150,7 @@ def _joined_steps(
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair) -> Tensor | None:
     if weight.shape[1] != x.shape[1] or _dtype(x, weight, bias) != x.dtype:
         return None
-    if torch.compiler.is_compiling():  # what runs is decided by the op: here the shapes may be unknown
+    if is_compiling():  # what runs is decided by the op: here the shapes may be unknown
         return winograd_conv2d(x, weight, bias, padding) if x.dtype in DTYPES else None
     kernels = _kernels(x, weight, bias)
     if kernels is None or not pays(kernels.winograd, x, weight.shape[0], padding):

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Running
+from normpass.onlookers import is_exporting, under_other_derivatives
 from normpass.ops.activation import activate
-from normpass.ops.eager import eager_device, under_other_derivatives
+from normpass.ops.eager import eager_device
 from normpass.ops.inplace_abn import inplace_abn_on
 from normpass.ops.layout import sum_lies_as_norm
-from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_from_vectors, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Kernels
+from normpass.onlookers import is_exporting, under_other_derivatives
 from normpass.ops.activation import RULES
 from normpass.ops.cat_norm_act import cat_norm_act
-from normpass.ops.eager import eager_device, under_other_derivatives
+from normpass.ops.eager import eager_device
 from normpass.ops.layout import suggested_format
-from normpass.ops.library import is_exporting
 from normpass.ops.moments import moments_with_update
 from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of

@@ -24,8 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
-from normpass.ops.eager import under_other_derivatives
-from normpass.ops.library import is_exporting
+from normpass.onlookers import is_compiling, is_exporting, is_traced, under_other_derivatives
 from normpass.recipe.autocast import autocast_state, same_autocast
 from normpass.recipe.notes import copying
 
@@ -51,7 +50,7 @@ def run_region(region: Region, x: Tensor, *extras: Any) -> Tensor:
 
 
 def _is_divisible(region: Region, x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or is_exporting() or under_other_derivatives() or torch._C._is_tracing():
+    if is_compiling() or is_exporting() or under_other_derivatives() or is_traced():
         return False
     return type(x) in (Tensor, Parameter, FakeTensor) and x.shape[0] > region.sub_batch
 
