@@ -19,16 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
-import torch
-import torch.nn.functional as F
 from networkx.algorithms.flow import boykov_kolmogorov
 from torch import fx
 
 from normpass.analysis.facts import Facts, Step
-from normpass.graph.operators import is_producer
+from normpass.graph.operators import MOVES_STATISTICS, is_producer
 from normpass.runtime.functional import FunctionalBatchNorm
-
-_MOVES_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def _may_run_again(step: Step, facts: Facts, notes_itself: Collection[Any], chan
         return False
     outside = set(step.reads_outside)
     moves = outside & set(step.writes)
-    if moves and step.target not in _MOVES_STATISTICS:
+    if moves and step.target not in MOVES_STATISTICS:
         return False
     if (outside - moves) & facts.written_outside:
         return False
@@ -124,7 +120,7 @@ def _weight_of(step: Step, facts: Facts) -> frozenset[int]:
 
 def _changed_state(facts: Facts, notes_itself: Collection[Any]) -> set[int]:
     """Parameters and buffers that the graph changes otherwise than norms do, perhaps unseen by autograd (`.data`)."""
-    others = (s for s in facts.steps if s.target not in notes_itself and s.target not in _MOVES_STATISTICS)
+    others = (s for s in facts.steps if s.target not in notes_itself and s.target not in MOVES_STATISTICS)
     return {storage for step in others for storage in step.writes if storage in facts.state}
 
 

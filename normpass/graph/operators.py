@@ -53,6 +53,32 @@ _PRODUCERS = frozenset(
     "embedding_bag cross_entropy nll_loss mse_loss roll convolution_function run_checkpoint".split()
 )
 
+MOVES_STATISTICS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
+"""norms that write to running statistics, if they have any"""
+
+
+def _each(kind: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+KINDS: dict[str, str] = {
+    **_each("weighted", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"),
+    **_each("norm", "batch_norm group_norm layer_norm instance_norm"),
+    **_each("one bit", "relu relu6 leaky_relu hardtanh dropout dropout1d dropout2d dropout3d alpha_dropout"),
+    **_each("activation", "elu selu celu silu gelu hardswish hardsigmoid sigmoid tanh softplus mish rrelu log_sigmoid"),
+    **_each("sum", "add iadd sub isub"),
+    **_each("product", "mul imul div truediv itruediv"),
+    **_each("elementwise", "neg clamp exp square sqrt abs contiguous"),
+    **_each("max pool", "max_pool1d max_pool2d max_pool3d"),
+    **_each("max pool", "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    **_each("average", "avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d lp_pool3d"),
+    **_each("average", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
+    **_each("mean", "mean flatten permute"),
+    **_each("cat", "cat concat concatenate"),
+    **_each("other", "prelu softmax log_softmax glu pad interpolate pixel_shuffle pixel_unshuffle channel_shuffle"),
+}
+"""operations of torch by name, functions and methods: what they move and keep, for `normpass.serialize`"""
+
 # --- additions and the like -------------------------------------------------------------------------
 
 
@@ -180,8 +206,10 @@ __all__ = [
     "BATCH_NORM",
     "CAT",
     "CONVOLUTIONS",
+    "KINDS",
     "LINEAR",
     "MAX_POOLS",
+    "MOVES_STATISTICS",
     "NORMS",
     "activation_of",
     "bound",

@@ -16,32 +16,11 @@ from torch import Tensor, fx
 from normpass.analysis.facts import Step
 from normpass.graph.nodes import bound
 from normpass.graph.nodes import name_of as name_of_target
+from normpass.graph.operators import KINDS
 
 _MODULES = frozenset({"torch", "torch.nn.functional", "torch._C._nn", "_operator", "normpass.graph.nodes"})
 
 
-def _each(kind: str, names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), kind)
-
-
-KINDS: dict[str, str] = {
-    **_each("weighted", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"),
-    **_each("norm", "batch_norm group_norm layer_norm instance_norm"),
-    **_each("one bit", "relu relu6 leaky_relu hardtanh dropout dropout1d dropout2d dropout3d alpha_dropout"),
-    **_each("activation", "elu selu celu silu gelu hardswish hardsigmoid sigmoid tanh softplus mish rrelu log_sigmoid"),
-    **_each("sum", "add iadd sub isub"),
-    **_each("product", "mul imul div truediv itruediv"),
-    **_each("elementwise", "neg clamp exp square sqrt abs contiguous"),
-    **_each("max pool", "max_pool1d max_pool2d max_pool3d"),
-    **_each("max pool", "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
-    **_each("average", "avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d lp_pool3d"),
-    **_each("average", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
-    **_each("mean", "mean flatten permute"),
-    **_each("cat", "cat concat concatenate"),
-    **_each("other", "prelu softmax log_softmax glu pad interpolate pixel_shuffle pixel_unshuffle channel_shuffle"),
-}
-"""Operations of torch that are known here, functions and methods; for `normpass.serialize.units` what they move and
-keep."""
 _ELEMENTWISE = frozenset({"one bit", "activation", "sum", "product", "elementwise"})
 
 
@@ -52,7 +31,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def kind_of(node: fx.Node) -> str:
-    """What `KINDS` has for it; "" for nothing."""
+    """What `normpass.graph.operators.KINDS` has for it; "" for nothing."""
     return KINDS.get(name_of(node), "")
 
 
