@@ -156,7 +156,8 @@ template <class A> struct Coefficients {
   }
 };
 
-// Those of c = x − mean, for `layout`; without `sums` those of running statistics.
+// Those of c = x − mean, for `layout`; without `sums` those of running statistics. The sum is multiplied by r before the
+// slope is: a·r² of large values alone is below the smallest double.
 template <class A>
 Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double eps, const Sums* sums,
                                 const Layout& layout) {
@@ -164,8 +165,8 @@ Coefficients<A> coefficients_of(const Affine<A>& affine, const A* var, double ep
   if (sums == nullptr) return result;
   double count = static_cast<double>(layout.count());
   for (int64_t c = 0; c < layout.channels; ++c) {
-    double slope = affine.scale[c], precision = 1 / (static_cast<double>(var[c]) + eps);
-    result.by_centred[c] = static_cast<A>(-slope * precision * sums->dy_centred[c] / count);
+    double slope = affine.scale[c], rstd = 1 / std::sqrt(static_cast<double>(var[c]) + eps);
+    result.by_centred[c] = static_cast<A>(-(slope * rstd) * (sums->dy_centred[c] * rstd / count));
     result.constant[c] = static_cast<A>(-slope * sums->dy[c] / count);
   }
   result.spread(layout.channels);

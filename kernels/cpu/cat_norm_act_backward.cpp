@@ -191,11 +191,12 @@ void store(const Sums& sums, const std::vector<Piece>& pieces, const Affine<A>& 
   for (size_t p = 0; p < pieces.size(); ++p)
     for (int64_t i = 0; i < pieces[p].channels; ++i) {
       int64_t c = pieces[p].first + i;
-      double slope = affine.scale[c], precision = 1 / (static_cast<double>(var[c]) + eps);
-      if (dweight != nullptr) dweight[c] = static_cast<A>(sums.dy_centred[c] * std::sqrt(precision));
+      double slope = affine.scale[c], rstd = 1 / std::sqrt(static_cast<double>(var[c]) + eps);
+      double gradient = sums.dy_centred[c] * rstd;
+      if (dweight != nullptr) dweight[c] = static_cast<A>(gradient);
       if (dbias != nullptr) dbias[c] = static_cast<A>(sums.dy[c]);
       if (totals[p] == nullptr) continue;
-      totals[p][i] -= slope * precision * sums.dy_centred[c] / count;
+      totals[p][i] -= (slope * rstd) * (gradient / count);
       totals[p][i + pieces[p].channels] -= slope * sums.dy[c] / count;
     }
 }
