@@ -5,7 +5,7 @@
 Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14), each has a test:
 
 - draws of Python's `random`: a `random.Random()` is frozen, `random.seed`, `random.sample` and draws in a generator
-  expression are wrong or raise. Every draw breaks the graph. (numpy's and torch's generators are right.)
+  expression are wrong or raise. Every draw breaks the graph. (torch's generators are right.)
 - what functions of the standard library read from their modules has no guard: `os.getenv` is frozen. Guarded.
 - `d[key]` that raises KeyError has no guard on the key: `try: d[key] except KeyError:` and ChainMap never see the key
   that comes later. Guarded.
@@ -17,6 +17,9 @@ Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14),
 - random numbers that other threads draw meanwhile come again (`normpass.capture.random_state`).
 - `torch.compiler.is_compiling()` is true: a model then takes a branch that it does not take without us. False in the
   user's code, true in torch's and ours.
+- `torch.utils.checkpoint` with `use_reentrant=True`, the default, runs as with False: parameters have gradients where
+  no input has one, a nested region runs (and moves running statistics) once less. The call breaks the graph.
+- NumPy is torch in disguise (`normpass.capture.dynamo_numpy`).
 - each graph's guards are timed for a line in a log, with the processor's caches flushed before: some 25 ms of each
   capture. Not timed.
 
@@ -48,12 +51,13 @@ from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
+from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable
 from torch._dynamo.variables.misc import RandomClassVariable, RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
 from normpass.capture import cumulative_norm as cumulative
-from normpass.capture import fake_norm
+from normpass.capture import dynamo_numpy, fake_norm
 from normpass.capture.random_state import without_restore
 
 _COMPILING = (
@@ -81,10 +85,16 @@ def capturing() -> Iterator[None]:
         (GuardBuilder, "EQUALS_MATCH", _exactly(GuardBuilder.EQUALS_MATCH)),
         (SkipFunctionVariable, "call_function", _with_isinstance(SkipFunctionVariable.call_function)),
         (TorchInGraphFunctionVariable, "call_function", _as_plain(TorchInGraphFunctionVariable.call_function)),
+        *dynamo_numpy.replaced(),
+        (CheckpointHigherOrderVariable, "_call_function", _breaking_where_reentrant(CheckpointHigherOrderVariable)),
         (guards, "profile_guard_manager", lambda *args: 0.0),
         (decompositions, fake_norm.NAME, fake_norm.quick_batch_norm()),
     )
-    with convert_frame.compile_lock, config.patch(skip_nnmodule_hook_guards=False), ExitStack() as stack:
+    with (
+        convert_frame.compile_lock,
+        config.patch({"skip_nnmodule_hook_guards": False, **dynamo_numpy.SETTINGS}),
+        ExitStack() as stack,
+    ):
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
@@ -138,6 +148,23 @@ def _guarding_absence(cls: Any) -> Callable[..., Any]:
         return original(self, tx, key)
 
     return getitem
+
+
+def _breaking_where_reentrant(checkpoint: Any) -> Callable[..., Any]:
+    original = checkpoint._call_function
+
+    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        reentrant = kwargs.get("use_reentrant")
+        if reentrant is None or not reentrant.is_python_constant() or reentrant.as_python_constant() is not False:
+            exc.unimplemented(
+                gb_type="torch.utils.checkpoint with use_reentrant=True",
+                context="",
+                explanation="Dynamo would run it as with use_reentrant=False, which has other gradients",
+                hints=[],
+            )
+        return original(self, tx, args, kwargs)
+
+    return call
 
 
 def _as_plain(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Depthwise, Kernels
 
-from .eager import eager_device
+from .eager import eager_device, no_gradients
 from .layout import memory_format_of, statistics_dtype
 from .library import declare
 from .operands import PLAIN_TYPES, dense
@@ -231,12 +231,15 @@ class DepthwiseConv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, device: str
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.stride, ctx.padding, ctx.device = stride, padding, device
         ctx.save_for_backward(x, weight)
         return _convolution(x, weight, bias, stride, padding)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
         functions = input_gradient, _depthwise_weight_gradient
         if not torch.is_grad_enabled() and eager_device(grad) == ctx.device:
             kernels = kernels_for(ctx.device)

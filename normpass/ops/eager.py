@@ -48,3 +48,11 @@ def _device(keys: Any) -> str | None:
         backends = [_DEVICES.get(name) for name in names if name not in _PLAIN_KEYS]
         _device_of_keys[raw] = backends[0] if len(backends) == 1 else None
     return _device_of_keys[raw]
+
+
+def no_gradients(ctx: Any) -> tuple[None, ...]:
+    """What a backward gives that no gradient reaches: none, as torch's own do, where zeros would move an optimizer.
+
+    A function of the user's may return None; who says `ctx.set_materialize_grads(False)` gets that, and no zeros.
+    """
+    return (None,) * len(ctx.needs_input_grad)

@@ -25,7 +25,7 @@ from normpass.kernels import kernels_for
 from normpass.kernels.contract import Kernels
 
 from .activation import activate_
-from .eager import eager_device
+from .eager import eager_device, no_gradients
 from .inplace_abn_backward import _inplace_abn_backward, can_invert, check_invertible_site, inplace_abn_gradients
 from .layout import activated_format, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
@@ -140,13 +140,16 @@ class InplaceAbn(torch.autograd.Function):
         device: str,
         options: Options,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.options = options
         z = _kernel(kernels_for(device), x, weight, bias, mean, var, *options)
         ctx.save_for_backward(z, weight, bias, var)
         return z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
         options: Options = ctx.options
         needs, tensors = ctx.needs_input_grad[:3], ctx.saved_tensors
         device = None if torch.is_grad_enabled() else eager_device(grad)

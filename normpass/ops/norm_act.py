@@ -33,7 +33,7 @@ from normpass.kernels.contract import Kernels, Layout
 from normpass.kernels.masks import bytes_of_mask
 
 from .activation import activate_
-from .eager import eager_device
+from .eager import eager_device, no_gradients
 from .layout import activated_format, check_like, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
 from .norm_act_backward import _norm_act_backward, norm_act_gradients, unmasked
@@ -240,10 +240,13 @@ class NormAct(torch.autograd.Function):
         options: Options,
         vectors: Vectors | None,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         return _forward(ctx, device, options, x, residual, weight, bias, mean, var, vectors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
         options: Options = ctx.options
         needs, (tensors, mask) = ctx.needs_input_grad[:4], _saved(ctx)
         device = None if torch.is_grad_enabled() else eager_device(grad)

@@ -25,7 +25,7 @@ from .depthwise_conv2d import (
     new_weight,
     output_size,
 )
-from .eager import eager_device
+from .eager import eager_device, no_gradients
 from .layout import memory_format_of, statistics_dtype
 from .norm_act import norm_act
 from .norm_act_backward import _norm_act_backward
@@ -132,6 +132,7 @@ class NormActDepthwise(torch.autograd.Function):
         stride: Pair,
         padding: Pair,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.device, ctx.options, ctx.stride, ctx.padding = device, options, stride, padding
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, var, weight)
         kernels, values = kernels_for(device), (norm_weight, norm_bias, mean, var)
@@ -139,7 +140,9 @@ class NormActDepthwise(torch.autograd.Function):
         return _forward(kernels, x, values, options, weight, bias, stride, padding)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
         x, *others, weight = ctx.saved_tensors
         values: Values = tuple(others)
         needs = ctx.needs_input_grad

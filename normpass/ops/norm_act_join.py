@@ -152,10 +152,11 @@ class _JoinNorms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
         return _forward(ctx, *args)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grad, None)
 
 

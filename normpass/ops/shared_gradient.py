@@ -22,7 +22,7 @@ from normpass.kernels.contract import Kernels
 
 from .cat_norm_act import gradients_by_op, run_cat_norm_act
 from .cat_norm_act_backward import accumulate, new_total
-from .eager import eager_device
+from .eager import eager_device, no_gradients
 from .layout import statistics_dtype
 from .operands import Options, dense, layout_of, per_channel_operands
 
@@ -106,13 +106,16 @@ class CatNormAct(torch.autograd.Function):
         options: Options,
         *xs: Tensor,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.memory_format, ctx.options = memory_format, options
         kept = [x for x, needed in zip(xs, ctx.needs_input_grad[7:], strict=True) if not needed]
         ctx.save_for_backward(weight, bias, mean, var, *kept)
         return cat_norm_act_of(kernels, xs, memory_format, weight, bias, mean, var, options)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
         weight, bias, mean, var, *kept = ctx.saved_tensors
         values, options = (weight, bias, mean, var), ctx.options
         needs, wanted = ctx.needs_input_grad[7:], ctx.needs_input_grad[:2]

@@ -27,7 +27,7 @@ from torch import Tensor
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Kernels, Winograd
 
-from .eager import eager_device
+from .eager import eager_device, no_gradients
 from .layout import convolution_format, memory_format_of
 from .library import declare
 from .operands import PLAIN_TYPES, dense
@@ -278,12 +278,15 @@ class WinogradConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, device: str) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.padding, ctx.transposed, ctx.device = padding, False, device
         ctx.save_for_backward(x, weight)
         return _kernel(kernels_for(device), x, weight, bias, padding)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
         convolve, weight_gradient = _winograd_conv2d, _winograd_weight_gradient
         if not torch.is_grad_enabled() and eager_device(grad) == ctx.device:
             kernels = kernels_for(ctx.device)

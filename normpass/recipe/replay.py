@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normpass.ops.eager import no_gradients
 from normpass.recipe.autocast import autocast_state, same_autocast
 from normpass.recipe.notes import is_recording, tag
 
@@ -40,16 +41,19 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, function: Callable, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.function, ctx.autocast = function, autocast_state((x,))
         ctx.save_for_backward(x)
         result: Tensor = function(x)
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None:
+            return no_gradients(ctx)
         twice = torch.is_grad_enabled()  # then x stays where it is in the graph
         (x,) = ctx.saved_tensors
         x = x if twice else x.detach().requires_grad_()
         with torch.enable_grad(), same_autocast(ctx.autocast):
             result = ctx.function(x)
-        return None, *torch.autograd.grad(result, x, grads, create_graph=twice)
+        return None, *torch.autograd.grad(result, x, grad, create_graph=twice)

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from normpass.onlookers import is_compiling, is_exporting, is_traced, under_other_derivatives
+from normpass.ops.eager import no_gradients
 from normpass.recipe.autocast import autocast_state, same_autocast
 from normpass.recipe.notes import copying
 
@@ -60,6 +61,7 @@ class SerialisedRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, region: Region, x: Tensor, *extras: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.region, ctx.autocast = region, autocast_state((x,))
         ctx.save_for_backward(x, *(e if isinstance(e, Tensor) else None for e in extras))
         ctx.numbers = [None if isinstance(e, Tensor) else e for e in extras]
@@ -75,7 +77,9 @@ class SerialisedRegion(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
         x, *tensors = ctx.saved_tensors
         extras = [number if t is None else t for t, number in zip(tensors, ctx.numbers, strict=True)]
         run = _differentiable if torch.is_grad_enabled() else _by_sub_batch

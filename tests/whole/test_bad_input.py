@@ -574,6 +574,31 @@ def test_an_empty_batch_and_one_with_nan() -> None:
     trains_alike_by(small(nn.BatchNorm2d(C), nn.ReLU()), x)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_values(layout) -> None:
+    """Up to where a variance overflows, a norm's gradient has its part through the statistics."""
+    norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8)]).double()
+    for scale in (1e100, 1e120, 1e150):
+        x = (image(2, 8, 4, 4) * scale).contiguous(memory_format=layout).requires_grad_()
+        found = []
+        for optimise in (copy.deepcopy, normpass.optimize):
+            model = optimise(LargeValues(norms))
+            found.append([g * scale for g in torch.autograd.grad(loss_of(model(x)), x)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+class LargeValues(nn.Module):
+    """A norm by itself, and one of a concatenation."""
+
+    def __init__(self, norms: nn.ModuleList) -> None:
+        super().__init__()
+        self.norms = norms
+
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        return self.norms[0](x), F.relu(self.norms[1](torch.cat([second, first], 1)))
+
+
 def test_one_value_per_channel() -> None:
     model = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), nn.ReLU()).double()
     optimised = normpass.optimize(model)

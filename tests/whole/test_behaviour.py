@@ -457,6 +457,48 @@ def test_backward(trained_pair, backward) -> None:
     assert not recipe._unfinished
 
 
+class Stopped(torch.autograd.Function):
+    """Gives its input no gradient: not zeros, which weight decay and momentum would act on, but none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+class Stopping(nn.Module):
+    """Our functions between the parameters and a `Stopped`: a depthwise and a 3×3 convolution, norms, a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.depthwise = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 5, padding=2, groups=32)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(32) for _ in range(3)])
+        self.cat_norm, self.per_sample = nn.BatchNorm2d(64), nn.GroupNorm(2, 32)
+        self.conv, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(64, 2, 1)
+
+    def forward(self, x):
+        first, second, third = self.norms
+        h = F.relu(first(self.wide(x)))
+        h = F.relu(second(self.conv(h)) + third(self.depthwise(F.silu(h))))
+        h = F.max_pool2d(self.per_sample(h), 3, 1, 1)
+        return self.last(Stopped.apply(F.relu(self.cat_norm(torch.cat([h, h * 2], 1)))))
+
+
+@pytest.mark.parametrize("options", [{}, {"serialize": True}, {"allow_lossy": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_gradient_is_none_and_not_zeros(options, dtype) -> None:
+    model = Stopping().to(dtype, memory_format=torch.channels_last)
+    x = image(4, 3, 16, 16).to(dtype)
+    for each in (model, normpass.optimize(copy.deepcopy(model), **options)):
+        each.zero_grad()
+        each(x).sum().backward()
+        assert {name for name, p in each.named_parameters() if p.grad is not None} == {"last.weight", "last.bias"}
+
+
 @pytest.fixture(scope="module")
 def trained_pair() -> tuple[nn.Module, nn.Module]:
     """One for all ways of backward: the graphs are captured once."""

@@ -360,6 +360,30 @@ def test_checkpoint_inside(reentrant: bool) -> None:
     assert kept[1] < kept[0]
 
 
+class Reentrant(Checkpointed):
+    """The first region has no input with a gradient, so nothing in it has one; the second has a region in it."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+
+    def forward(self, x):
+        h = checkpoint(self.first, x, use_reentrant=True)
+        inner = lambda h: checkpoint(self.third, F.dropout(h, 0.2), use_reentrant=True) * 2  # noqa: E731
+        return self.last(checkpoint(inner, self.second(h), use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints_are_reentrant() -> None:
+    """No gradient where plain has none, running statistics moved as often, `autograd.grad` refused."""
+    model = Reentrant()
+    optimised = normpass.optimize(copy.deepcopy(model))
+    assert_equal(train(model, (image(),)), train(optimised, (image(),)))
+    assert optimised.first[0].weight.grad is None
+    for each in (model.train(), optimised.train()):
+        with pytest.raises(RuntimeError, match="use_reentrant=True"):
+            torch.autograd.grad(each(image()).sum(), each.second[0].weight)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_around(pair, reentrant: bool) -> None:
