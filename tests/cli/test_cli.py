@@ -135,7 +135,7 @@ def test_explain_serialises_and_models_the_traffic(workspace, capsys):
 
 
 def test_bench_frontier(workspace, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "FRONTIER", ("eager", "ours", "ours@0.5", "compile"))
+    monkeypatch.setattr("normpass.cli.bench.FRONTIER", ("eager", "ours", "ours@0.5", "compile"))
     command = "bench frontier tinynet:Tiny --input 2x3x16x16 --rounds 1 --no-compile --json f.json --plot f.png"
     status, out, _ = run(capsys, command)
     assert status == 0

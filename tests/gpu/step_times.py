@@ -19,6 +19,7 @@ import torch
 from normpass import measure, models
 from normpass.bench.contenders import contender
 from normpass.bench.networks import count_rebuilds
+from normpass.measure.step import mean_square
 
 DEVICE = "cuda"
 ROUNDS = 12
@@ -38,7 +39,7 @@ def measured(item: str, once: bool = False) -> dict[str, Any]:
         job = way.job(plain, x, True, torch.bfloat16, "inductor")
         del plain, x
         if once:
-            measure.mean_square(job()).backward()
+            mean_square(job()).backward()
             return {}
         found = numbers(name, job)
     del job

@@ -208,8 +208,8 @@ class Stubs:
 
     def install(self, monkeypatch: Any, folder: Any) -> None:
         of_name = {"driver": self.driver, "nvrtc": self.nvrtc}
-        for module in ("cuda_driver", "cuda_compiler"):
-            monkeypatch.setattr(f"normpass.kernels.{module}.bindings", of_name.__getitem__)
+        for module in ("driver", "compiler"):
+            monkeypatch.setattr(f"normpass.kernels.cuda.{module}.bindings", of_name.__getitem__)
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
         for cached in (cuda_compiler.nvrtc_version, cuda_compiler.supported_architectures):
             monkeypatch.setattr(cuda_compiler, cached.__name__, cached.__wrapped__)

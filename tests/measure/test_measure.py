@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normpass import measure
+from normpass.copies.untouched import untouched
 
 B, IN, H = 16, 8, 64
 HIDDEN = B * H * 4  # bytes of one hidden activation in fp32
@@ -302,7 +303,7 @@ def test_untouched_restores_replaced_expanded_and_nan_buffers_after_an_error():
     model.register_buffer("wide", torch.ones(1).expand(4))
     model.register_buffer("none", None)
     odd, value = model.odd, bits(model.odd)
-    with pytest.raises(KeyError), measure.untouched(model):
+    with pytest.raises(KeyError), untouched(model):
         model.odd.zero_()
         model.odd = torch.ones(5)
         model.wide[:1].fill_(7)

@@ -13,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.skipif(find_spec("setuptools") is None, reason="needs setuptools to build the package")
 
 ROOT = Path(__file__).parents[2]
+TOP = ("normpass", "passes", "kernels")
 COMPILER = """#!/bin/sh
 echo "$@" >> compiled
 [ -e broken ] && exit 1
@@ -27,8 +28,9 @@ INSTALL = "from setuptools.build_meta import build_{kind} as build; build('wheel
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A source tree as the package's, with two sources, a header and nothing in them."""
-    for name in ("normpass/nn", "normpass/ops", "passes", "kernels/cpu", "kernels/include", "wheels"):
-        (tmp_path / name).mkdir(parents=True)
+    packages = [path.parent.relative_to(ROOT) for top in TOP for path in (ROOT / top).rglob("__init__.py")]
+    for name in (*packages, "kernels/include", "wheels"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "normpass/_version.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("kernels/cpu/one.cpp", "kernels/cpu/two.cpp", "kernels/cpu/tile.h", "kernels/include/activation.h"):

@@ -688,8 +688,8 @@ def tensors_and_recipes() -> int:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_distributed_data_parallel(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("ddp_worker.py")
-    path = os.pathsep.join([str(worker.parent), str(worker.parent.parent), os.environ.get("PYTHONPATH", "")])
+    worker = Path(__file__).parents[1] / "support" / "ddp_worker.py"
+    path = os.pathsep.join([str(worker.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [
         subprocess.Popen(
