@@ -15,6 +15,12 @@ ACTIVATIONS = (
 """In the order of the codes in `include/activation.h`."""
 
 
+DEPTHWISE_WIDTHS, DEPTHWISE_STRIDES = (3, 5, 7), (1, 2)
+"""of the rows of a depthwise convolution's kernel, and of its steps along them: others are the vendor's"""
+WINOGRAD_CHANNELS = 16
+"""a 3×3 convolution with fewer is the vendor's"""
+
+
 class Layout(NamedTuple):
     """How the values of a dense (N, C, *) tensor lie in memory: `outer` × `channels` × `inner`.
 

@@ -19,8 +19,12 @@ class InfeasibleBudgetError(InvalidInputError):
     """A memory budget that no plan keeps to; the message names the smallest that one does."""
 
 
+class ModelSpecError(InvalidInputError):
+    """A model's name that nothing can be built from; one line that says what to write instead."""
+
+
 class NotAvailableError(NormpassError, NotImplementedError):
-    """An option whose name is stable but whose work is not in this version yet."""
+    """A package that something needs is not installed; the message says how to install it."""
 
 
 class VerificationError(NormpassError, RuntimeError):

@@ -15,6 +15,7 @@ from types import ModuleType
 from torch import nn
 
 from normpass.environment import memory_bytes
+from normpass.errors import ModelSpecError
 
 _FORMS = "`torchvision:NAME`, `timm:NAME` or `package.module:callable`"
 _WHERE = {
@@ -24,10 +25,6 @@ _WHERE = {
 _DIGITS = 19
 """of a size that torch can hold, at most"""
 _WARN_WITHOUT_INIT_WEIGHTS = ("googlenet", "inception_v3")
-
-
-class ModelSpecError(ValueError):
-    """A model's name that nothing can be built from; one line that says what to write instead."""
 
 
 def load(spec: str) -> nn.Module:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from normpass.kernels.contract import InputNorm
+from normpass.kernels.contract import DEPTHWISE_STRIDES, DEPTHWISE_WIDTHS, InputNorm
 
-WIDTHS, STRIDES = (3, 5, 7), (1, 2)
 """of the kernels, and from column to column: for these there are loops"""
 _STREAMED_BYTES = 1 << 23
 """of a result that is written past the caches (`streamed_from` in `cpu/tile.h`)"""
@@ -42,7 +41,7 @@ class CpuDepthwise:
         if dtype not in _WIDE_TYPES or memory_format is not torch.channels_last:
             return False
         is_usual = all(0 <= p < k for p, k in zip(padding, kernel_size, strict=True))
-        return is_usual and kernel_size[1] in WIDTHS and stride[1] in STRIDES
+        return is_usual and kernel_size[1] in DEPTHWISE_WIDTHS and stride[1] in DEPTHWISE_STRIDES
 
     def has_input_gradient(
         self,
@@ -90,7 +89,7 @@ class CpuDepthwise:
         kernel_size: Sequence[int],
         stride: Sequence[int],
     ) -> bool:
-        if kernel_size[1] not in WIDTHS or stride[1] not in STRIDES or dtype not in self._dtypes:
+        if kernel_size[1] not in DEPTHWISE_WIDTHS or stride[1] not in DEPTHWISE_STRIDES or dtype not in self._dtypes:
             return False
         return kernel_size[1] > 3 or memory_format is torch.channels_last  # in planes the vendor's does for 3
 

@@ -21,6 +21,7 @@ from normpass.kernels.cpu.winograd import CpuWinograd
 
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
 """By what torch says of the processor: the libraries that run on it, the best first. Others have `baseline`."""
+WITHOUT_FMA = frozenset({"baseline"})
 
 FEWEST_PER_THREAD = 16384
 """Values below which another thread costs more than it saves."""
@@ -78,8 +79,8 @@ class CpuKernels:
         )
         convolve = _function(library, "winograd_conv2d")
         weight_gradient = _function(library, "winograd_weight_gradient")
-        has_products = "baseline" not in path.name
-        self._winograd = CpuWinograd(convolve, weight_gradient, _DTYPES, has_products)
+        has_fma = path.stem.removeprefix("_") not in WITHOUT_FMA
+        self._winograd = CpuWinograd(convolve, weight_gradient, _DTYPES, has_fma)
 
     @property
     def winograd(self) -> CpuWinograd | None:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from normpass.kernels.contract import WINOGRAD_CHANNELS
+
 FEWEST_PRODUCTS = 5_000_000
 """multiplications of a convolution, below which the call from Python shows"""
-FEWEST_CHANNELS = 16
 FEWEST_TILES_PER_THREAD = 8
 TILES_PER_LEFT = 16
 """where more than one tile in so many must be computed otherwise, all are"""
@@ -27,24 +28,24 @@ _UNKNOWN_TYPE, _ALL_LEFT = -1, -2
 
 
 class CpuWinograd:
-    """The `Winograd` of the CPU. `has_products`: whether the library multiplies and adds in one instruction."""
+    """The `Winograd` of the CPU. `has_fma`: whether the library multiplies and adds in one instruction."""
 
     def __init__(
         self,
         convolve: Callable[..., int],
         weight_gradient: Callable[..., int],
         dtypes: dict[torch.dtype, int],
-        has_products: bool,
+        has_fma: bool,
     ):
         self._convolve, self._weight_gradient = convolve, weight_gradient
-        self._dtypes, self._has_products = dtypes, has_products
+        self._dtypes, self._has_fma = dtypes, has_fma
 
     def pays(self, x: Tensor, channels: int, size: Sequence[int], of_weight: bool) -> bool:
         samples, inside = x.shape[:2]
         tiles = samples * ((size[0] + 1) // 2) * ((size[1] + 1) // 2)
         pairs = inside * channels
         vendor = 9 * samples * size[0] * size[1] * pairs
-        if not self._has_products or min(inside, channels) < FEWEST_CHANNELS or vendor < FEWEST_PRODUCTS:
+        if not self._has_fma or min(inside, channels) < WINOGRAD_CHANNELS or vendor < FEWEST_PRODUCTS:
             return False
         if tiles < FEWEST_TILES_PER_THREAD * torch.get_num_threads():
             return False

@@ -13,8 +13,11 @@ A buffer is a share of the last-level cache (the L2 of a GPU).
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,12 +27,20 @@ from normpass.analysis.fake_inputs import FakeInputs
 from normpass.analysis.fake_run import facts_of
 from normpass.environment import last_level_cache
 from normpass.extras import needed
+from normpass.kernels import kernels_for
+from normpass.measure.timing import Clock, alternate
+from normpass.ops.moments import moments_with_update
 from normpass.passes import SerializeMinibatch
-from normpass.passes.graph.serialize_norms import tuned
+from normpass.recipe.notes import recording
+from normpass.runtime.convolution import convolution_function
+from normpass.runtime.functional import FunctionalBatchNorm, split_norm_act
+from normpass.runtime.norm_blocks import serial_norm_act_conv
 from normpass.serialize.traffic import graph_of
 
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Buffers, as parts of the last-level cache."""
+BLOCKS = tuple(2**20 * mib for mib in (1, 2, 4, 8, 16, 32, 64))
+"""What `tuned` tries, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -176,3 +187,61 @@ def rows(
     if "deep" in tables:
         shape = batch, 3, size, size
         yield deep_row("ResNet-50, GroupNorm", group_norm_resnet50, shape, dtype, device, buffers, rounds)
+
+
+# --- block by block -------------------------------------------------------------------------------
+
+
+def tuned(
+    norm: nn.Module,
+    conv: nn.Module,
+    x: Tensor,
+    activation: str = "relu",
+    activation_args: Sequence[float] = (),
+    blocks: Sequence[int] = BLOCKS,
+    rounds: int = 5,
+) -> tuple[int | None, dict[int, float]]:
+    """The block with which norm, activation, convolution and moments are fastest, forward and backward.
+
+    Copies of the layers run on a detached `x`, whole and with every block of `blocks` (bytes), in turns.
+
+    Returns:
+        The block, None where the whole form is fastest; and the time of each block relative to the whole form, the
+        median of `rounds`.
+    """
+    norm, conv = copy.deepcopy(norm), copy.deepcopy(conv)
+    x, args = x.detach().requires_grad_(), list(activation_args)
+
+    def step(block: int, turn: int, clock: Clock) -> None:
+        clock.lap()
+        _forward_and_backward(norm, conv, x, activation, args, block)
+        clock.lap()
+
+    taken = alternate({str(block): partial(step, block) for block in (0, *blocks)}, x.device, rounds)
+    found = measure.ratios({name: phases[-1] for name, phases in taken.items()}, "0")
+    times = {block: found[str(block)].median for block in blocks}
+    best = min(times, key=times.__getitem__, default=None)
+    return (best if best is not None and times[best] < 1 else None), times
+
+
+def _forward_and_backward(norm: Any, conv: Any, x: Tensor, activation: str, args: list[float], block: int) -> None:
+    """`block` 0: whole."""
+    with recording():
+        if block:
+            c, moments = serial_norm_act_conv(as_function(norm), x, None, activation, args, block, *_arguments(conv))
+        else:
+            z = split_norm_act(as_function(norm), x, None, activation, args)
+            c, moments = convolution_function(z, *_arguments(conv)), None
+        if moments is None:
+            moments_with_update(kernels_for(c.device.type), c, None)
+    torch.autograd.grad(c, [x, *conv.parameters(), *norm.parameters()], torch.ones_like(c))
+
+
+def as_function(norm: Any) -> FunctionalBatchNorm:
+    """The arguments of the call that a batch norm makes."""
+    mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return FunctionalBatchNorm(mean, var, weight, bias, norm.training, norm.momentum or 0.0, norm.eps)
+
+
+def _arguments(conv: Any) -> tuple[Any, ...]:
+    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups

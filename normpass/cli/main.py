@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import normpass
-from normpass import kernels, models
+from normpass import kernels
 from normpass.cli import bench, convert, explain
 from normpass.cli.arguments import FAILED, Parser, cannot_write, count, output, refuse, write_report
 from normpass.demo import training as demo
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
-    except (normpass.NormpassError, models.ModelSpecError) as error:
+    except normpass.NormpassError as error:
         return refuse(error)
 
 

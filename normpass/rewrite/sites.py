@@ -47,11 +47,11 @@ class Site:
     x: fx.Node | None
     producer: str
     """what makes x: `conv2d`, `cat`, `add`, …"""
-    residual: fx.Node | None
-    add: fx.Node | None
     activation: Activation
     out: fx.Node
     """the last node of norm, add, activation: its value is z"""
+    residual: fx.Node | None = None
+    add: fx.Node | None = None
     written: fx.Node | None = None
     """the later node that changes z in place, if any"""
     gamma: Tensor | None = None
@@ -112,7 +112,9 @@ class _Finder:
         label = kind.__name__ if known and kind is not None else name_of(norm.target)
         x = _input_of(norm)
         producer = "?" if x is None else producer_name(x)
-        start = Site(called(norm) or path, label, norm, x, producer, None, None, IDENTITY, norm)
+        start = Site(
+            path=called(norm) or path, kind=label, norm=norm, x=x, producer=producer, activation=IDENTITY, out=norm
+        )
         reason, at = self._refusal(norm, x)
         if reason is not None:
             return replace(start, refused=reason, refused_at=at)

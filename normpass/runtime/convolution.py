@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normpass.kernels import kernels_for
-from normpass.kernels.contract import Kernels
-from normpass.kernels.cpu.depthwise import STRIDES, WIDTHS
+from normpass.kernels.contract import DEPTHWISE_STRIDES, DEPTHWISE_WIDTHS, Kernels
 from normpass.onlookers import is_compiling, is_exporting, under_other_derivatives
 from normpass.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d
 from normpass.ops.eager import eager_device
@@ -88,7 +87,12 @@ def norm_act_convolution(
 def is_depthwise(kernel_size: Sequence[int], stride: Any, groups: int, channels: int) -> bool:
     """Whether there are kernels for convolutions of this kind."""
     step = _pair(stride)
-    return groups == channels > 1 and kernel_size[1] in WIDTHS and step is not None and step[1] in STRIDES
+    return (
+        groups == channels > 1
+        and kernel_size[1] in DEPTHWISE_WIDTHS
+        and step is not None
+        and step[1] in DEPTHWISE_STRIDES
+    )
 
 
 def is_winograd(kernel_size: Sequence[int], stride: Any, groups: int, padding: Any) -> bool:

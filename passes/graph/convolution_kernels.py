@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from normpass.analysis.facts import Facts
 from normpass.graph.nodes import bound, replace_node
-from normpass.kernels.cpu.winograd import FEWEST_CHANNELS
+from normpass.kernels.contract import WINOGRAD_CHANNELS
 from normpass.runtime.convolution import convolution_function, is_depthwise, is_winograd, runs_winograd
 
 _FUNCTIONS = (F.conv2d, torch.conv2d)
@@ -69,4 +69,4 @@ def _has_kernels(arguments: dict[str, Any], weight: Any, winograd: bool) -> bool
     outputs, inputs, *kernel = weight.shape
     if is_depthwise(kernel, stride, groups, outputs) and inputs == 1:
         return True
-    return winograd and min(inputs, outputs) >= FEWEST_CHANNELS and is_winograd(kernel, stride, groups, padding)
+    return winograd and min(inputs, outputs) >= WINOGRAD_CHANNELS and is_winograd(kernel, stride, groups, padding)

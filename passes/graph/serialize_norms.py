@@ -20,36 +20,26 @@ rounding.
 
 from __future__ import annotations
 
-import copy
 import operator
-import statistics
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx
 
 from normpass.analysis.facts import Facts
 from normpass.errors import InvalidInputError
 from normpass.graph.nodes import bound, inherit, key_of
-from normpass.kernels import kernels_for
-from normpass.measure.step_time import wait_for
-from normpass.ops.moments import moments_with_update
-from normpass.recipe.notes import recording
 from normpass.rewrite.contract import Refusal, Semantics, is_alone
 from normpass.runtime.convolution import convolution_function
-from normpass.runtime.functional import FunctionalBatchNorm, split_norm_act
+from normpass.runtime.functional import split_norm_act
 from normpass.runtime.norm_blocks import norm_act_with_moments, serial_norm_act_conv
 
 _CONVOLUTIONS = frozenset(
     {convolution_function, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 )
-BLOCKS = tuple(2**20 * mib for mib in (1, 2, 4, 8, 16, 32, 64))
-"""What `tuned` tries, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -160,68 +150,3 @@ def _replace(graph: fx.Graph, conv: fx.Node, block_bytes: int) -> None:
     behind.replace_all_uses_with(end)
     for node in (behind, conv, norm):
         graph.erase_node(node)
-
-
-# --- tuning ---------------------------------------------------------------------------------------
-
-
-def tuned(
-    norm: nn.Module,
-    conv: nn.Module,
-    x: Tensor,
-    activation: str = "relu",
-    activation_args: Sequence[float] = (),
-    blocks: Sequence[int] = BLOCKS,
-    rounds: int = 5,
-) -> tuple[int | None, dict[int, float]]:
-    """The block with which norm, activation, convolution and moments are fastest, forward and backward.
-
-    Copies of the layers run on a detached `x`, whole and with every block of `blocks` (bytes), in turns.
-
-    Returns:
-        The block, None where the whole form is fastest; and the time of each block relative to the whole form, the
-        median of `rounds`.
-    """
-    norm, conv = copy.deepcopy(norm), copy.deepcopy(conv)
-    x = x.detach().requires_grad_()
-    runs: dict[int, Callable[[], float]] = {
-        block: partial(_seconds, norm, conv, x, activation, list(activation_args), block) for block in (0, *blocks)
-    }
-    times: dict[int, list[float]] = {block: [] for block in runs}
-    order = list(runs)
-    for turn in range(-1, rounds):
-        for block in order[turn % len(order) :] + order[: turn % len(order)]:
-            seconds = runs[block]()
-            if turn >= 0:
-                times[block].append(seconds)
-    whole = times.pop(0)
-    ratios = {b: statistics.median(t / w for t, w in zip(found, whole, strict=True)) for b, found in times.items()}
-    best = min(ratios, key=ratios.__getitem__, default=None)
-    return (best if best is not None and ratios[best] < 1 else None), ratios
-
-
-def _seconds(norm: Any, conv: Any, x: Tensor, activation: str, args: list[float], block: int) -> float:
-    """One forward and backward; `block` 0: whole."""
-    wait_for(x.device)
-    start = time.perf_counter()
-    with recording():
-        if block:
-            c, moments = serial_norm_act_conv(as_function(norm), x, None, activation, args, block, *_arguments(conv))
-        else:
-            z = split_norm_act(as_function(norm), x, None, activation, args)
-            c, moments = convolution_function(z, *_arguments(conv)), None
-        if moments is None:
-            moments_with_update(kernels_for(c.device.type), c, None)
-    torch.autograd.grad(c, [x, *conv.parameters(), *norm.parameters()], torch.ones_like(c))
-    wait_for(x.device)
-    return time.perf_counter() - start
-
-
-def as_function(norm: Any) -> FunctionalBatchNorm:
-    """The arguments of the call that a batch norm makes."""
-    mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
-    return FunctionalBatchNorm(mean, var, weight, bias, norm.training, norm.momentum or 0.0, norm.eps)
-
-
-def _arguments(conv: Any) -> tuple[Any, ...]:
-    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups

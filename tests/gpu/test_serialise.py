@@ -11,9 +11,8 @@ from torch import nn
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from normpass.bench.serialized import SerialisedModel
+from normpass.bench.serialized import SerialisedModel, as_function
 from normpass.measure import peak_bytes
-from normpass.passes.graph.serialize_norms import as_function
 from normpass.runtime.norm_blocks import norm_act_with_moments, serial_norm_act_conv
 
 

@@ -9,9 +9,10 @@ from torch import fx, nn
 from training import assert_equal, image, spread, train
 
 import normpass
+from normpass.bench.serialized import as_function, tuned
 from normpass.graph.nodes import key_of
 from normpass.measure import kept_bytes
-from normpass.passes.graph.serialize_norms import SerializeNorms, as_function, tuned
+from normpass.passes.graph.serialize_norms import SerializeNorms
 from normpass.pipeline import Request, rewrite
 from normpass.recipe.notes import recording
 from normpass.runtime.functional import split_norm_act
