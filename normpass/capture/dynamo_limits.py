@@ -57,7 +57,7 @@ from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
 from normpass.capture import cumulative_norm as cumulative
-from normpass.capture import dynamo_numpy, fake_norm
+from normpass.capture import dynamo_found, dynamo_numpy, fake_norm
 from normpass.capture.random_state import without_restore
 
 _COMPILING = (
@@ -86,6 +86,7 @@ def capturing() -> Iterator[None]:
         (SkipFunctionVariable, "call_function", _with_isinstance(SkipFunctionVariable.call_function)),
         (TorchInGraphFunctionVariable, "call_function", _as_plain(TorchInGraphFunctionVariable.call_function)),
         *dynamo_numpy.replaced(),
+        *dynamo_found.replaced(),
         (CheckpointHigherOrderVariable, "_call_function", _breaking_where_reentrant(CheckpointHigherOrderVariable)),
         (guards, "profile_guard_manager", lambda *args: 0.0),
         (decompositions, fake_norm.NAME, fake_norm.quick_batch_norm()),

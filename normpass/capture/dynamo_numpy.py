@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch._dynamo import exc
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._dynamo.variables.constant import ConstantVariable
@@ -64,7 +65,12 @@ def _as_number(self: Any, value: Any) -> Any:
     if type(number) is np.int64:
         self.install_guards(GuardBuilder.EQUALS_MATCH)
         return Number(number, source=self.source)
-    return self.wrap_user_defined(number)
+    exc.unimplemented(
+        gb_type="a NumPy scalar that is neither np.float64 nor np.int64",
+        context=type(number).__name__,
+        explanation="Dynamo has no arithmetic, and in torch 2.11 no truth, of such numbers",
+        hints=[],
+    )
 
 
 def _on_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
