@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from normpass.errors import InvalidInputError
 from normpass.kernels.contract import Kernels
 
 
@@ -56,7 +57,9 @@ def disabled(name: str = "all") -> Iterator[None]:
     a backward that runs other code than its forward did rebuilds z only to rounding.
     """
     if name not in _disabled:
-        raise ValueError(f'normpass.kernels.disabled: `name` is "{name}", it must be one of {", ".join(_disabled)}')
+        raise InvalidInputError(
+            f'normpass.kernels.disabled: `name` is "{name}", it must be one of {", ".join(_disabled)}'
+        )
     with _lock:
         _disabled[name] += 1
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,10 @@ from normpass.budget.step_plan import StepPlan
 from normpass.copies.shared_copy import shared_copy
 from normpass.copies.trial import call_arguments, run_trial
 from normpass.errors import InvalidInputError, InvalidModelError
-from normpass.files import read_json
 from normpass.optimized import is_optimised, optimise_in_place, plain_copy
-from normpass.pipeline import Request
+from normpass.options import check_paths, read_options, read_plan
 from normpass.report.explain import make_report
 from normpass.report.summary import Report
-from normpass.rewrite.choices import DEFAULT
 from normpass.rewrite.verify import verify_state
 
 
@@ -75,15 +72,23 @@ def optimize(
         InfeasibleBudgetError: no plan keeps to the budget; the message has the smallest that can be kept.
     """
     _check_model(model)
-    request = _request(changes, allow_lossy, plan, memory_budget, winograd)
+    given = read_plan(plan)
+    request = read_options(
+        changes=changes,
+        allow_lossy=allow_lossy,
+        winograd=winograd,
+        memory_budget=memory_budget,
+        tune=tune,
+        plan=given,
+        serialize=serialize,
+    )
+    check_paths(model, request.serialize)
     if example_inputs is not None:
         check_example_inputs(model, example_inputs)
-    if serialize is not False:
-        request = _with_regions(request, serialize, memory_budget)
     if memory_budget is not None:
         found = plan_step(model, _needed_inputs(example_inputs), memory_budget, request, tune)
         request = replace(request, decisions=found.decisions)
-    if plan is not None:
+    if given is not None:
         check_plan(model, request, None if example_inputs is None else call_arguments(example_inputs))
     optimised = optimise_in_place(shared_copy(model), request)
     verify_state(model, optimised, may_add=bool(request.changes))
@@ -106,9 +111,13 @@ def plan(
     arguments and errors are those of `optimize`, which applies the plan: `optimize(model, plan=…)`.
     """
     _check_model(model)
-    request = _request(changes, allow_lossy, None, memory_budget, winograd)
+    request = read_options(
+        changes=changes, allow_lossy=allow_lossy, winograd=winograd, memory_budget=memory_budget, tune=tune
+    )
     if request.changes:
-        raise InvalidInputError("`plan` takes no changes: make them first, optimise with the budget then")
+        raise InvalidInputError(
+            "`plan` takes no changes: give them with the budget, to `normpass.optimize` or `normpass.explain`"
+        )
     arguments = _needed_inputs(example_inputs)
     check_example_inputs(model, example_inputs)
     return plan_step(model, arguments, memory_budget, request, tune)
@@ -155,8 +164,12 @@ def explain(
         model = restore(model)
     found = None
     chosen: dict[str, Any] = {"changes": changes, "allow_lossy": allow_lossy, "winograd": winograd}
+    request = read_options(memory_budget=memory_budget, tune=tune, serialize=serialize, **chosen)
     if memory_budget is not None:
-        found = plan(model, example_inputs, memory_budget, tune=tune, **chosen)
+        _check_model(model)
+        given = _needed_inputs(example_inputs)
+        check_example_inputs(model, example_inputs)
+        found = plan_step(model, given, memory_budget, request, tune)
     optimised = optimize(model, example_inputs, plan=found, serialize=serialize, **chosen)
     return make_report(model, optimised, arguments, found)
 
@@ -195,42 +208,3 @@ def _needed_inputs(example_inputs: Any) -> tuple[tuple, dict]:
     if example_inputs is None:
         raise InvalidInputError("`memory_budget` needs `example_inputs`: what it does depends on their shapes")
     return call_arguments(example_inputs)
-
-
-def _request(changes: Any, allow_lossy: bool, plan: Any, memory_budget: Any, winograd: bool) -> Request:
-    if plan is not None and memory_budget is not None:
-        raise InvalidInputError("give either `plan` or `memory_budget`: a plan was made for a budget already")
-    if isinstance(changes, str):
-        raise InvalidInputError(f'`changes` is a sequence of names or option objects: changes=("{changes}",)')
-    decisions = DEFAULT if plan is None else _read_plan(plan).decisions
-    return Request(tuple(_change(c) for c in changes), bool(allow_lossy), bool(winograd), decisions)
-
-
-def _with_regions(request: Request, serialize: Any, memory_budget: Any) -> Request:
-    if memory_budget is not None:
-        raise InvalidInputError("give either `serialize` or `memory_budget`: regions are not planned for a budget")
-    if serialize is not True and not isinstance(serialize, (passes.SerializeMinibatch, passes.SerializeNorms)):
-        raise InvalidInputError(
-            f"`serialize` is True, False, a SerializeMinibatch or a SerializeNorms, not {serialize!r}"
-        )
-    return replace(request, serialize=passes.SerializeMinibatch() if serialize is True else serialize)
-
-
-def _read_plan(plan: Any) -> StepPlan:
-    """A plan as it is, as what its `to_json` returned, or from the file of that path."""
-    if isinstance(plan, StepPlan):
-        return plan
-    if isinstance(plan, (str, Path)):
-        plan = read_json(Path(plan), "plan")
-    return StepPlan.from_json(plan)
-
-
-def _change(change: Any) -> Any:
-    known = ", ".join(f'"{name}"' for name in passes.CHANGES)
-    if isinstance(change, str):
-        if change not in passes.CHANGES:
-            raise InvalidInputError(f'`changes`: "{change}" is not known; known are {known}')
-        return passes.CHANGES[change]()
-    if type(change) not in passes.CHANGES.values():
-        raise InvalidInputError(f"`changes`: {change!r} is neither a name ({known}) nor an option object")
-    return change

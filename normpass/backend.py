@@ -117,7 +117,7 @@ def compile_graph(
 def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> fx.GraphModule:
     """What the inner backend gets; the graph as it is where it cannot be rewritten."""
     plain = copy_graph(graph_module)
-    request = Request(winograd=bool(settings.winograd))
+    request = Request(winograd=settings.winograd)
     try:
         found = rewrite(graph_module, inputs, request)
     except Exception as error:
@@ -155,6 +155,8 @@ def read_options(options: Mapping[str, Any] | None) -> BackendOptions:
         )
     if settings.memory_budget is not None:
         parse_budget(settings.memory_budget, 1)
+    if not isinstance(settings.winograd, bool):
+        raise InvalidInputError(f'backend "normpass": `winograd` is {settings.winograd!r}, it must be True or False')
     if settings.kernels not in (None, True, False):
         raise InvalidInputError(
             f'backend "normpass": `kernels` is {settings.kernels!r}, it must be True, False or None'

@@ -51,6 +51,18 @@ def appearing(path: Path) -> Iterator[Path]:
             os.unlink(temporary)
 
 
+def path_of(given: Any, option: str) -> Path:
+    """The path that was given for `option`.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    try:
+        return Path(given)
+    except TypeError as error:
+        raise InvalidInputError(f"`{option}` must be a path, it is {given!r:.80}") from error
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content` as JSON that a person can read.
 

@@ -12,7 +12,7 @@ from typing import Any
 from normpass.budget import entries
 from normpass.budget.liveness import Use
 from normpass.errors import InvalidInputError
-from normpass.files import write_json
+from normpass.files import path_of, write_json
 from normpass.measure import format_bytes
 from normpass.rewrite.choices import Decisions
 
@@ -94,7 +94,7 @@ class StepPlan:
         Raises:
             InvalidInputError: it cannot be written there.
         """
-        write_json(Path(path), self.to_json())
+        write_json(path_of(path, "path"), self.to_json())
 
     def __str__(self) -> str:
         changed = [row for row in self.rows if row.key.removesuffix(INDICES) in self.decisions.keys]

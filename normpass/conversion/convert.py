@@ -25,7 +25,7 @@ from normpass.copies.trial import call_arguments
 from normpass.copies.untouched import untouched
 from normpass.errors import ConversionError, InvalidInputError, InvalidModelError
 from normpass.extras import needed
-from normpass.files import appearing
+from normpass.files import appearing, path_of
 from normpass.nn.norm import BatchNormLike
 from normpass.nn.plain import as_plain_norms
 from normpass.optimized import is_optimised, state_of
@@ -91,7 +91,7 @@ def convert(
         NotAvailableError: a package is missing (`pip install "normpass[convert]"`).
         ConversionError: what was converted differs from the model; nothing is written.
     """
-    out = Path(out)
+    out = path_of(out, "out")
     model = _checked(model, out, opset)
     with appearing(out) as file, untouched(model):
         writers: dict[str, Callable[..., Conversion]] = {".onnx": _write_onnx, ".pt2": _write_pt2}
@@ -106,6 +106,8 @@ def _checked(model: Any, out: Path, opset: int | None) -> nn.Module:
         raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
     if out.suffix not in FORMATS:
         raise InvalidInputError(f"`{out}`: the suffix says what to write: {', '.join(FORMATS)}")
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise InvalidInputError(f"`opset` must be a whole number, it is {opset!r}")
     if opset is not None and out.suffix != ".onnx":
         raise InvalidInputError(f"`{out}` has no opset: leave it out, or write .onnx")
     return model

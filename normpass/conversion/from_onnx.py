@@ -21,7 +21,7 @@ from normpass.conversion.export import Arguments, innermost, nodes_of, opset_of,
 from normpass.environment import memory_bytes
 from normpass.errors import ConversionError, InvalidInputError
 from normpass.extras import needed
-from normpass.files import appearing
+from normpass.files import appearing, path_of
 
 LOWEST_OPSET = 13
 _DTYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64, 6: torch.int32, 7: torch.int64, 9: torch.bool}
@@ -46,7 +46,7 @@ def convert_onnx(source: str | Path, out: str | Path) -> Conversion:
         ConversionError: the result differs from the source; nothing is written.
         NotAvailableError: onnx, onnxscript or onnxruntime is not installed.
     """
-    source, out = Path(source), Path(out)
+    source, out = path_of(source, "source"), path_of(out, "out")
     if out.suffix != ".onnx":
         raise InvalidInputError(f"`{out}`: from ONNX only ONNX can be written; name a file that ends in .onnx")
     before = read_onnx(source)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normpass.errors import InvalidInputError
 from normpass.extras import needed
+from normpass.files import path_of
 
 _INNER = ("state_dict", "model_state_dict", "model", "net")
 """Under which names training scripts put the state_dict among other things."""
@@ -34,7 +35,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         InvalidInputError: no such file, not such a file, or names or shapes that are not the model's.
     """
-    path = Path(path)
+    path = path_of(path, "path")
     found = _without_wrappers(read_weights(path))
     expected = model.state_dict()
     missing = [key for key in expected if key not in found]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
 from normpass.copies.untouched import storage_key, tensors_in, untouched
+from normpass.errors import InvalidInputError
 from normpass.measure.step import FORWARD_END, Loss, checked_device, existing, forward_of, warm_step, warm_up
 
 _CUDA_BLOCK = 512  # torch's CUDA allocator rounds every request up to a multiple of this
@@ -61,7 +62,7 @@ def kept_bytes(model: nn.Module, *inputs: object, **kwargs: object) -> int:
     in that layout, for ResNet-50 43.2 MiB whatever the batch; a model that is channels_last already has none.
 
     Raises:
-        ValueError: gradients are off (then nothing is kept, and the 0 would mislead), or the model is on a
+        InvalidInputError: gradients are off (then nothing is kept, and the 0 would mislead), or the model is on a
             device other than the CPU or CUDA.
     """
     device = checked_device(model, inputs, kwargs)
@@ -84,7 +85,7 @@ def kept_by_layer(model: nn.Module, *inputs: object) -> dict[str, int]:
     that several layers save belongs to the first.
 
     Raises:
-        ValueError: as for `kept_bytes`.
+        InvalidInputError: as for `kept_bytes`.
     """
     checked_device(model, inputs)
     running = [""]
@@ -122,7 +123,7 @@ def peak_bytes(
     state exist before it starts, so they do not count; temporaries on the way to them do.
 
     Raises:
-        ValueError: gradients are off, no output depends on anything that requires one, or the device is
+        InvalidInputError: gradients are off, no output depends on anything that requires one, or the device is
             neither the CPU nor CUDA.
         TypeError: `loss` returned something other than one number in a tensor.
     """
@@ -145,7 +146,7 @@ def forward_peak_bytes(model: nn.Module, *inputs: object, **kwargs: object) -> i
     gradients kept tensors count.
 
     Raises:
-        ValueError: the device is neither the CPU nor CUDA.
+        InvalidInputError: the device is neither the CPU nor CUDA.
     """
     with torch.enable_grad():
         device = checked_device(model, inputs, kwargs)
@@ -169,12 +170,12 @@ def memory_timeline(model: nn.Module, *inputs: object, loss: Loss | None = None,
     """Memory along one training step on the CPU; its `peak` is `peak_bytes`.
 
     Raises:
-        ValueError: as for `peak_bytes`, and on CUDA, where the allocator reports only the peak.
+        InvalidInputError: as for `peak_bytes`, and on CUDA, where the allocator reports only the peak.
         TypeError: as for `peak_bytes`.
     """
     device = checked_device(model, inputs, kwargs)
     if device.type != "cpu":
-        raise ValueError(f"memory_timeline needs a model on the CPU, not on `{device}`; use peak_bytes there")
+        raise InvalidInputError(f"memory_timeline needs a model on the CPU, not on `{device}`; use peak_bytes there")
     return _timeline(model, inputs, kwargs, loss, None)
 
 

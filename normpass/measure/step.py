@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normpass.copies.untouched import leaves_of, tensors_in, undone, untouched
+from normpass.errors import InvalidInputError, InvalidModelError
 
 Loss = Callable[..., Tensor]
 
@@ -24,12 +25,14 @@ FORWARD_END = "normpass: forward end"
 
 def checked_device(model: nn.Module, *values: object) -> torch.device:
     """The device to measure on: CUDA where anything is on it, else the CPU."""
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
     if not torch.is_grad_enabled():
-        raise ValueError("gradients are off, so nothing is kept for backward: measure outside `no_grad`")
+        raise InvalidInputError("gradients are off, so nothing is kept for backward: measure outside `no_grad`")
     devices = sorted({tensor.device for tensor in [*model.parameters(), *tensors_in(values)]}, key=str)
     for device in devices:
         if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"only `cpu` and `cuda` are measured: move model and inputs there from `{device}`")
+            raise InvalidInputError(f"only `cpu` and `cuda` are measured: move model and inputs there from `{device}`")
     return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
 
@@ -51,11 +54,11 @@ def mean_square(output: object) -> Tensor:
     """The loss where none is given: the mean square, summed over the floating tensors of the output.
 
     Raises:
-        ValueError: there is none.
+        InvalidInputError: there is none.
     """
     parts = [t.float().square().mean() for t in tensors_in(output) if t.is_floating_point()]
     if not parts:
-        raise ValueError("the output holds no floating tensor to make a loss of: pass `loss`")
+        raise InvalidInputError("the output holds no floating tensor to make a loss of: pass `loss`")
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
@@ -74,7 +77,7 @@ def run_step(forward: Callable[[], object], loss: Loss | None, optimizer: torch.
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise TypeError(f"`loss` must return one number in a tensor, not {_what(value)}")
     if not value.requires_grad:
-        raise ValueError("the loss depends on nothing that requires a gradient: is the model frozen?")
+        raise InvalidInputError("the loss depends on nothing that requires a gradient: is the model frozen?")
     value.backward()
     if optimizer is not None:
         optimizer.step()

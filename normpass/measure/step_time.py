@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from normpass.copies.untouched import leaves_of, untouched
+from normpass.errors import InvalidInputError
 from normpass.measure.step import Loss, checked_device, forward_of, run_step
 
 
@@ -55,11 +56,15 @@ def step_time(
     context that `around` has for its model.
 
     Raises:
-        ValueError: no models, `rounds` < 1, `warmup` < 0, or as for `peak_bytes`.
+        InvalidInputError: no models, `rounds` < 1, `warmup` < 0, or as for `peak_bytes`.
         TypeError: as for `peak_bytes`.
     """
+    if not isinstance(models, Mapping):
+        raise InvalidInputError(
+            f'`models` has a name for each: step_time({{"plain": model}}, …), it is a {type(models).__name__}'
+        )
     if not models or rounds < 1 or warmup < 0:
-        raise ValueError(f"needs models, `rounds` >= 1 and `warmup` >= 0, not {rounds} and {warmup}")
+        raise InvalidInputError(f"needs models, `rounds` >= 1 and `warmup` >= 0, not {rounds} and {warmup}")
     devices = {name: checked_device(model, inputs) for name, model in models.items()}
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -80,10 +85,10 @@ def ratios(times: Mapping[str, StepTime], base: str) -> dict[str, Ratio]:
     """Each entry's time over the time of `base` in the same round (the base's own ratio is 1).
 
     Raises:
-        ValueError: there is no `base` among the entries.
+        InvalidInputError: there is no `base` among the entries.
     """
     if base not in times:
-        raise ValueError(f"no entry `{base}` to compare with; there are: {', '.join(times) or 'none'}")
+        raise InvalidInputError(f"no entry `{base}` to compare with; there are: {', '.join(times) or 'none'}")
     paired = {n: [a / b for a, b in zip(t.times, times[base].times, strict=True)] for n, t in times.items()}
     return {name: Ratio(*quartiles(values)) for name, values in paired.items()}
 

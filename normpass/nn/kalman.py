@@ -21,12 +21,14 @@ norm, with whatever statistics `nn.BatchNorm` would take.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normpass.errors import InvalidInputError
 from normpass.nn.estimate import Estimate, batch_estimate
 from normpass.nn.norm import (
     BatchNormLike,
@@ -95,7 +97,8 @@ class KalmanNorm1d(_KalmanNorm):
         `math.inf` uses every prediction.
 
     Raises:
-        ValueError: an option outside its range; a batch that does not divide into the micro-batches.
+        InvalidInputError: an option outside its range.
+        ValueError: a batch that does not divide into the micro-batches.
     """
 
     dims = (2, 3)
@@ -119,15 +122,19 @@ KALMAN_NORMS = (KalmanNorm1d, KalmanNorm2d, KalmanNorm3d)
 def check_options(
     prediction_weight: float, learn_weight: bool, micro_batches: int, largest_ratio: float = 100.0
 ) -> None:
-    """ValueError for options outside their range."""
+    """InvalidInputError for options outside their range."""
+    numbers = {"largest_ratio": largest_ratio, "prediction_weight": prediction_weight, "micro_batches": micro_batches}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise InvalidInputError(f"`{name}` must be a number, it is {value!r}")
     if not largest_ratio > 0:
-        raise ValueError(f"`largest_ratio` must be > 0, it is {largest_ratio}")
+        raise InvalidInputError(f"`largest_ratio` must be > 0, it is {largest_ratio}")
     if not 0 <= prediction_weight <= 1:
-        raise ValueError(f"`prediction_weight` must be in [0, 1], it is {prediction_weight}")
+        raise InvalidInputError(f"`prediction_weight` must be in [0, 1], it is {prediction_weight}")
     if learn_weight and not 0 < prediction_weight < 1:
-        raise ValueError(f"`prediction_weight` must be inside (0, 1) to be learned, it is {prediction_weight}")
-    if micro_batches < 1 or int(micro_batches) != micro_batches:
-        raise ValueError(f"`micro_batches` must be a whole number from 1, it is {micro_batches}")
+        raise InvalidInputError(f"`prediction_weight` must be inside (0, 1) to be learned, it is {prediction_weight}")
+    if micro_batches < 1 or not float(micro_batches).is_integer():
+        raise InvalidInputError(f"`micro_batches` must be a whole number from 1, it is {micro_batches}")
 
 
 def kalman_from(norm: nn.Module, **options: Any) -> _KalmanNorm:

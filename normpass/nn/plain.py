@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normpass.errors import InvalidModelError
 from normpass.graph.nodes import replace_layers
 from normpass.nn.kalman import KALMAN_NORMS
 from normpass.nn.norm import BatchNormLike, as_batch_norm, options_of
@@ -22,6 +23,8 @@ def as_plain_norms(model: nn.Module) -> nn.Module:
     norm twice becomes an `nn.BatchNorm`, `nn.InstanceNorm` or `nn.GroupNorm(1, …)`. One that has chosen two norms,
     or none yet, stays. `model` is not touched. Of an optimised model give `normpass.restore(model, keep_changes=True)`.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers()) if isinstance(t, Tensor)}
     plain = copy.deepcopy(model, shared)
     decide(list(switchable_layers(plain).values()))

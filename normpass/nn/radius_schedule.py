@@ -12,11 +12,13 @@ The radius rises linearly, from 0 to 1 by default (arXiv 1903.03793). It is a bu
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
+from normpass.errors import InvalidInputError
 from normpass.nn.switchable import freeze_decided, switchable_layers
 
 
@@ -31,17 +33,26 @@ class RadiusSchedule:
         freeze: whether `step` freezes decided layers, for which it reads one small tensor back from the device.
 
     Raises:
-        ValueError: `steps` is below 1, or a radius is outside [0, 1].
+        InvalidInputError: `steps` is below 1, a radius is outside [0, 1], or no layer is switchable.
     """
 
     def __init__(
         self, model: nn.Module, steps: int, *, start: float = 0.0, end: float = 1.0, freeze: bool = True
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"`steps` must be at least 1, it is {steps}")
+        numbers: dict[str, Any] = {"steps": steps, "start": start, "end": end}
+        for name, value in numbers.items():
+            if not isinstance(value, Real):
+                raise InvalidInputError(f"`{name}` must be a number, it is {value!r}")
+        if not steps >= 1:
+            raise InvalidInputError(f"`steps` must be at least 1, it is {steps}")
         for name, value in (("start", start), ("end", end)):
             if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be in [0, 1], it is {value}")
+                raise InvalidInputError(f"`{name}` must be in [0, 1], it is {value}")
+        if not switchable_layers(model):
+            raise InvalidInputError(
+                f"no layer of this {type(model).__name__} is a switchable norm, so there is no radius to raise: "
+                'optimise it with changes=("sparse_switchable",) first'
+            )
         self.model = model
         self.steps, self.start, self.end, self.freeze = int(steps), float(start), float(end), bool(freeze)
         self.done = 0

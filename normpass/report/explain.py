@@ -12,6 +12,7 @@ from torch import nn
 from normpass.analysis.facts import Step
 from normpass.collect import Collected, captured_graphs
 from normpass.copies.trial import Arguments, copied_inputs, trial, trial_copy
+from normpass.errors import InvalidInputError
 from normpass.graph.concatenation import NO_CONCATENATION
 from normpass.graph.nodes import name_of
 from normpass.measure import kept_bytes, peak_bytes
@@ -30,6 +31,7 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | N
         return Report(type(model).__name__, tuple(_unknown(model)), plan=plan)
     request = state_of(optimised).request
     found = captured_graphs(model, arguments, request)
+    memory, unmeasured = _measure(model, optimised, arguments)
     return Report(
         type(model).__name__,
         tuple(norm_rows(model, found)),
@@ -38,7 +40,8 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | N
         derived=_derived(found),
         convolutions=sum(len(g.convolutions) for g in found.graphs),
         largest=tuple(_largest(found)),
-        memory=_measure(model, optimised, arguments),
+        memory=memory,
+        unmeasured=unmeasured,
         plan=plan,
         regions=(*(line for g in found.graphs for line in _region_lines(g)), *_unknown_paths(request.serialize, found)),
     )
@@ -207,7 +210,15 @@ def _unknown_paths(serialize: Any, found: Collected) -> list[str]:
     return [f"{path} runs whole: no convolution behind a norm has this name" for path in paths if path not in known]
 
 
-def _measure(model: nn.Module, optimised: nn.Module, arguments: Arguments) -> Memory:
+def _measure(model: nn.Module, optimised: nn.Module, arguments: Arguments) -> tuple[Memory | None, str]:
+    """Kept and peak bytes of both; or why there are none, as of a frozen model."""
+    try:
+        return _measured(model, optimised, arguments), ""
+    except InvalidInputError as error:
+        return None, str(error)
+
+
+def _measured(model: nn.Module, optimised: nn.Module, arguments: Arguments) -> Memory:
     request = state_of(optimised).request
     with trial(model), torch.enable_grad():
         copies = [trial_copy(model).train(), optimise_in_place(trial_copy(model).train(), request)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normpass.extras import needed
-from normpass.files import appearing
+from normpass.files import appearing, path_of
 from normpass.measure import Timeline, format_bytes
 
 _COLORS = ("#8a8f98", "#0b6fb8", "#c2571a", "#3a8f4d")
@@ -60,7 +60,7 @@ def plot_memory(curves: Sequence[Curve], title: str, path: str | Path) -> None:
     axes.set_ylim(0, 1.25 * max(curve.timeline.peak for curve in curves) / 2**20)
     axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
-    with appearing(Path(path)) as file:
+    with appearing(path_of(path, "path")) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
@@ -83,7 +83,7 @@ def plot_frontier(points: Sequence[Point], title: str, path: str | Path) -> None
     axes.set_xlim(left=0)
     axes.legend()
     axes.grid(alpha=0.3)
-    with appearing(Path(path)) as file:
+    with appearing(path_of(path, "path")) as file:
         figure.savefig(file, format="png", dpi=120)
 
 

@@ -79,6 +79,8 @@ class Report:
     largest: tuple[KeptRow, ...] = ()
     """what is kept that is largest"""
     memory: Memory | None = None
+    unmeasured: str = ""
+    """why there is no `memory`, where example inputs were given"""
     plan: Any = None
     """the `StepPlan`, where a memory budget was named"""
     regions: tuple[str, ...] = ()
@@ -121,6 +123,8 @@ class Report:
             m = self.memory
             lines.append(_compared("kept for backward", m.kept_before, m.kept_after))
             lines.append(_compared("peak over a step", m.peak_before, m.peak_after))
+        if self.unmeasured:
+            lines.append(f"kept bytes and peak are not measured: {self.unmeasured}")
         if self.largest:
             lines.append("largest of what is kept:")
             lines += [_kept_line(row) for row in self.largest]

@@ -91,6 +91,10 @@ class ModelChange(Protocol):
     """What `changes=` takes: another function of the model, asked for by name."""
 
     @property
+    def replaces(self) -> str:
+        """What stands for something else afterwards, in words: two changes of the same do not go together."""
+
+    @property
     def applies_to_graph(self) -> bool:
         """Whether `change_graph` does anything."""
 

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from torch import fx, nn
 
+from normpass.errors import InvalidInputError
 from normpass.graph.nodes import replace_layers
 from normpass.nn.norm import is_replaceable, options_of
 
@@ -30,12 +31,13 @@ class GroupNorm:
     """groups of channels; where they do not divide a norm's channels, the largest divisor below. A group has two
     channels at least (of a norm over one channel: one), or on a 1×1 map it would be one value, its own mean"""
 
+    replaces: ClassVar[str] = "batch norms"
     applies_to_graph: ClassVar[bool] = False
     changes_eval: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.num_groups, bool) or not isinstance(self.num_groups, int) or self.num_groups < 1:
-            raise ValueError(f"`num_groups` must be an integer of at least 1, it is {self.num_groups!r}")
+            raise InvalidInputError(f"`num_groups` must be an integer of at least 1, it is {self.num_groups!r}")
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Replace every BatchNorm of `model`; returns path -> the layer that stood there."""

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import fx, nn
 
+from normpass.errors import InvalidInputError
 from normpass.graph.nodes import bound, path_of, replace_layers
 from normpass.nn.estimate import activated, concatenated, padded, predicted, predicted_by_sample, summed, through_norm
 from normpass.nn.kalman import check_options, kalman_from, kalman_norm
@@ -65,6 +66,7 @@ class Kalman:
     """a norm uses no prediction whose variance is so many times the observed one, averaged over the channels; with
     few values a channel, as in maps of 1×1, take `math.inf`, which uses all"""
 
+    replaces: ClassVar[str] = "batch norms"
     applies_to_graph: ClassVar[bool] = True
     changes_eval: ClassVar[bool] = False
     """in eval mode the changed layers are batch norms by themselves"""
@@ -72,9 +74,9 @@ class Kalman:
     def __post_init__(self) -> None:
         check_options(self.prediction_weight, self.learn_weight, self.micro_batches, self.largest_ratio)
         if self.transition not in ("closed_form", "sampled"):
-            raise ValueError(f'`transition` must be "closed_form" or "sampled", it is "{self.transition}"')
+            raise InvalidInputError(f'`transition` must be "closed_form" or "sampled", it is "{self.transition}"')
         if self.state not in ("input", "output"):
-            raise ValueError(f'`state` must be "input" or "output", it is "{self.state}"')
+            raise InvalidInputError(f'`state` must be "input" or "output", it is "{self.state}"')
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Put a Kalman norm in the place of every BatchNorm; returns path -> the layer that stood there."""

@@ -9,7 +9,9 @@ them; functional spellings are replaced in every captured graph.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from normpass.errors import InvalidInputError
 from normpass.graph.nodes import hooks_of, is_in_place_call, name_of, replace_layers
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
@@ -30,12 +33,13 @@ class LeakyReLU:
     negative_slope: float = 0.01
     """slope for negative input, > 0"""
 
+    replaces: ClassVar[str] = "ReLUs"
     applies_to_graph: ClassVar[bool] = True
     changes_eval: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.negative_slope > 0:
-            raise ValueError(f"`negative_slope` must be > 0, it is {self.negative_slope}")
+        if not isinstance(self.negative_slope, Real) or not 0 < self.negative_slope < math.inf:
+            raise InvalidInputError(f"`negative_slope` must be a number above 0, it is {self.negative_slope!r}")
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Replace every `nn.ReLU` of `model`; returns path -> the layer that stood there."""

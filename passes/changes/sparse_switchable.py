@@ -27,6 +27,7 @@ from normpass.nn.switchable import switchable_from
 class SparseSwitchable:
     """Option object of `changes=`."""
 
+    replaces: ClassVar[str] = "batch norms"
     applies_to_graph: ClassVar[bool] = False
     changes_eval: ClassVar[bool] = False
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ class SerializeMinibatch:
     def __post_init__(self) -> None:
         for option in ("buffer_bytes", "sub_batch"):
             value = getattr(self, option)
-            if value is not None and value < 1:
-                raise InvalidInputError(f"`{option}` must be at least 1, it is {value}")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise InvalidInputError(f"`{option}` must be a whole number of at least 1, it is {value!r}")
 
     def match(self, graph: fx.Graph, facts: Facts) -> Regions:
         """The regions that apply to `graph` for inputs of the shapes it was captured with; changes nothing."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class SerializeNorms:
     semantics: Semantics = Semantics.EXACT
 
     def __post_init__(self) -> None:
-        if self.block_bytes < 1:
-            raise InvalidInputError(f"`block_bytes` must be at least 1, it is {self.block_bytes}")
+        if isinstance(self.block_bytes, bool) or not isinstance(self.block_bytes, Integral) or self.block_bytes < 1:
+            raise InvalidInputError(f"`block_bytes` must be a whole number of at least 1, it is {self.block_bytes!r}")
         if isinstance(self.paths, str):
             raise InvalidInputError(f'`paths` is a collection of names: paths=("{self.paths}",)')
 

@@ -169,7 +169,7 @@ def test_bench_frontier(workspace, capsys, monkeypatch):
         ("explain tinynet:Tiny --dtype int8", "invalid choice: 'int8'"),
         ("explain tinynet:Tiny --json no/folder/r.json", "no folder `no/folder`: create it first"),
         ("explain tinynet:Tiny --json .", "`.` is a folder: name a file in it"),
-        ("explain tinynet:frozen --input 2x3x16x16", "is the model frozen?"),
+        ("explain tinynet:frozen --input 2x3x16x16 --plot m.png", "is the model frozen?"),
         ("demo --steps 0", "`0` is not a whole number above 0"),
         ("demo --out no/folder/plot.png", "no folder `no/folder`"),
         ("demo --batch 1798", "must be 1 to 1797"),

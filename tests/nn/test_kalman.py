@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from normpass.errors import InvalidInputError
 from normpass.nn import Estimate, KalmanNorm1d, KalmanNorm2d, KalmanNorm3d
 from normpass.nn.estimate import activated, predicted, predicted_by_sample
 
@@ -165,10 +166,11 @@ def test_bfloat16_and_channels_last():
         ({"prediction_weight": 0.0, "learn_weight": True}, r"inside \(0, 1\) to be learned"),
         ({"largest_ratio": 0.0}, "`largest_ratio` must be > 0, it is 0.0"),
         ({"micro_batches": 0}, "`micro_batches` must be a whole number from 1, it is 0"),
+        ({"prediction_weight": "1"}, "`prediction_weight` must be a number, it is '1'"),
     ],
 )
 def test_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         KalmanNorm2d(4, **options)
 
 

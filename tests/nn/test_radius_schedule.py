@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from normpass.errors import InvalidInputError
 from normpass.nn import RadiusSchedule, SparseSwitchableNorm2d, parameter_groups
 
 
@@ -100,9 +101,15 @@ def test_parameter_groups():
     "options, message",
     [
         ({"steps": 0}, "`steps` must be at least 1, it is 0"),
+        ({"steps": "2"}, "`steps` must be a number, it is '2'"),
         ({"steps": 2, "end": 1.5}, r"`end` must be in \[0, 1\], it is 1.5"),
     ],
 )
 def test_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         RadiusSchedule(network(), **options)
+
+
+def test_refuses_a_model_without_switchable_norms():
+    with pytest.raises(InvalidInputError, match="no layer of this BatchNorm2d is a switchable norm"):
+        RadiusSchedule(nn.BatchNorm2d(3), 10)

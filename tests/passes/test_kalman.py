@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 
 import normpass
+from normpass.errors import InvalidInputError
 from normpass.graph.nodes import path_of
 from normpass.nn import KalmanNorm1d, KalmanNorm2d
 from normpass.nn.kalman import KALMAN_NORMS, kalman_norm
@@ -625,8 +626,9 @@ def step(model, run):
         ({"prediction_weight": -0.1}, "`prediction_weight` must be in"),
         ({"transition": "exact"}, '`transition` must be "closed_form" or "sampled", it is "exact"'),
         ({"state": "both"}, '`state` must be "input" or "output", it is "both"'),
+        ({"prediction_weight": "1"}, "`prediction_weight` must be a number, it is '1'"),
     ],
 )
 def test_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         Kalman(**options)

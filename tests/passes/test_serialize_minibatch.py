@@ -588,9 +588,11 @@ def test_no_batch():
     assert serial(nn.Conv1d(3, 2, 1), 0, 3, 4).reasons == {"": "there is no batch to divide"}
 
 
-@pytest.mark.parametrize("options", [{"sub_batch": 0}, {"buffer_bytes": 0}])
+@pytest.mark.parametrize(
+    "options", [{"sub_batch": 0}, {"buffer_bytes": 0}, {"buffer_bytes": "1MB"}, {"sub_batch": 1.5}]
+)
 def test_options_out_of_range(options):
-    with pytest.raises(InvalidInputError, match="must be at least 1, it is 0"):
+    with pytest.raises(InvalidInputError, match="must be a whole number of at least 1, it is"):
         SerializeMinibatch(**options)
 
 

@@ -16,7 +16,8 @@ FOLDERS = {
 # From the bottom up: the folders, and the files beside them. Those of one line do not know each other; "normpass" is
 # the package's own `__init__`. Files of one folder may know each other, but not in a circle.
 ORDER = (
-    ("_version", "errors", "kernels", "onlookers"),
+    ("_version", "errors"),
+    ("kernels", "onlookers"),
     ("copies", "environment", "extras", "files", "ops"),
     ("graph", "measure", "models", "recipe"),
     ("capture", "runtime"),
@@ -27,6 +28,7 @@ ORDER = (
     ("optimized",),
     ("collect",),
     ("budget", "report"),
+    ("options",),
     ("api", "backend"),
     ("bench", "conversion", "demo"),
     ("normpass",),

@@ -290,6 +290,7 @@ def ops_that_run():
     "options, error, words",
     [
         ({"kernels": "ours"}, normpass.InvalidInputError, "`kernels` is 'ours', it must be True, False or None"),
+        ({"winograd": "no"}, normpass.InvalidInputError, "`winograd` is 'no', it must be True or False"),
         ({"inner": "eager", "kernels": False}, normpass.InvalidInputError, "`kernels=False` is for a compiler"),
         (
             {"iner": "eager"},
