@@ -33,6 +33,7 @@ from normpass.budget.step_plan import parse_budget
 from normpass.capture.dynamo import is_raising
 from normpass.errors import InvalidInputError
 from normpass.graph.nodes import copy_graph
+from normpass.measure import counted
 from normpass.optimized import with_recipes
 from normpass.passes.graph.normal_form import (
     dropout,
@@ -42,6 +43,7 @@ from normpass.passes.graph.normal_form import (
     run_custom_function,
 )
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, decide_again, note_recipes, rewrite, will_differentiate
+from normpass.report.explain import graph_rows
 from normpass.runtime.functional import (
     finish_norm_act,
     fused_norm_act,
@@ -215,11 +217,14 @@ def _mark(node: fx.Node) -> None:
 
 def _log_choices(rewritten: Rewritten) -> None:
     """One line a norm, at level INFO: nothing is skipped silently."""
-    for choice in rewritten.choices:
-        reasons = "".join(f"; not {refusal.rewrite}: {refusal.reason}" for refusal in choice.refusals)
-        _log.info("%s (%s): %s%s", choice.site.path, choice.site.pattern, choice.rewrite or "left alone", reasons)
+    for row in graph_rows(rewritten):
+        reason = f"; {row.reason}" if row.reason else ""
+        _log.info("%s (%s): %s%s", row.path, row.pattern, row.rewrite or "left alone", reason)
     for path, region in rewritten.graph_module.named_modules():
         if path and isinstance(region, fx.GraphModule):
             count = sum(node.target is F.batch_norm for node in region.graph.nodes)
-            _log.info("%s: %d norms left alone, inside a region of its own (checkpoint, cond, …)", path, count)
-    _log.info("%d norms, %d results made again", len(rewritten.choices), len(rewritten.again))
+            _log.info(
+                "%s: %s left alone, inside a region of its own (checkpoint, cond, …)", path, counted(count, "norm")
+            )
+    norms, results = counted(len(rewritten.choices), "norm"), counted(len(rewritten.again), "result")
+    _log.info("%s, %s made again", norms, results)

@@ -67,7 +67,7 @@ class Rewritten:
     rebuilt: dict[str, str] = field(default_factory=dict)
     """name of a node whose result is made again -> what it calls"""
     convolutions: frozenset[str] = frozenset()
-    """names of the convolutions that have kernels of ours on the CPU"""
+    """names of the convolutions that run kernels of ours on the CPU"""
     regions: Regions | None = None
     """what runs sub-batch by sub-batch, and what does not and why"""
     blocks: Blocked | None = None
@@ -98,7 +98,8 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
         facts = facts_of(graph_module, fakes)
     # Norms, then the convolutions that have kernels.
     choices = _rewrite_sites(graph, facts, inputs, request)
-    convolutions = set() if decisions.leaves_all else ConvolutionKernels(request.winograd).apply(graph, facts)
+    if not decisions.leaves_all:
+        ConvolutionKernels(request.winograd).apply(graph, facts)
     # All nodes are made: a minimum cut or a plan says which values are made again.
     graph.lint()
     facts = facts_of(graph_module, fakes, STAND_INS)
@@ -107,7 +108,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], request: Reques
     found = _possible(facts)
     again = frozenset() if decisions.leaves_all else _again(found, decisions)
     rewritten = Rewritten(graph_module, graph_module, choices, plain, found, again)
-    rewritten.convolutions, rewritten.regions = frozenset(convolutions), regions
+    rewritten.convolutions, rewritten.regions = ConvolutionKernels.running(facts), regions
     rewritten.keeps_gradients, rewritten.ends = will_differentiate(inputs), _reason_of_break(graph_module)
     return rewritten
 

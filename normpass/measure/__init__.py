@@ -19,12 +19,13 @@ from normpass.measure.memory import (
     peak_bytes,
 )
 from normpass.measure.step_time import Ratio, StepTime, ratios, step_time
-from normpass.measure.words import format_bytes
+from normpass.measure.words import counted, format_bytes
 
 __all__ = [
     "Ratio",
     "StepTime",
     "Timeline",
+    "counted",
     "forward_peak_bytes",
     "format_bytes",
     "kept_by_layer",

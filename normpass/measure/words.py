@@ -1,6 +1,11 @@
 """Figures as people read them."""
 
 
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    """`1 norm`, `2 norms`; `plural` is what is added to the noun."""
+    return f"{count} {noun}" + ("" if count == 1 else plural)
+
+
 def format_bytes(count: int) -> str:
     """`170813030` as `162.9 MiB`: binary units, one decimal from KiB up."""
     if abs(count) < 1024:

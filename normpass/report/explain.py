@@ -15,11 +15,12 @@ from normpass.copies.trial import Arguments, copied_inputs, trial, trial_copy
 from normpass.errors import InvalidInputError
 from normpass.graph.concatenation import NO_CONCATENATION
 from normpass.graph.nodes import name_of
-from normpass.measure import kept_bytes, peak_bytes
+from normpass.measure import counted, kept_bytes, peak_bytes
 from normpass.optimized import optimise_in_place, state_of
 from normpass.pipeline import Rewritten
 from normpass.report.summary import GraphRow, KeptRow, Memory, Report, Row
 from normpass.rewrite.choices import Choice
+from normpass.serialize.traffic import Group
 
 _LARGEST = 10
 NORM_BASES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -28,7 +29,7 @@ NORM_BASES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | None, plan: object = None) -> Report:
     """Collect what a forward in train mode does; with `arguments` measure both models."""
     if arguments is None:
-        return Report(type(model).__name__, tuple(_unknown(model)), plan=plan)
+        return Report(type(model).__name__, tuple(_unknown(model)), has_run=False)
     request = state_of(optimised).request
     found = captured_graphs(model, arguments, request)
     memory, unmeasured = _measure(model, optimised, arguments)
@@ -52,20 +53,23 @@ def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | N
 
 def norm_rows(model: nn.Module, found: Collected) -> list[Row]:
     """Every norm of `model` with what was done to it, in the model's order."""
-    rows = [row for graph in found.graphs for row in _rows(graph)]
+    rows = [row for graph in found.graphs for row in graph_rows(graph)]
     rows += _left_out(model, rows, found)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(rows, key=lambda row: order.get(row.path, len(order)))
 
 
-def _rows(graph: Rewritten) -> Iterator[Row]:
+def graph_rows(graph: Rewritten) -> Iterator[Row]:
+    """Every norm of one graph with what was done to it; as the report and the log of the backend have it."""
     for choice in graph.choices:
-        path = choice.site.path
-        rewrite = choice.rewrite
+        path, rewrite = choice.site.path, choice.rewrite
+        told = [r.reason for r in choice.refusals if r.reason != NO_CONCATENATION]
         if rewrite is None and path in _again_keys(graph):
             rewrite = "rebuild_values"
-        told = [r for r in choice.refusals if r.reason != NO_CONCATENATION]
-        reason = "; ".join(dict.fromkeys(f"{r.reason}" for r in told))
+            told = [f"rebuilt, not fused: {reason}" for reason in told]
+        if not _has_backward(choice, graph):
+            told.append("no gradient goes through it")
+        reason = "; ".join(dict.fromkeys(told))
         yield Row(path, choice.site.pattern, _done(choice, rewrite, graph), _kept_of(choice, graph), reason)
     for group in graph.regions.groups if graph.regions is not None else ():
         for path, kind in group.norms:
@@ -87,14 +91,28 @@ def _again_keys(graph: Rewritten) -> frozenset[str]:
 
 def _kept_of(choice: Choice, graph: Rewritten) -> str | None:
     """Which tensors of the site are kept."""
+    if not _has_backward(choice, graph):
+        return "z" if _is_z_kept(choice, graph) else None
     if choice.match is None:
         return "x" if choice.site.path in _again_keys(graph) else None
     if choice.match.kept == "z" or choice.site.path in _again_keys(graph):
         return choice.match.kept
-    kept = _kept_values(graph)
-    step = next((s for s in graph.found.facts.steps if s.key == choice.site.path), None) if graph.found else None
-    z_is_kept = step is not None and any(v in kept for v in step.makes)
-    return "x and z" if z_is_kept else "x"
+    return "x and z" if _is_z_kept(choice, graph) else "x"
+
+
+def _step_of(choice: Choice, graph: Rewritten) -> Step | None:
+    steps = graph.found.facts.steps if graph.found is not None else []
+    return next((step for step in steps if step.key == choice.site.path), None)
+
+
+def _has_backward(choice: Choice, graph: Rewritten) -> bool:
+    step = _step_of(choice, graph)
+    return graph.keeps_gradients and (step is None or step.differentiable)
+
+
+def _is_z_kept(choice: Choice, graph: Rewritten) -> bool:
+    step, kept = _step_of(choice, graph), _kept_values(graph)
+    return step is not None and any(v in kept for v in step.makes)
 
 
 def _left_out(model: nn.Module, rows: list[Row], found: Collected) -> Iterator[Row]:
@@ -197,9 +215,14 @@ def _region_lines(graph: Rewritten) -> Iterator[str]:
     if graph.regions is None:
         return
     for group in graph.regions.groups:
-        yield f"{group.name}: {group.iterations} sub-batches of {group.sub_batch} samples"
+        yield f"{group.name}: {_sub_batches(group)}"
     for refusal in graph.regions.refusals:
         yield f"{refusal.path or 'the model'} runs whole: {refusal.reason}"
+
+
+def _sub_batches(group: Group) -> str:
+    """How many there are, of how many samples; the last one may have fewer."""
+    return f"{counted(group.iterations, 'sub-batch', 'es')} of {group.samples}"
 
 
 def _unknown_paths(serialize: Any, found: Collected) -> list[str]:

@@ -10,7 +10,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from normpass.measure import format_bytes
+from normpass.measure import counted, format_bytes
+
+_SAVES_NOTHING = 0.995
+"""what is kept, of plain's, from which it prints as 1.00"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Row:
     rewrite: str | None
     """the rewrite that was applied; None if the norm is left alone"""
     kept: str | None
-    """which of x (the norm's input) and z (the activation's output) is kept for backward"""
+    """which of x (the norm's input) and z (the activation's output) is kept for backward; None for neither"""
     reason: str
     """why it is left alone, or why a rewrite that keeps less was refused"""
 
@@ -69,13 +72,15 @@ class Report:
     model: str
     rows: tuple[Row, ...]
     graphs: tuple[GraphRow, ...] = ()
-    """none where no example inputs were given"""
+    """none where no example inputs were given, or nothing was captured"""
+    has_run: bool = True
+    """whether example inputs were given: without them it is not known what is done with a norm"""
     failures: tuple[str, ...] = ()
     """why code was not captured, or a graph not rewritten"""
     derived: dict[str, int] = field(default_factory=dict)
     """function -> how many of its results are rebuilt instead of kept, beside the norms"""
     convolutions: int = 0
-    """how many have kernels of normpass on the CPU, where these are the faster ones"""
+    """how many run kernels of normpass on the CPU, at the shapes and dtypes of the example inputs"""
     largest: tuple[KeptRow, ...] = ()
     """what is kept that is largest"""
     memory: Memory | None = None
@@ -104,31 +109,40 @@ class Report:
     def __rich__(self) -> Group:
         table = Table("norm", "pattern", "rewrite", "kept", "reason", title=f"normpass: {self.model}")
         for row in self.rows:
-            table.add_row(row.path, row.pattern, row.rewrite or "left alone", row.kept or "", row.reason)
+            table.add_row(row.path, row.pattern, row.rewrite or self._no_rewrite, row.kept or "", row.reason)
         return Group(table, *(Text(line) for line in self.summary()))
 
     def summary(self) -> list[str]:
         """The lines below the table."""
+        norms = counted(len(self.rows), "norm")
+        if not self.has_run:
+            return [f"{norms}; give example inputs to see what is done with them"]
+        lines = [f"{self.rewritten} of {norms} rewritten, in {counted(len(self.graphs), 'graph')}"]
         if not self.graphs:
-            return [f"{len(self.rows)} norms; give example inputs to see what is done with them", *self._plan_lines()]
-        lines = [f"{self.rewritten} of {len(self.rows)} norms rewritten, in {len(self.graphs)} graph(s)"]
+            lines = [f"{norms}; nothing was captured, so the plain model runs"]
         if self.derived:
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.derived.items()))
             lines.append(f"also rebuilt instead of kept: {counts}")
         if self.convolutions:
-            lines.append(f"convolutions with kernels of normpass on the CPU: {self.convolutions}")
+            lines.append(f"convolutions that run kernels of normpass on the CPU: {self.convolutions}")
         lines += [f"the graph breaks: {graph.ends}" for graph in self.graphs if graph.ends]
         lines += [f"not captured: {failure}" for failure in self.failures]
         if self.memory is not None:
             m = self.memory
             lines.append(_compared("kept for backward", m.kept_before, m.kept_after))
             lines.append(_compared("peak over a step", m.peak_before, m.peak_after))
+            if self.rewritten and self.plan is None and m.kept_after >= _SAVES_NOTHING * m.kept_before:
+                lines.append("this saves nothing: what plain keeps cannot be made again cheaply from less")
         if self.unmeasured:
             lines.append(f"kept bytes and peak are not measured: {self.unmeasured}")
         if self.largest:
             lines.append("largest of what is kept:")
             lines += [_kept_line(row) for row in self.largest]
         return [*lines, *self.regions, *self._plan_lines()]
+
+    @property
+    def _no_rewrite(self) -> str:
+        return "left alone" if self.has_run else "unknown"
 
     def _plan_lines(self) -> list[str]:
         return [] if self.plan is None else str(self.plan).splitlines()

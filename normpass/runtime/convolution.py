@@ -119,6 +119,27 @@ def runs_winograd(
     return fits and pays(kernels.winograd, x, weight.shape[0], border)
 
 
+def runs_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """As `runs_winograd`, of a depthwise convolution that trains."""
+    step, border, kernels = _pair(stride), _pair(padding), kernels_for("cpu")
+    depthwise = None if kernels is None else kernels.depthwise
+    if depthwise is None or step is None or border is None or _pair(dilation) != _ONCE or not _fits(x, weight):
+        return False
+    kernel, dtype, memory_format = weight.shape[2:], _dtype(x, weight, bias), memory_format_of(x)
+    if not (is_depthwise(kernel, step, groups, x.shape[1]) and weight.requires_grad and dtype in _FLOATING):
+        return False
+    joined = dtype == x.dtype and depthwise.convolves(dtype, memory_format, kernel, step, border)
+    return joined or depthwise.has_weight_gradient(dtype, memory_format, kernel, step)
+
+
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> Tensor | None:
     trains = torch.is_grad_enabled() and weight.requires_grad
     if not trains or weight.shape[1] != 1 or weight.shape[0] != x.shape[1] or not weight.is_contiguous():

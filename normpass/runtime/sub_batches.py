@@ -51,7 +51,8 @@ def run_region(region: Region, x: Tensor, *extras: Any) -> Tensor:
 
 
 def _is_divisible(region: Region, x: Tensor) -> bool:
-    if is_compiling() or is_exporting() or under_other_derivatives() or is_traced():
+    # Without memory it is asked for the facts, while Dynamo compiles: these are to be those of what runs.
+    if (is_compiling() and type(x) is not FakeTensor) or is_exporting() or under_other_derivatives() or is_traced():
         return False
     return type(x) in (Tensor, Parameter, FakeTensor) and x.shape[0] > region.sub_batch
 

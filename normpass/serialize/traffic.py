@@ -32,6 +32,8 @@ from normpass.analysis.fake_inputs import FakeInputs
 from normpass.analysis.fake_run import facts_of
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.graph.nodes import give_keys, key_of, module_of
+from normpass.measure.words import counted
+from normpass.nn.norm import BatchNormLike
 from normpass.serialize.grouping import Groups, greedy, optimal
 from normpass.serialize.per_sample import kind_of, name_of
 from normpass.serialize.units import Unit, units_of
@@ -46,11 +48,19 @@ class Group:
     iterations: int
     traffic: float
     """bytes of a training step"""
+    batch: int
+    """samples in a training step"""
 
     @property
     def name(self) -> str:
         first, last = self.units[0].name, self.units[-1].last
         return first if first == last else f"{first} to {last}"
+
+    @property
+    def samples(self) -> str:
+        """Of one sub-batch, in words: the last may have fewer."""
+        words = counted(self.sub_batch, "sample")
+        return words if self.batch % self.sub_batch == 0 else f"up to {words}"
 
     @property
     def norms(self) -> list[tuple[str, str]]:
@@ -92,7 +102,7 @@ def make_group(units: Sequence[Unit], batch: int, buffer_bytes: int, reuse: bool
     traffic += batch * 2 * (units[0].input_bytes + units[-1].output_bytes)
     if not reuse:
         traffic += batch * sum(unit.branching for unit in units)
-    return Group(tuple(units), sub_batch, iterations, traffic)
+    return Group(tuple(units), sub_batch, iterations, traffic, batch)
 
 
 def serialise(
@@ -116,14 +126,14 @@ def serialise(
         raise InvalidInputError(f"`batch` and `buffer_bytes` must be at least 1, they are {batch} and {buffer_bytes}")
     made: dict[tuple[int, int], Group] = {}
 
-    def cost(start: int, stop: int) -> float:
+    def group(start: int, stop: int) -> Group:
         if (start, stop) not in made:
             made[start, stop] = make_group(units[start:stop], batch, buffer_bytes, reuse)
-        return made[start, stop].traffic
+        return made[start, stop]
 
-    groups: Groups = ways[method](len(units), cost)
+    groups: Groups = ways[method](len(units), lambda start, stop: group(start, stop).traffic)
     streamed = sum(batch * u.streamed + 3 * u.weights for u in units)
-    return Serialisation(tuple(made[group] for group in groups), streamed)
+    return Serialisation(tuple(group(*ends) for ends in groups), streamed)
 
 
 def graph_of(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, list[Any]]:
@@ -206,6 +216,11 @@ def _required_arguments(model: nn.Module) -> int:
     return sum(a.kind in kinds and a.default is a.empty for a in arguments)
 
 
+def _sees_whole_batch(model: nn.Module) -> bool:
+    norms = (nn.modules.batchnorm._BatchNorm, BatchNormLike)
+    return any(isinstance(m, norms) and (m.training or not m.track_running_stats) for m in model.modules())
+
+
 def traffic_report(
     model: nn.Module,
     shape: Sequence[int],
@@ -232,13 +247,15 @@ def traffic_report(
         f"buffer {buffer_bytes / 2**20:g} MiB",
         f"plain layers, each from and to memory: {plain / 2**30:.2f} GiB",
     ]
+    if _sees_whole_batch(model):
+        lines.append(
+            "what would be possible if every norm looked at one sample: batch norms in train mode look at the whole "
+            "batch, and are not divided"
+        )
     for reuse in (True, False):
         held = "branches held in the buffer" if reuse else "branches not held"
         for method in ("optimal", "greedy"):
             found = serialise(units, batch, buffer_bytes, reuse=reuse, method=method)
             lines.append(f"{method}, {held}: {found.traffic / 2**30:.2f} GiB ({100 * found.change:+.1f} %)")
-            lines += [
-                f"    {g.name}: {g.iterations} x {g.sub_batch} samples, {g.traffic / 2**30:.2f} GiB"
-                for g in found.groups
-            ]
+            lines += [f"    {g.name}: {g.iterations} x {g.samples}, {g.traffic / 2**30:.2f} GiB" for g in found.groups]
     return "\n".join(lines)

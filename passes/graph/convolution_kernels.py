@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from normpass.analysis.facts import Facts
 from normpass.graph.nodes import bound, replace_node
 from normpass.kernels.contract import WINOGRAD_CHANNELS
-from normpass.runtime.convolution import convolution_function, is_depthwise, is_winograd, runs_winograd
+from normpass.runtime.convolution import convolution_function, is_depthwise, is_winograd, runs_depthwise, runs_winograd
 
 _FUNCTIONS = (F.conv2d, torch.conv2d)
 
@@ -33,7 +33,7 @@ class ConvolutionKernels:
     name: str = "convolution_kernels"
 
     def apply(self, graph: fx.Graph, facts: Facts) -> set[str]:
-        """Rewrite `graph` in place; the names of the new nodes."""
+        """Rewrite `graph` in place; the names of the new nodes, which run kernels of ours where that pays."""
         names = set()
         for node in list(graph.nodes):
             arguments = bound(convolution_function, node) if node.target in _FUNCTIONS else None
@@ -43,6 +43,13 @@ class ConvolutionKernels:
                 new = graph.call_function(convolution_function, node.args, node.kwargs)
             names.add(replace_node(graph, node, new).name)
         return names
+
+    @staticmethod
+    def running(facts: Facts) -> frozenset[str]:
+        """The names of those that run kernels of ours, at the shapes and dtypes of the facts."""
+        calls = [step.node for step in facts.steps if step.target is convolution_function]
+        given = {node.name: _arguments(node, facts) for node in calls}
+        return frozenset(n for n, (a, k) in given.items() if runs_winograd(*a, **k) or runs_depthwise(*a, **k))
 
     @staticmethod
     def note_scratch(facts: Facts) -> None:

@@ -50,7 +50,7 @@ TABLE = """
 │ last   │ relu → BatchNorm2d                │ fuse_norm_act │ x    │                            │
 │ unused │ BatchNorm2d                       │ left alone    │      │ no captured graph calls it │
 └────────┴───────────────────────────────────┴───────────────┴──────┴────────────────────────────┘
-3 of 4 norms rewritten, in 1 graph(s)
+3 of 4 norms rewritten, in 1 graph
 """
 
 

@@ -73,7 +73,13 @@ def test_the_report_prints_both_ways():
     report = traffic_report(resnet(resnet50), (32, 3, 224, 224))
     assert report.count("optimal") == report.count("greedy") == 2
     assert report.count("(-75.2 %)") == 2 and report.count("(-60.4 %)") == 2
-    assert "layer2.1 to layer3.0: 7 x 5 samples" in report
+    assert "layer2.1 to layer3.0: 7 x up to 5 samples" in report
+
+
+@pytest.mark.parametrize("norm, training", [(nn.BatchNorm2d, True), (nn.BatchNorm2d, False), (nn.InstanceNorm2d, True)])
+def test_the_report_says_what_it_supposes(norm, training):
+    report = traffic_report(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4)).train(training), (2, 3, 8, 8))
+    assert ("if every norm looked at one sample" in report) is (norm is nn.BatchNorm2d and training)
 
 
 def test_errors_say_what_is_wrong():

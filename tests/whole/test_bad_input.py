@@ -232,7 +232,7 @@ def test_norms_of_every_class() -> None:
     for path, row in rows.items():
         other = OTHER_NORMS.get(path.split(".")[0])
         assert row.rewrite == ("split_bn" if other is None else "rebuild_values"), path
-        assert row.reason == ("" if other is None else f"{other} is not a batch norm"), path
+        assert row.reason == ("" if other is None else f"rebuilt, not fused: {other} is not a batch norm"), path
 
 
 def test_sync_batch_norm_is_reported() -> None:
