@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from normpass import passes
 from normpass.budget.planning import check_plan, plan_step
 from normpass.budget.step_plan import StepPlan
 from normpass.copies.shared_copy import shared_copy
-from normpass.copies.trial import call_arguments, run_trial
+from normpass.copies.trial import call_arguments, copied_inputs, trial, trial_copy
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.optimized import is_optimised, optimise_in_place, plain_copy
 from normpass.options import check_paths, read_options, read_plan
@@ -177,15 +178,25 @@ def explain(
 def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
     """Run a copy of the plain model once, without gradients."""
     args, kwargs = call_arguments(example_inputs)
-    try:
-        with torch.no_grad():
-            run_trial(model, (args, kwargs))
-    except Exception as error:
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in (*args, *kwargs.values())]
-        raise InvalidInputError(
-            f"`example_inputs`: {type(model).__name__} does not run on inputs of shape {shapes}: {error}. "
-            "Give a tensor, a tuple or a dict of arguments that the model itself accepts."
-        ) from error
+    with torch.no_grad(), trial(model):
+        copied, (own, named) = trial_copy(model), copied_inputs((args, kwargs))
+        try:
+            copied(*own, **named)
+        except Exception as error:
+            raise InvalidInputError(_does_not_run(model, (*args, *kwargs.values()), error)) from error
+
+
+def _does_not_run(model: nn.Module, given: tuple[Any, ...], error: Exception) -> str:
+    """The advice, then the first line of what torch says, which may have a hundred."""
+    shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in given]
+    advice = "give a tensor, a tuple or a dict of arguments that the model itself accepts"
+    if given and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
+        advice = f"there is no tensor among them ({type(given[0]).__name__}): {advice}"
+    line = next(iter(str(error).strip().splitlines()), "")
+    return (
+        f"`example_inputs`: {type(model).__name__} does not run on inputs of shape {shapes}; {advice} "
+        f"({type(error).__name__}: {line:.300})"
+    )
 
 
 def _check_model(model: Any) -> None:

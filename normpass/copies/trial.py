@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,8 @@ def trial_copy(model: nn.Module) -> nn.Module:
     """A copy around the same parameters and buffers, with Python state of its own as far as that can be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose copy has parameters of its own
+            memo[id(module)] = module
         tensors = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
         memo.update((id(t), t) for t in tensors if isinstance(t, Tensor))
     try:
@@ -68,16 +71,9 @@ def trial(model: nn.Module) -> Iterator[None]:
             numpy_random.set_state(numpy_state)
 
 
-def run_trial(model: nn.Module, arguments: Arguments) -> Any:
-    """What a copy of `model` returns for copies of `arguments`."""
-    args, kwargs = copied_inputs(arguments)
-    with trial(model):
-        return trial_copy(model)(*args, **kwargs)
-
-
 def _numpy_random() -> Any:
     numpy = sys.modules.get("numpy")
     return None if numpy is None else numpy.random
 
 
-__all__ = ["call_arguments", "copied_inputs", "run_trial", "trial", "trial_copy"]
+__all__ = ["call_arguments", "copied_inputs", "trial", "trial_copy"]

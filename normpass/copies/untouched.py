@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+
+from normpass.errors import InvalidModelError
 
 
 @contextlib.contextmanager
@@ -20,7 +24,11 @@ def untouched(model: nn.Module, *values: object) -> Iterator[None]:
     parameters and of the leaf tensors among `values`. Inside, every `.grad` starts as None. Parameters are
     not copied: what writes to them (an optimizer) has to undo that itself.
     """
-    flags = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    check_initialised(model)
+    modules = list(model.modules())
+    flags = [(module, module.training) for module in modules]
+    # Those of a scripted module are TorchScript's: nobody can register others there.
+    registered = [(m, dict(m._buffers)) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     buffers = _copies(model.buffers())
     grads = [(leaf, leaf.grad) for leaf in leaves_of(model, values)]
     random = torch.get_rng_state()
@@ -30,9 +38,10 @@ def untouched(model: nn.Module, *values: object) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training, registered in flags:
+        for module, training in flags:
             module.training = training
-            module._buffers.update(registered)
+        for module, names in registered:
+            module._buffers.update(names)
         _put_back(buffers)
         for leaf, grad in grads:
             leaf.grad = grad
@@ -56,6 +65,17 @@ def undone(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
         _put_back(copies)
         optimizer.state.clear()
         optimizer.state.update(state)
+
+
+def check_initialised(model: nn.Module) -> None:
+    """InvalidModelError for a model with lazy layers that have not seen an input: nothing can be put back there."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    lazy = next((name for name, tensor in tensors if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise InvalidModelError(
+            f"`{lazy}` of this {type(model).__name__} has no shape yet: a lazy layer gets it at its first call, so "
+            "call the model once first"
+        )
 
 
 def tensors_in(tree: object) -> list[Tensor]:

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,39 @@ def test_example_inputs_of_another_kind() -> None:
         with pytest.raises(normpass.InvalidInputError, match=words):
             normpass.explain(model, inputs)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_advice_stands_before_what_torch_says() -> None:
+    for given in (np.zeros((2, 3, 8, 8)), 3, "2x3x16x16"):
+        with pytest.raises(normpass.InvalidInputError, match="there is no tensor among them.*give a tensor") as raised:
+            normpass.optimize(ConvNet(), given)
+        assert len(str(raised.value)) < 500 and type(given).__name__ in str(raised.value)
+
+
+@pytest.mark.parametrize("function", [normpass.optimize, normpass.explain, kept_bytes])
+def test_a_lazy_model_is_called_first(function) -> None:
+    """It cannot be put back to what it was; that is not said to be the inputs' fault."""
+    model = nn.Sequential(nn.LazyConv2d(C, 3), nn.LazyBatchNorm2d()).double()
+    with pytest.raises(normpass.InvalidModelError, match="`0.weight` of this Sequential has no shape yet: .* call the"):
+        function(model, image())
+    model(image())
+    function(model, image())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_part_of_the_model_is_scripted() -> None:
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(C), nn.ReLU()))
+        pair.append(nn.Sequential(conv(), scripted, conv(C, 2)).double())
+    model = pair[1]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimised = normpass.optimize(model, image())
+    report = normpass.explain(model, image())
+    assert report.memory is not None and report.memory.kept_before == kept_bytes(model, image())
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert_equal(*(train(m, (image(),)) for m in (pair[0], optimised)))
 
 
 @pytest.mark.parametrize(
