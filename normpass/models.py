@@ -9,8 +9,11 @@ import inspect
 import math
 import operator
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
+from typing import TypeVar
 
 from torch import nn
 
@@ -18,6 +21,8 @@ from normpass.environment import memory_bytes
 from normpass.errors import ModelSpecError
 
 _FORMS = "`torchvision:NAME`, `timm:NAME` or `package.module:callable`"
+_LIBRARY = sysconfig.get_path("stdlib")
+T = TypeVar("T")
 _WHERE = {
     "torchvision:": "`torchvision.models.list_models()` lists them",
     "timm:": "`timm.list_models()` lists them",
@@ -121,17 +126,33 @@ def _from_timm(name: str) -> nn.Module:
 
 def _from_callable(spec: str, module_name: str, name: str) -> nn.Module:
     with current_directory_on_path():
-        build = _attribute(spec, _module(spec, module_name), name)
+        build = _attribute(spec, _run_for(spec, lambda: _module(spec, module_name)), name)
         try:
             inspect.signature(build).bind()
         except TypeError as error:
             raise ModelSpecError(
                 f"`{spec}` is called without arguments, but: {error}; name a function that needs none"
             ) from error
-        model = build()
+        model = _run_for(spec, build)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(f"`{spec}` returned a {type(model).__name__}: return a torch.nn.Module")
     return model
+
+
+def _run_for(spec: str, call: Callable[[], T]) -> T:
+    """What `call` returns; what code of the user's raises in it is said in one line, with the place."""
+    try:
+        return call()
+    except ModelSpecError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<frozen", __file__))
+        ]
+        own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(_LIBRARY)]
+        place = "".join(f" ({f.filename}:{f.lineno})" for f in (own or frames)[-1:])
+        raise ModelSpecError(f"`{spec}` raises {type(error).__name__}: {words}{place}") from error
 
 
 def _library(name: str) -> ModuleType:
@@ -164,6 +185,8 @@ def _attribute(spec: str, module: ModuleType, name: str) -> Callable[[], object]
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         hint = _hint(name, public, f"{module.__name__}:")
         raise ModelSpecError(f"`{spec}`: module `{module.__name__}` has no `{name}`{hint}") from error
+    if isinstance(found, nn.Module):
+        raise ModelSpecError(f"`{spec}` is a {type(found).__name__} already: name a function that returns it")
     if not callable(found):
         raise ModelSpecError(f"`{spec}` is a {type(found).__name__}: name a function or class that builds the model")
     return found

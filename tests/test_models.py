@@ -21,6 +21,7 @@ def workspace(tmp_path, monkeypatch):
         "def sized(width):\n    return nn.Linear(width, 1)\n"
         "def broken():\n    raise RuntimeError('inside')\n"
         "class Holder:\n    make = staticmethod(build)\n"
+        "made = nn.ReLU()\n"
         "constant = 3\n"
     )
     (tmp_path / "helper_of_mynets.py").write_text("from torch import nn\nmake = nn.ReLU\n")
@@ -74,6 +75,7 @@ def test_load_from_the_current_directory(workspace, spec, kind):
         ("mynets:zzzzzz", "has no `zzzzzz`; name a function or class that it defines"),
         ("mynets:constant", "is a int: name a function or class"),
         ("mynets:sized", "missing a required argument: 'width'; name a function that needs none"),
+        ("mynets:made", "`mynets:made` is a ReLU already: name a function that returns it"),
         ("mynets:numbers", "returned a list: return a torch.nn.Module"),
         ("zoo.small:Net", "missing a required argument: 'in_features'"),
     ],
@@ -85,10 +87,10 @@ def test_errors_are_one_line_that_says_what_to_do(workspace, spec, message):
     assert "\n" not in str(caught.value)
 
 
-def test_errors_inside_the_users_code_are_the_users(workspace):
-    with pytest.raises(RuntimeError, match="inside"):
+def test_errors_inside_the_users_code_have_their_place(workspace):
+    with pytest.raises(models.ModelSpecError, match=r"`mynets:broken` raises RuntimeError: inside \(.*mynets.py:10\)"):
         models.load("mynets:broken")
-    with pytest.raises(ModuleNotFoundError, match="a_library_nobody_has"):
+    with pytest.raises(models.ModelSpecError, match=r"raises ModuleNotFoundError: .*nobody_has.* \(.*needy.py:1\)"):
         models.load("needy:build")
 
 

@@ -17,6 +17,7 @@ from normpass import models
 from normpass.budget.step_plan import parse_budget
 from normpass.errors import InvalidInputError
 from normpass.files import write_json
+from normpass.passes import CHANGES
 
 FAILED = 1
 BAD_INPUT = 2
@@ -48,9 +49,32 @@ def size_in_bytes(text: str) -> int:
 def budget(text: str) -> float | str:
     """A share of what plain keeps, or what `normpass.plan` takes as text."""
     try:
-        return float(text)
+        given: float | str = float(text)
     except ValueError:
-        return text
+        given = text
+    try:
+        parse_budget(given, 1)
+    except InvalidInputError as error:
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is not a budget: write a share of what plain keeps, as 0.5, or a size, as 12GB"
+        ) from error
+    return given
+
+
+def change(text: str) -> str:
+    """The name of one change."""
+    if text not in CHANGES:
+        raise argparse.ArgumentTypeError(
+            f'"{text}" is not known; known are {", ".join(CHANGES)}; for several repeat the option'
+        )
+    return text
+
+
+def picture(text: str) -> Path:
+    """A PNG file to write to."""
+    if Path(text).suffix != ".png":
+        raise argparse.ArgumentTypeError(f"`{text}` is not the name of a PNG file: let it end in .png")
+    return output(text)
 
 
 def names(text: str) -> list[str]:
@@ -76,6 +100,11 @@ def image_shape(text: str) -> tuple[int, ...]:
 
 def shapes(text: str) -> list[tuple[int, ...]]:
     """Shapes of several inputs."""
+    sizes = text.split(",")
+    if len(sizes) > 2 and all(size.strip().isdigit() for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"`{text:.80}` are {len(sizes)} inputs of one size each: the sizes of one are joined by x, like 2x3x224x224"
+        )
     try:
         return models.parse_inputs(text)
     except ValueError as error:

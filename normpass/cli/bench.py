@@ -66,7 +66,7 @@ def _add_frontier(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--channels-last", action="store_true", help="convert network and input to channels_last")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile: about a minute each")
-    parser.add_argument("--plot", type=arguments.output, metavar="PNG", help="draw it here")
+    parser.add_argument("--plot", type=arguments.picture, metavar="PNG", help="draw it here")
     _add_common(parser, rounds=7)
     parser.set_defaults(run=_frontier)
 
@@ -133,7 +133,9 @@ def _networks(options: argparse.Namespace) -> int:
     record = bench.Record(options.json, environment(options.device, options.given))
     base = options.base or setting.default_base
     try:
-        complete = bench.run_networks(options.model or NETWORKS, setting, contenders, base, record, console())
+        named = (*(options.contenders or ()), *(COMPILED if options.compile else ()))
+        networks = options.model or NETWORKS
+        complete = bench.run_networks(networks, setting, contenders, base, record, console(), named)
     except OSError as error:
         return cannot_write(options.json, error, "--json")
     except ValueError as error:  # of `measure`: a frozen model, an output without floating tensors

@@ -20,6 +20,9 @@ from normpass.serialize.traffic import traffic_report
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
+_NEED_INPUT = ("plot", "budget", "serialize", "change", "allow_lossy", "no_winograd")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:callable")
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", type=arguments.output, metavar="FILE", help="write the plan for --budget here, as JSON"
     )
     parser.add_argument(
-        "--plot", type=arguments.output, metavar="PNG", help="draw the memory along a step, plain and optimised"
+        "--plot", type=arguments.picture, metavar="PNG", help="draw the memory along a step, plain and optimised"
     )
     parser.add_argument("--serialize", action="store_true", help="run chains of layers sub-batch by sub-batch")
     parser.add_argument("--traffic", action="store_true", help="and say what moves to and from memory, modelled")
@@ -49,23 +52,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-lossy", action="store_true", help="allow in-place activated batch norm")
     parser.add_argument("--no-winograd", action="store_true", help="leave 3x3 convolutions to torch")
-    parser.add_argument("--change", action="append", default=[], help="change the model, as `leaky_relu`")
+    parser.add_argument(
+        "--change",
+        type=arguments.change,
+        action="append",
+        default=[],
+        help="change the model, as `leaky_relu`; may be repeated",
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
     parser.set_defaults(run=run)
 
 
+def _check_partners(options: argparse.Namespace) -> None:
+    """Refuse what has no effect without another option."""
+    for option, others in (("plan", ("budget",)), ("tune", ("budget",)), ("buffer", ("serialize", "traffic"))):
+        if getattr(options, option) and not any(getattr(options, other) for other in others):
+            words = " or ".join(f"--{other}" for other in others)
+            raise normpass.InvalidInputError(f"--{option} does nothing without {words}: add it, or leave it out")
+
+
 def run(options: argparse.Namespace) -> int:
     """Explain, draw and write what was asked for; the exit status."""
+    _check_partners(options)
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     model = models.load(options.model).to(dtype)
     default = models.default_input(options.model, model)
     if options.input is None and default is not None:
         options.input = [default]
-    if options.plot and options.input is None:
-        raise normpass.InvalidInputError("--plot needs --input: memory depends on the shapes")
     if options.traffic and len(options.input or ()) != 1:
         raise normpass.InvalidInputError("--traffic needs --input, the shape of one tensor")
+    for option in _NEED_INPUT if options.input is None else ():
+        if getattr(options, option):
+            raise normpass.InvalidInputError(
+                f"--{option.replace('_', '-')} needs --input: without one nothing runs, and the norms are listed only"
+            )
     inputs = None if options.input is None else tuple(torch.randn(s, dtype=dtype) for s in options.input)
     try:
         with Console(stderr=True).status("measuring"):
@@ -95,6 +116,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _traffic(model: nn.Module, options: argparse.Namespace, dtype: torch.dtype) -> str:
+    if options.change:
+        model = normpass.restore(normpass.optimize(model, changes=options.change), keep_changes=True)
     size = options.buffer or last_level_cache(torch.device("cpu"))
     return traffic_report(model, options.input[0], dtype=dtype, buffer_bytes=size)
 

@@ -1,7 +1,8 @@
 """The command line: `normpass demo`, `explain MODEL`, `convert MODEL OUT`, `bench …`, `kernels`.
 
 Reads the arguments, prints what the library returns. Bad input ends with status 2 and one line on stderr
-that says what to do; status 1 means that the work itself failed (the demo's losses differ, ours did not run).
+that says what to do; status 1 means that the work itself failed (the demo's losses differ; ours, or a contender that
+was named, did not run).
 """
 
 from __future__ import annotations

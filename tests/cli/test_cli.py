@@ -15,6 +15,7 @@ from torch import nn
 import normpass
 from normpass.bench import contenders
 from normpass.bench import run as bench
+from normpass.cli import bench as bench_commands
 from normpass.cli import main as cli
 from normpass.demo import training as demo
 
@@ -38,6 +39,11 @@ class Tiny(nn.Module):
 
 def frozen():
     return Tiny().requires_grad_(False)
+
+def broken():
+    return 1 / 0
+
+MADE = Tiny()
 """
 
 TABLE = """
@@ -84,7 +90,7 @@ def test_explain(workspace, capsys):
 
 
 def test_explain_without_an_input_lists_the_norms(workspace, capsys):
-    status, out, err = run(capsys, "explain tinynet:Tiny --serialize")
+    status, out, err = run(capsys, "explain tinynet:Tiny")
     assert (status, err) == (0, "")
     assert out.count("give example inputs: what is done with it depends on the graph") == 4
     assert out.splitlines()[-1] == "4 norms; give example inputs to see what is done with them"
@@ -129,13 +135,13 @@ def test_explain_serialises_and_models_the_traffic(workspace, capsys):
     command = "explain tinynet:Tiny --input 8x3x16x16 --change group_norm --serialize --traffic --buffer 40KiB"
     status, out, _ = run(capsys, command)
     assert status == 0
-    assert "sub-batches of" in out
+    assert "sub-batches of" in out and "if every norm looked at one sample" not in out
     assert "Modelled memory traffic of a training step, Tiny, 8x3x16x16, float32, buffer 0.0390625 MiB" in out
     assert "greedy, branches held in the buffer" in out
 
 
 def test_bench_frontier(workspace, capsys, monkeypatch):
-    monkeypatch.setattr("normpass.cli.bench.FRONTIER", ("eager", "ours", "ours@0.5", "compile"))
+    monkeypatch.setattr(bench_commands, "FRONTIER", ("eager", "ours", "ours@0.5", "compile"))
     command = "bench frontier tinynet:Tiny --input 2x3x16x16 --rounds 1 --no-compile --json f.json --plot f.png"
     status, out, _ = run(capsys, command)
     assert status == 0
@@ -148,8 +154,28 @@ def test_bench_frontier(workspace, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("explain tinynet:Tiny --budget 0.5", "`memory_budget` needs `example_inputs`"),
-        ("explain tinynet:Tiny --input 2x3x8x8 --budget much", "give a fraction such as 0.5"),
+        ("explain tinynet:Tiny --budget 0.5", "--budget needs --input"),
+        ("explain tinynet:Tiny --change leaky_relu", "--change needs --input"),
+        ("explain tinynet:Tiny --serialize", "--serialize needs --input"),
+        ("explain tinynet:Tiny --no-winograd", "--no-winograd needs --input"),
+        (
+            "explain no:such --budget much",
+            "--budget: `much` is not a budget: write a share of what plain keeps, as 0.5",
+        ),
+        ("explain no:such --budget 7", "--budget: `7` is not a budget"),
+        ("explain tinynet:Tiny --input 2x3x8x8 --plan p.json", "--plan does nothing without --budget"),
+        ("explain tinynet:Tiny --input 2x3x8x8 --tune", "--tune does nothing without --budget"),
+        (
+            "explain tinynet:Tiny --input 2x3x8x8 --buffer 1MiB",
+            "--buffer does nothing without --serialize or --traffic",
+        ),
+        ("explain tinynet:Tiny --input 2x3x8x8 --serialize --budget 0.5", "either `serialize` or `memory_budget`"),
+        ("explain tinynet:Tiny --input 2x3x8x8 --plot x.txt", "`x.txt` is not the name of a PNG file: let it end in"),
+        ("bench frontier tinynet:Tiny --plot x.txt", "`x.txt` is not the name of a PNG file"),
+        ("explain tinynet:Tiny --input 2,3,8,8", "4 inputs of one size each: the sizes of one are joined by x"),
+        ("explain tinynet:Tiny --change kalman,leaky_relu", "is not known; known are leaky_relu, group_norm, kalman"),
+        ("explain tinynet:broken", "raises ZeroDivisionError: division by zero ("),
+        ("explain tinynet:MADE", "`tinynet:MADE` is a Tiny already: name a function that returns it"),
         ("explain tinynet:Tiny --input 2x3x8x8 --budget 0.00001", "no plan keeps fewer than"),
         ("explain tinynet:Tiny --plot m.png", "--plot needs --input"),
         ("explain tinynet:Tiny --traffic", "--traffic needs --input"),
@@ -165,7 +191,7 @@ def test_bench_frontier(workspace, capsys, monkeypatch):
         ("explain torchvision:resnet1", "did you mean `torchvision:resnet18`"),
         ("explain tinynet:Tiny --input 2x3xa", "`2x3xa` is not a shape"),
         ("explain tinynet:Tiny --input 2x4x16x16", "does not run on inputs of shape [(2, 4, 16, 16)]"),
-        ("explain tinynet:Tiny --change swish", '"swish" is not known; known are "leaky_relu"'),
+        ("explain tinynet:Tiny --change swish", '"swish" is not known; known are leaky_relu'),
         ("explain tinynet:Tiny --dtype int8", "invalid choice: 'int8'"),
         ("explain tinynet:Tiny --json no/folder/r.json", "no folder `no/folder`: create it first"),
         ("explain tinynet:Tiny --json .", "`.` is a folder: name a file in it"),
@@ -285,13 +311,13 @@ def test_bench_convolutions(workspace, capsys, monkeypatch):
     assert [row["computes"] for row in found["convolutions"]] == ["y", "dx", "dweight", "dx", "dweight"]
 
 
-def test_what_did_not_run_is_said_and_only_ours_fails_the_command(workspace, capsys, monkeypatch):
+def test_what_did_not_run_is_said_and_ours_and_what_was_named_fail_the_command(workspace, capsys, monkeypatch):
     def refuse(*_):
         raise RuntimeError("backend raised:\n\nout of luck\nhere")
 
     monkeypatch.setattr(contenders, "checkpointed", refuse)
     status, out, _ = run(capsys, "bench tinynet:Tiny --input 2x3x16x16 --rounds 1 --with eager,checkpoint")
-    assert status == 0
+    assert status == 1
     assert "checkpoint did not run: RuntimeError: backend raised: out of luck\n" in f"{out}\n"
     monkeypatch.setattr(contenders, "optimize", refuse)
     status, out, _ = run(capsys, "bench tinynet:Tiny --input 2x3x16x16 --rounds 1")
