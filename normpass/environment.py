@@ -39,8 +39,9 @@ def device_name(device: str) -> str:
     """The device in words: its name, and for the CPU its instructions and threads."""
     if device != "cpu":
         return f"{torch.cuda.get_device_name(device)} (clocks untouched)"
+    threads = torch.get_num_threads()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"CPU {platform.machine()} {instructions}, {torch.get_num_threads()} threads"
+    return f"CPU {platform.machine()} {instructions}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def versions() -> dict[str, str]:

@@ -274,12 +274,13 @@ def load() -> tuple[CpuKernels | None, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     names = INSTRUCTION_SETS.get(capability, ("baseline",))
     failure = "not built when normpass was installed: install a C++ compiler with OpenMP (g++), then normpass again"
+    count = torch.get_num_threads()
     for name in names:
         path = Path(__file__).with_name(f"_{name}.so")
         if not path.exists():
             continue
         try:
-            return CpuKernels(path), f"C++, {name}, {torch.get_num_threads()} threads"
+            return CpuKernels(path), f"C++, {name}, {count} thread{'' if count == 1 else 's'}"
         except (OSError, AttributeError) as error:
             failure = f"{path.name} cannot be loaded ({error}): install normpass again"
     return None, failure

@@ -98,11 +98,13 @@ class StepPlan:
 
     def __str__(self) -> str:
         changed = [row for row in self.rows if row.key.removesuffix(INDICES) in self.decisions.keys]
-        lines = [f"plan for a budget of {self.budget}: {len(changed)} results differ from the default"]
+        differ = "1 result differs" if len(changed) == 1 else f"{len(changed)} results differ"
+        lines = [f"plan for a budget of {self.budget}: {differ} from the default"]
         for row in changed:
             lines.append(
                 f"  {row.key}: {row.choice} ({format_bytes(row.bytes)}); otherwise "
-                f"{row.other_bytes / 2**20:+.1f} MiB kept and {row.other_seconds * 1e3:+.2f} ms"
+                f"{'-' if row.other_bytes < 0 else '+'}{format_bytes(abs(row.other_bytes))} kept and "
+                f"{_signed(row.other_seconds * 1e3)} ms"
             )
         for name in ("plain", "default", "planned"):
             p: Use | None = getattr(self, name)
@@ -112,6 +114,11 @@ class StepPlan:
                     f"{name}: kept {format_bytes(p.kept)}, peak {format_bytes(p.peak)}{rebuilding} (predicted)"
                 )
         return "\n".join(lines)
+
+
+def _signed(milliseconds: float) -> str:
+    """With two decimals, and no zero below zero."""
+    return f"{round(milliseconds, 2) + 0.0:+.2f}"
 
 
 _ENTRIES = ("version", "budget", "decisions", "predicted", "rows")
