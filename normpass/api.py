@@ -90,7 +90,8 @@ def optimize(
         found = plan_step(model, _needed_inputs(example_inputs), memory_budget, request, tune)
         request = replace(request, decisions=found.decisions)
     if given is not None:
-        check_plan(model, request, None if example_inputs is None else call_arguments(example_inputs))
+        arguments = None if example_inputs is None else call_arguments(example_inputs)
+        check_plan(model, request, arguments, given.plain)
     optimised = optimise_in_place(shared_copy(model), request)
     verify_state(model, optimised, may_add=bool(request.changes))
     return optimised

@@ -8,6 +8,7 @@ A copy of the model runs forward once, which captures and rewrites its graphs; t
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
@@ -16,7 +17,7 @@ from normpass import passes
 from normpass.analysis.facts import Facts, Step
 from normpass.analysis.minimum_cut import Possible, joined, minimum_cut
 from normpass.budget import cost, tune
-from normpass.budget.liveness import Demand, Seconds, Walker
+from normpass.budget.liveness import Demand, Seconds, Use, Walker
 from normpass.budget.search import Chosen, Search, Selectable, flip
 from normpass.budget.step_plan import INDICES, Row, StepPlan, parse_budget
 from normpass.collect import captured_graphs
@@ -28,6 +29,7 @@ from normpass.pipeline import Request, Rewritten
 from normpass.rewrite.choices import DEFAULT, Choice, Decisions
 from normpass.rewrite.contract import Semantics
 
+_log = logging.getLogger(__name__)
 _PEAK_MARGIN = 1.1
 """how far the peak may lie above the budget's share of the plain model's"""
 
@@ -60,8 +62,12 @@ def plan_graphs(
 ) -> StepPlan:
     """The plan for the graphs of one forward, one after the other; raises as `plan_step`."""
     found = joined([_until_its_end(g.found, g) for g in graphs if g.found is not None])
-    plain = joined([_until_its_end(Possible.nothing(g.plain), g) for g in graphs if g.plain is not None]).facts
-    return plan_facts(plain, found, memory_budget, given, seconds)
+    return plan_facts(_plain(graphs), found, memory_budget, given, seconds)
+
+
+def _plain(graphs: Sequence[Rewritten]) -> Facts:
+    """The facts of the graphs as they were captured, one after the other."""
+    return joined([_until_its_end(Possible.nothing(g.plain), g) for g in graphs if g.plain is not None]).facts
 
 
 def _until_its_end(found: Possible, graph: Rewritten) -> Possible:
@@ -147,10 +153,14 @@ def _selectable(found: Possible) -> Selectable:
     )
 
 
-def check_plan(model: nn.Module, request: Request, arguments: Arguments | None) -> None:
+def check_plan(model: nn.Module, request: Request, arguments: Arguments | None, made_for: Use | None = None) -> None:
     """InvalidInputError for a name that is not in the model, or of what cannot be done there.
 
     Without example inputs the graph is not known: then the modules that are named must be there.
+
+    Args:
+        made_for: what the plain model was predicted to keep when the plan was made; where it keeps something else on
+            `arguments`, the log says so.
     """
     _check_rewrites(request)
     decisions = request.decisions
@@ -165,6 +175,19 @@ def check_plan(model: nn.Module, request: Request, arguments: Arguments | None) 
     _refuse_unknown(model, sorted(decisions.keys - {step.key for step in steps} - choices.keys()))
     _check_choices(decisions, choices)
     _check_values(decisions, graphs, steps)
+    if made_for is not None:
+        _warn_of_other_inputs(made_for, graphs)
+
+
+def _warn_of_other_inputs(made_for: Use, graphs: Sequence[Rewritten]) -> None:
+    kept = Walker(_plain([g for g in graphs if g.keeps_gradients]), cost.seconds).walk(()).kept
+    if kept != made_for.kept:
+        _log.warning(
+            "normpass: the plan was made for other inputs, for which the plain model keeps %s and not %s: it computes "
+            "the same, but may not keep to its budget; make one with normpass.plan for the shapes to train with",
+            format_bytes(made_for.kept),
+            format_bytes(kept),
+        )
 
 
 def _refuse_unknown(model: nn.Module, unknown: list[str]) -> None:

@@ -111,6 +111,12 @@ def test_a_good_one_is_read_as_it_was(good: dict[str, Any], tmp_path: Path) -> N
     normpass.optimize(model(), X, plan=str(tmp_path / "plan.json"))
 
 
+def test_a_plan_for_other_inputs_is_said(good: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    for count, is_said in ((2, False), (3, True)):
+        normpass.optimize(model(), torch.randn(count, 3, 8, 8), plan=good)
+        assert ("the plan was made for other inputs" in caplog.text) is is_said
+
+
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "Expecting value"),
     "cut off": (b'{"version": 2', "Expecting"),
