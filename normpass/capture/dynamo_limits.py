@@ -20,7 +20,8 @@ Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14),
 - `torch.utils.checkpoint` with `use_reentrant=True`, the default, runs as with False: parameters have gradients where
   no input has one, a nested region runs (and moves running statistics) once less. The call breaks the graph.
 - NumPy is torch in disguise (`normpass.capture.dynamo_numpy`).
-- generators and bounded deques that forward finds, `is_leaf`, `grad_fn is None` (`normpass.capture.dynamo_found`).
+- generators and bounded deques that forward finds, `is_leaf`, `grad_fn is None`, `vars()`
+  (`normpass.capture.dynamo_found`).
 - each graph's guards are timed for a line in a log, with the processor's caches flushed before: some 25 ms of each
   capture. Not timed.
 

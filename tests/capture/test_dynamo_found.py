@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import itertools
+import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -90,6 +91,41 @@ def test_a_bound_that_changes() -> None:
             model.found[0] = collections.deque([1, 2], maxlen=bound)
             of_model += sums(model, 1)
         found.append(of_model)
+    assert found[0] == found[1]
+
+
+def called_with(**options: float) -> float:
+    return sum(options.values())
+
+
+NAMES = {
+    "keywords": lambda m, x, found: called_with(**vars(found)),
+    "how many": lambda m, x, found: len(vars(found)),
+    "whether": lambda m, x, found: 2 if "later" in found.__dict__ else 3,
+    "or else": lambda m, x, found: vars(found).get("later", 5.0),
+    "names": lambda m, x, found: len("".join(found.__dict__)),
+    "of the class": lambda m, x, found: len([name for name in vars(type(found)) if name == "later"]) + 1,
+}
+
+
+class Config:
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [lambda: type("Case", (Config,), {})(), lambda: types.SimpleNamespace(scale=2.0)])
+def test_names_that_come_later_and_go(name: str, kind: Callable) -> None:
+    found = []
+    for optimise in (copy.deepcopy, normpass.optimize):
+        model = optimise(spread(Net(NAMES[name], kind)))
+        of_model, config = sums(model, 1), model.found[0]
+        for change in (lambda c: setattr(c, "later", 3.0), lambda c: delattr(c, "scale"), lambda c: vars(c).clear()):
+            change(config)
+            of_model += sums(model, 1)
+        if type(config) is not types.SimpleNamespace:
+            type(config).later = 1
+        found.append([*of_model, *sums(model, 1)])
     assert found[0] == found[1]
 
 
