@@ -18,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
-demo: $(VENV)/.installed  ## train a network plain and optimised, side by side
+demo: $(VENV)/.installed  ## train a network plain and optimized, side by side
 	$(PY) -m normpass demo
 
 test: $(VENV)/.installed  ## run the tests, without the long sweeps over networks

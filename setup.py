@@ -18,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-# No reassociation: only what lets a loop with a square root or a comparison be vectorised. -O3 takes twice as long; it
+# No reassociation: only what lets a loop with a square root or a comparison be vectorized. -O3 takes twice as long; it
 # makes one source's loops faster.
 FLAGS = "-std=c++17 -O2 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -g0".split()
 FLAGS_OF = {"winograd_weight_gradient": ["-O3"]}

@@ -46,7 +46,7 @@ def main(steps: int = 40, batch_size: int = 8, size: int = 64, width: int = 16) 
     model = normpass.optimize(plain)
     images, _ = discs(batch_size, size)
     print(f"kept for backward: {format_bytes(kept_bytes(plain, images))} plain, ", end="")
-    print(f"{format_bytes(kept_bytes(model, images))} optimised")
+    print(f"{format_bytes(kept_bytes(model, images))} optimized")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []

@@ -184,7 +184,7 @@ class Kernels(Protocol):
     """whether `norm_act_backward` takes a gradient in two parts, `grad` and `other`"""
     masks: frozenset[str]
     """activations for which `norm_act` writes a mask of a residual join, and `norm_act_backward` reads it"""
-    normalises_residuals: bool
+    normalizes_residuals: bool
     """whether `norm_act` takes a residual that a norm makes as that norm's input"""
 
     @property
@@ -214,7 +214,7 @@ class Kernels(Protocol):
         """`mask` for an activation in `masks`, with a residual: memory for it (`masks.bytes_of_mask`), from `x` and
         `residual` whose addresses 16 divides.
 
-        `of_residual`, for kernels that normalise residuals: `residual` is the input of this norm, without activation,
+        `of_residual`, for kernels that normalize residuals: `residual` is the input of this norm, without activation,
         whose result is added as if it had been stored.
         """
 

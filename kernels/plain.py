@@ -91,8 +91,8 @@ def norm_act_backward(
         dy = _dy(_wide(grad, layout), y, activation, activation_args)
     if dresidual is not None:
         _view(dresidual, layout).copy_(dy)
-    normalised = (wide - mean[:, None]) * torch.rsqrt(var + eps)[:, None]
-    _write_gradients(dx, dweight, dbias, dy, normalised, scale, batch_statistics, layout)
+    normalized = (wide - mean[:, None]) * torch.rsqrt(var + eps)[:, None]
+    _write_gradients(dx, dweight, dbias, dy, normalized, scale, batch_statistics, layout)
 
 
 def cat_norm_act(
@@ -174,11 +174,11 @@ def inplace_abn_backward(
     assert inverse is not None
     y = inverse(_wide(z, layout), *activation_args)
     dy = _dy(_wide(grad, layout), y, activation, activation_args)
-    normalised = y if bias is None else y - bias[:, None]
+    normalized = y if bias is None else y - bias[:, None]
     if weight is not None:
         magnitude = weight.abs().clamp(min=torch.finfo(weight.dtype).eps)
-        normalised = normalised / torch.where(weight < 0, -magnitude, magnitude)[:, None]
-    _write_gradients(dx, dweight, dbias, dy, normalised, _scale(weight, var, eps), batch_statistics, layout)
+        normalized = normalized / torch.where(weight < 0, -magnitude, magnitude)[:, None]
+    _write_gradients(dx, dweight, dbias, dy, normalized, _scale(weight, var, eps), batch_statistics, layout)
 
 
 def _view(t: Tensor, layout: Layout) -> Tensor:
@@ -219,7 +219,7 @@ def _write_gradients(
     dweight: Tensor | None,
     dbias: Tensor | None,
     dy: Tensor,
-    normalised: Tensor,
+    normalized: Tensor,
     scale: Tensor,
     batch_statistics: bool,
     layout: Layout,
@@ -227,7 +227,7 @@ def _write_gradients(
     """From dy, x̂ and a. Without the batch's statistics dx does not read x̂: 0·∞ would be NaN."""
     through_sums = batch_statistics and dx is not None
     s1 = dy.sum((0, 2)) if through_sums or dbias is not None else dy
-    s2 = (dy * normalised).sum((0, 2)) if through_sums or dweight is not None else dy
+    s2 = (dy * normalized).sum((0, 2)) if through_sums or dweight is not None else dy
     if dbias is not None:
         dbias.copy_(s1)
     if dweight is not None:
@@ -236,5 +236,5 @@ def _write_gradients(
         return
     if batch_statistics:
         count = layout.outer * layout.inner
-        dy = dy - (s1 / count)[:, None] - normalised * (s2 / count)[:, None]
+        dy = dy - (s1 / count)[:, None] - normalized * (s2 / count)[:, None]
     _view(dx, layout).copy_(scale[:, None] * dy)

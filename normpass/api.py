@@ -16,7 +16,7 @@ from normpass.budget.step_plan import StepPlan
 from normpass.copies.shared_copy import shared_copy
 from normpass.copies.trial import call_arguments, copied_inputs, trial, trial_copy
 from normpass.errors import InvalidInputError, InvalidModelError
-from normpass.optimized import is_optimised, optimise_in_place, plain_copy
+from normpass.optimized import is_optimized, optimize_in_place, plain_copy
 from normpass.options import check_paths, read_options, read_plan
 from normpass.report.explain import make_report
 from normpass.report.summary import Report
@@ -64,10 +64,10 @@ def optimize(
         winograd: 3×3 convolutions of stride 1 may run as Winograd's on a CPU, where that is faster. False: torch's.
 
     Returns:
-        The optimised module, in the same train/eval mode.
+        The optimized module, in the same train/eval mode.
 
     Raises:
-        InvalidModelError: `model` is not an `nn.Module`, or is optimised already.
+        InvalidModelError: `model` is not an `nn.Module`, or is optimized already.
         InvalidInputError: `model` does not run on `example_inputs`, an unknown change is named, the plan or the
             budget is none, or the plan names what the model does not have.
         InfeasibleBudgetError: no plan keeps to the budget; the message has the smallest that can be kept.
@@ -92,9 +92,9 @@ def optimize(
     if given is not None:
         arguments = None if example_inputs is None else call_arguments(example_inputs)
         check_plan(model, request, arguments, given.plain)
-    optimised = optimise_in_place(shared_copy(model), request)
-    verify_state(model, optimised, may_add=bool(request.changes))
-    return optimised
+    optimized = optimize_in_place(shared_copy(model), request)
+    verify_state(model, optimized, may_add=bool(request.changes))
+    return optimized
 
 
 def plan(
@@ -125,21 +125,21 @@ def plan(
     return plan_step(model, arguments, memory_budget, request, tune)
 
 
-def restore(optimised: nn.Module, *, keep_changes: bool = False) -> nn.Module:
-    """The original structure of an optimised module, with its current parameters and buffers (shared).
+def restore(optimized: nn.Module, *, keep_changes: bool = False) -> nn.Module:
+    """The original structure of an optimized module, with its current parameters and buffers (shared).
 
     Where `changes=` replaced a layer, the original one stands again: a BatchNorm where a Kalman or switchable norm
-    is. With `keep_changes` the replaced layers stay (a Kalman norm without predictions): what to optimise again
+    is. With `keep_changes` the replaced layers stay (a Kalman norm without predictions): what to optimize again
     once switchable layers have chosen.
 
     Raises:
         InvalidModelError: the module was not made by `optimize`.
     """
-    if not is_optimised(optimised):
+    if not is_optimized(optimized):
         raise InvalidModelError(
-            f"{type(optimised).__name__} was not made by normpass.optimize; there is nothing to restore"
+            f"{type(optimized).__name__} was not made by normpass.optimize; there is nothing to restore"
         )
-    return plain_copy(optimised, keep_changes)
+    return plain_copy(optimized, keep_changes)
 
 
 def explain(
@@ -158,11 +158,11 @@ def explain(
     With `example_inputs` a copy is run in train mode: the report has the graphs that were captured, where and why
     they break, every norm, what is kept and why, and the bytes kept for backward and the peak over a step, measured
     before and after on the device the model is on. Without them no graph is known: the norms are listed, no more.
-    The model, its inputs and its Python state stay bit for bit as they were. An optimised model may be given as well.
+    The model, its inputs and its Python state stay bit for bit as they were. An optimized model may be given as well.
     With a `memory_budget` the report has the plan for it, too.
     """
     arguments = None if example_inputs is None else call_arguments(example_inputs)
-    if is_optimised(model):
+    if is_optimized(model):
         model = restore(model)
     found = None
     chosen: dict[str, Any] = {"changes": changes, "allow_lossy": allow_lossy, "winograd": winograd}
@@ -172,8 +172,8 @@ def explain(
         given = _needed_inputs(example_inputs)
         check_example_inputs(model, example_inputs)
         found = plan_step(model, given, memory_budget, request, tune)
-    optimised = optimize(model, example_inputs, plan=found, serialize=serialize, **chosen)
-    return make_report(model, optimised, arguments, found)
+    optimized = optimize(model, example_inputs, plan=found, serialize=serialize, **chosen)
+    return make_report(model, optimized, arguments, found)
 
 
 def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:
@@ -203,17 +203,17 @@ def _does_not_run(model: nn.Module, given: tuple[Any, ...], error: Exception) ->
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")
-    if is_optimised(model):
+    if is_optimized(model):
         raise InvalidModelError(
-            f"this {type(model).__name__} is optimised already; use it as it is, or optimise normpass.restore(model)"
+            f"this {type(model).__name__} is optimized already; use it as it is, or optimize normpass.restore(model)"
         )
     if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
         raise InvalidModelError(
-            f"`model` is a {type(model).__name__}; optimise the plain module first, then compile the result"
+            f"`model` is a {type(model).__name__}; optimize the plain module first, then compile the result"
         )
-    inside = next((path for path, m in model.named_modules() if is_optimised(m)), None)
+    inside = next((path for path, m in model.named_modules() if is_optimized(m)), None)
     if inside is not None:
-        raise InvalidModelError(f"`{inside}` is optimised already; optimise the whole model once, from plain parts")
+        raise InvalidModelError(f"`{inside}` is optimized already; optimize the whole model once, from plain parts")
 
 
 def _needed_inputs(example_inputs: Any) -> tuple[tuple, dict]:

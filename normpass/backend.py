@@ -7,7 +7,7 @@ What differs from `optimize` is how a rebuilt tensor is not kept:
   * inner `aot_eager` and `inductor` trace it further, and a partitioner decides what is kept. Every node that
     computes what a recipe would rebuild carries `recompute = MUST_RECOMPUTE`, which AOTAutograd hands on to the
     operators traced from it and which its partitioner obeys. A site becomes two nodes for that: the moments and the
-    running statistics, which run once, and the normalisation, which may run again.
+    running statistics, which run once, and the normalization, which may run again.
 
 With inner `inductor` on CUDA a site is plain operators, which Inductor fuses with what stands around it; elsewhere, and
 with `kernels=True`, it is our op with our kernels.

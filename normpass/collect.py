@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from normpass.copies.trial import Arguments, copied_inputs, trial, trial_copy
-from normpass.optimized import optimise_in_place, state_of
+from normpass.optimized import optimize_in_place, state_of
 from normpass.pipeline import Request, Rewritten
 
 
@@ -29,19 +29,19 @@ def captured_graphs(
     request: Request,
     observer: Callable[[Rewritten, Sequence[Any]], None] | None = None,
 ) -> Collected:
-    """Run a copy of `model`, optimised, on copies of `arguments` in train mode, and collect its graphs.
+    """Run a copy of `model`, optimized, on copies of `arguments` in train mode, and collect its graphs.
 
     `observer` is called with each graph and its inputs before it runs. Whatever the model raises is raised.
     """
     found = Collected()
     with trial(model), torch.enable_grad():
-        optimised = optimise_in_place(trial_copy(model).train(), request)
-        state = state_of(optimised)
+        optimized = optimize_in_place(trial_copy(model).train(), request)
+        state = state_of(optimized)
         state.is_logging = False
         state.observers.append(lambda rewritten, inputs: found.graphs.append(rewritten))
         if observer is not None:
             state.observers.append(observer)
         args, kwargs = copied_inputs(arguments)
-        optimised(*args, **kwargs)
+        optimized(*args, **kwargs)
     found.failures = [*state.plain_calls, *state.failures, *state.call.failures.values()]
     return found

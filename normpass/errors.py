@@ -8,7 +8,7 @@ class NormpassError(Exception):
 
 
 class InvalidModelError(NormpassError, TypeError):
-    """The thing given is not a model that can be optimised (not an `nn.Module`, or optimised already)."""
+    """The thing given is not a model that can be optimized (not an `nn.Module`, or optimized already)."""
 
 
 class InvalidInputError(NormpassError, ValueError):

@@ -1,7 +1,7 @@
 """Who looks on while a function runs: a compiler, an exporter, a tracer, a `torch.func` transform, a mode.
 
 Each is to see something else than plain eager PyTorch does: standard operators, ops of the dispatcher, plain layers.
-They are recognised here, and nowhere else, by what they leave behind.
+They are recognized here, and nowhere else, by what they leave behind.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The optimised module: an instance of the model's own class whose forward runs rewritten graphs.
+"""The optimized module: an instance of the model's own class whose forward runs rewritten graphs.
 
-`optimise_in_place(copy, request)` gives the copy a class derived from its own: same attributes, same methods, same
+`optimize_in_place(copy, request)` gives the copy a class derived from its own: same attributes, same methods, same
 `state_dict`, same children; only `forward` differs. It runs the model's forward through Dynamo, with a backend that
 rewrites every graph (`normpass.pipeline`) and runs it under saved-tensor hooks (`normpass.recipe.notes`).
 
-Pickling and copying store the plain structure and what was asked for, and optimise again when loaded. What is made of
-the class without being optimised (a slice of a Sequential, `type(model)(…)`) is a plain module.
+Pickling and copying store the plain structure and what was asked for, and optimize again when loaded. What is made of
+the class without being optimized (a slice of a Sequential, `type(model)(…)`) is a plain module.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Observer = Callable[[Rewritten, Sequence[Any]], None]
 
 @dataclass
 class State:
-    """What an optimised module knows about itself; lives in its `__dict__`, not among its submodules."""
+    """What an optimized module knows about itself; lives in its `__dict__`, not among its submodules."""
 
     request: Request
     replaced: dict[str, nn.Module]
@@ -72,7 +72,7 @@ class Optimized:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = state_of(cast(nn.Module, self))
-        return _optimise_again, (plain_copy(cast(nn.Module, self), keep_changes=True), state.request, state.replaced)
+        return _optimize_again, (plain_copy(cast(nn.Module, self), keep_changes=True), state.request, state.replaced)
 
     def __deepcopy__(self, memo: dict) -> Any:
         again, arguments = self.__reduce_ex__(
@@ -81,24 +81,24 @@ class Optimized:
         return again(*copy.deepcopy(arguments, memo))
 
 
-def is_optimised(module: object) -> bool:
-    """Whether `module` was made by `optimize`, and not of an optimised module's class by somebody else."""
+def is_optimized(module: object) -> bool:
+    """Whether `module` was made by `optimize`, and not of an optimized module's class by somebody else."""
     return isinstance(module, Optimized) and _STATE in module.__dict__
 
 
-def state_of(optimised: nn.Module) -> State:
-    """What an optimised module knows about itself."""
-    state: State = optimised.__dict__[_STATE]
+def state_of(optimized: nn.Module) -> State:
+    """What an optimized module knows about itself."""
+    state: State = optimized.__dict__[_STATE]
     return state
 
 
-def _optimise_again(plain: nn.Module, request: Request, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    return optimise_in_place(plain, request, replaced)
+def _optimize_again(plain: nn.Module, request: Request, replaced: Mapping[str, nn.Module]) -> nn.Module:
+    return optimize_in_place(plain, request, replaced)
 
 
 @functools.cache
 def optimized_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """The class of optimised instances of `plain`, with its name."""
+    """The class of optimized instances of `plain`, with its name."""
 
     @functools.wraps(plain.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -167,19 +167,19 @@ def _refuse_stale_change(state: State, training: bool, reason: str) -> None:
     if state.needs_capture(training):
         or_eval = "" if state.needs_capture(False) else ", or in eval mode"
         raise StaleChangeError(
-            f"this model was optimised with `changes=`, which are made in its captured graph, and {reason}: its plain "
+            f"this model was optimized with `changes=`, which are made in its captured graph, and {reason}: its plain "
             f"forward would compute something else. Call it as it is{or_eval}"
         )
 
 
 def _recompile(self: Any) -> Any:
     """`GraphModule.recompile` writes the new forward into the class: into the plain one, which ours calls."""
-    optimised, plain = type(self), self._normpass_plain_class
+    optimized, plain = type(self), self._normpass_plain_class
     self.__class__ = plain
     try:
         return plain.recompile(self)
     finally:
-        self.__class__ = optimised
+        self.__class__ = optimized
         state = self.__dict__.get(_STATE)
         if state is not None:
             state.call = _captured(plain, self, state)
@@ -189,7 +189,7 @@ def _recompile(self: Any) -> Any:
 
 
 def _seen_by_compiler() -> bool:
-    """Called while somebody's `torch.compile` traces an optimised module, which it sees as the plain one."""
+    """Called while somebody's `torch.compile` traces an optimized module, which it sees as the plain one."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     output = InstructionTranslator.current_tx().output
@@ -207,7 +207,7 @@ def _seen_by_compiler() -> bool:
 def _warn_of_compiler(name: str) -> None:
     """Once in a process, however many graphs there are."""
     warnings.warn(
-        f"normpass: an optimised model is compiled by `{name}`, which sees the plain model and decides itself what "
+        f"normpass: an optimized model is compiled by `{name}`, which sees the plain model and decides itself what "
         'is kept for backward; compile the plain model with torch.compile(model, backend="normpass") instead',
         stacklevel=3,
     )
@@ -220,8 +220,8 @@ _seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # --- making and unmaking ----------------------------------------------------------------------------
 
 
-def optimise_in_place(model: nn.Module, request: Request, replaced: Mapping[str, nn.Module] | None = None) -> nn.Module:
-    """Turn `model` (a copy that nobody else holds) into its optimised form.
+def optimize_in_place(model: nn.Module, request: Request, replaced: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """Turn `model` (a copy that nobody else holds) into its optimized form.
 
     `replaced` has the layers that changes have replaced in it already.
     """
@@ -244,18 +244,18 @@ def _captured(plain: type[nn.Module], model: nn.Module, state: State) -> Capture
     return Captured(plain.forward, backend)
 
 
-def plain_copy(optimised: nn.Module, keep_changes: bool = False) -> nn.Module:
-    """The original structure of an optimised module, sharing its parameters and buffers.
+def plain_copy(optimized: nn.Module, keep_changes: bool = False) -> nn.Module:
+    """The original structure of an optimized module, sharing its parameters and buffers.
 
     With `keep_changes` the layers that changes put in stay.
     """
-    cls, state = type(optimised), optimised.__dict__.pop(_STATE)
-    optimised.__class__ = optimised._normpass_plain_class  # type: ignore[assignment]
+    cls, state = type(optimized), optimized.__dict__.pop(_STATE)
+    optimized.__class__ = optimized._normpass_plain_class  # type: ignore[assignment]
     try:
-        plain = shared_copy(optimised)
+        plain = shared_copy(optimized)
     finally:
-        optimised.__class__ = cls
-        optimised.__dict__[_STATE] = state
+        optimized.__class__ = cls
+        optimized.__dict__[_STATE] = state
     for path, layer in state.replaced.items() if not keep_changes else ():
         parent, _, name = path.rpartition(".")
         owner = plain.get_submodule(parent)
@@ -311,8 +311,8 @@ _register = functools.cache(register_with_dynamo)
 __all__ = [
     "Optimized",
     "State",
-    "is_optimised",
-    "optimise_in_place",
+    "is_optimized",
+    "optimize_in_place",
     "plain_copy",
     "state_of",
     "with_recipes",

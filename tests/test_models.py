@@ -39,7 +39,7 @@ def workspace(tmp_path, monkeypatch):
     "spec, kind",
     [
         ("torchvision:resnet18", "ResNet"),
-        ("torchvision:googlenet", "GoogLeNet"),  # warns unless its initialisation is named
+        ("torchvision:googlenet", "GoogLeNet"),  # warns unless its initialization is named
         ("torchvision:deeplabv3_resnet50", "DeepLabV3"),  # downloads its backbone unless told not to
         ("timm:resnet18", "ResNet"),
         ("timm:resnet18.a1_in1k", "ResNet"),
@@ -141,7 +141,7 @@ def test_default_input(spec, shape):
 # --- digits -------------------------------------------------------------------------------------------
 
 
-def test_digits_are_enlarged_standardised_images():
+def test_digits_are_enlarged_standardized_images():
     state = torch.get_rng_state()
     batches = list(digits.batches(256, size=8))
     images = torch.cat([images for images, _ in batches])

@@ -57,8 +57,8 @@ def test_a_budget_and_changes_are_planned_and_explained_alike() -> None:
     report = normpass.explain(network(), X, memory_budget=0.5, changes=("leaky_relu",))
     assert report.plan is not None and report.memory is not None
     assert "leaky_relu" in str(report) and "plan for a budget of 0.5" in str(report)
-    optimised = normpass.optimize(network(), X, memory_budget=0.5, changes=("leaky_relu",))
-    assert measure.kept_bytes(optimised, X) == report.memory.kept_after == report.plan.planned.kept
+    optimized = normpass.optimize(network(), X, memory_budget=0.5, changes=("leaky_relu",))
+    assert measure.kept_bytes(optimized, X) == report.memory.kept_after == report.plan.planned.kept
     again = normpass.optimize(network(), X, plan=report.plan, changes=("leaky_relu",))
     assert measure.kept_bytes(again, X) == report.plan.planned.kept
     with pytest.raises(normpass.InvalidInputError, match="give them with the budget, to `normpass.optimize`"):

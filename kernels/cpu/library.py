@@ -54,7 +54,7 @@ class CpuKernels:
 
     most_pieces = 1 << 31
     adds_gradients = False
-    normalises_residuals = False
+    normalizes_residuals = False
     masks: frozenset[str] = frozenset()  # to read the residual again costs little here: not measured to pay
     failures = ()  # they are compiled when the package is installed
 

@@ -28,7 +28,7 @@ class CudaKernels:
     """The `Kernels` of CUDA devices that norms need; a kernel that cannot run is a `CudaError`, nothing written."""
 
     most_pieces = PIECES[-1]
-    adds_gradients = normalises_residuals = True
+    adds_gradients = normalizes_residuals = True
     masks = frozenset(name for name, rule in RULES.items() if rule.two_slopes is not None)
 
     def __init__(self, device: Device):

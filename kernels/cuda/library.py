@@ -35,7 +35,7 @@ class GuardedKernels:
         self._run_by = {name: getattr(kernels, name) for name in OPS}
         self._failures: dict[str, None] = {}
         self.most_pieces, self.adds_gradients, self.masks = kernels.most_pieces, kernels.adds_gradients, kernels.masks
-        self.normalises_residuals, self.supports = kernels.normalises_residuals, kernels.supports
+        self.normalizes_residuals, self.supports = kernels.normalizes_residuals, kernels.supports
 
     @property
     def failures(self) -> Sequence[str]:

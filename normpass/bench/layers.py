@@ -192,7 +192,7 @@ class Plain(nn.Module):
 
 
 class Ours(Plain):
-    """What an optimised model calls in their place, and somebody who reads the result in backward: it is rebuilt."""
+    """What an optimized model calls in their place, and somebody who reads the result in backward: it is rebuilt."""
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         with recording():

@@ -4,7 +4,7 @@ The step runs on the CPU with a few samples, and every byte is counted for as ma
 the CUDA kernels on a device that counts instead of launching (`normpass.kernels.cuda.counting`); what ATen does beside
 them is read from a profile. The norms' share of a step is
 
-    norms       moments, normalisation, activation and residual, forward and backward; what is rebuilt too
+    norms       moments, normalization, activation and residual, forward and backward; what is rebuilt too
     additions   of the gradients of a tensor with several readers, by autograd: two are read, one is written
     replays     convolutions and poolings that a plan runs again in backward
 
@@ -33,7 +33,7 @@ from normpass.kernels.cuda.counting import CountingDevice
 from normpass.kernels.cuda.kernels import CudaKernels
 from normpass.kernels.cuda.library import GuardedKernels
 from normpass.measure.memory import profiled
-from normpass.optimized import optimise_in_place
+from normpass.optimized import optimize_in_place
 from normpass.pipeline import NOTES_ITSELF, Request, Rewritten, rewrite
 from normpass.rewrite.choices import Decisions
 from normpass.serialize.traffic import graph_of
@@ -95,7 +95,7 @@ def byte_rows(
     described = network, tuple(shape), str(dtype).removeprefix("torch.")
     models: dict[str, nn.Module] = {"eager": copy.deepcopy(plain)}
     for name, chosen in decisions.items():
-        models[name] = optimise_in_place(copy.deepcopy(plain), Request(decisions=chosen))
+        models[name] = optimize_in_place(copy.deepcopy(plain), Request(decisions=chosen))
     rows = []
     for name, candidate in models.items():
         forward, backward, added = (count * shape[0] // SAMPLES for count in _moved(candidate, x))

@@ -25,7 +25,7 @@ def call_overhead(rounds: int = 10) -> dict[str, float]:
         "<way> forward" and "<way> step" (forward and backward) for each way: "plain" is `nn.BatchNorm2d` and
         `nn.ReLU`; "dispatcher" the ops as `torch.func`, modes and tracing call them; "eager" the same without
         the dispatcher, as a rewritten model calls them; "eager split" with its recipe noted, and the hooks of an
-        optimised model in place; "reference" is "eager" without kernels.
+        optimized model in place; "reference" is "eager" without kernels.
     """
     x = torch.randn(_SHAPE, requires_grad=True)
     grad = torch.randn(_SHAPE)

@@ -1,4 +1,4 @@
-"""Serialisation with sub-batches around the size of the device's cache.
+"""Serialization with sub-batches around the size of the device's cache.
 
 Two tables, both as ratios to the plain form, measured in turns in one process:
 
@@ -140,7 +140,7 @@ def deep_row(
     buffers: Sequence[int],
     rounds: int,
 ) -> Row:
-    """Step time and peak of a network, serialised with each buffer, relative to plain; autocast unless float32."""
+    """Step time and peak of a network, serialized with each buffer, relative to plain; autocast unless float32."""
     model = make().to(device).to(memory_format=torch.channels_last)
     x = torch.randn(tuple(shape), device=device).to(memory_format=torch.channels_last)
     models: dict[str, nn.Module] = {"plain": model}

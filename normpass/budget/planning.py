@@ -124,7 +124,7 @@ def plan_facts(
 
 
 def _captured(model: nn.Module, arguments: Arguments, request: Request) -> list[Rewritten]:
-    """The graphs of one training step's forward, optimised without a budget."""
+    """The graphs of one training step's forward, optimized without a budget."""
     try:
         collected = captured_graphs(model, arguments, request)
     except Exception as error:

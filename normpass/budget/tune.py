@@ -32,7 +32,7 @@ from normpass.graph.nodes import key_of
 from normpass.measure.step_time import wait_for
 from normpass.pipeline import Request, Rewritten
 from normpass.recipe.notes import observed_tags, recording
-from normpass.recipe.recipes import materialised
+from normpass.recipe.recipes import materialized
 
 REPEATS = 3
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Timer:
 
     def time(self, function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Called for every tag."""
-        args, kwargs = materialised(args), materialised(kwargs)
+        args, kwargs = materialized(args), materialized(kwargs)
         signature = _signature(function, args, kwargs)
         if signature not in self._cache:
             self._cache[signature] = _shortest(function, args, kwargs)

@@ -84,7 +84,7 @@ def _from_model(options: argparse.Namespace) -> Conversion:
 
 
 def _whole_model(path: Path, is_trusted: bool) -> nn.Module:
-    """The module in a file of `torch.save(model, path)`, plain or optimised."""
+    """The module in a file of `torch.save(model, path)`, plain or optimized."""
     if not is_trusted:
         raise InvalidInputError(
             f"`{path}` as MODEL would run the code in it: add --trust-pickle if you know where it is from, "

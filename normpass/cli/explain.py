@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", type=arguments.output, metavar="FILE", help="write the plan for --budget here, as JSON"
     )
     parser.add_argument(
-        "--plot", type=arguments.picture, metavar="PNG", help="draw the memory along a step, plain and optimised"
+        "--plot", type=arguments.picture, metavar="PNG", help="draw the memory along a step, plain and optimized"
     )
     parser.add_argument("--serialize", action="store_true", help="run chains of layers sub-batch by sub-batch")
     parser.add_argument("--traffic", action="store_true", help="and say what moves to and from memory, modelled")
@@ -124,6 +124,6 @@ def _traffic(model: nn.Module, options: argparse.Namespace, dtype: torch.dtype) 
 
 def _curves(model: nn.Module, inputs: Sequence[torch.Tensor], report: normpass.Report, chosen: dict) -> list[Curve]:
     """Memory along one step of the model as it is and as the report describes it, in train mode."""
-    optimised = normpass.optimize(model, plan=report.plan, **chosen)
-    both = {"plain": model.train(), "optimised": optimised.train()}
+    optimized = normpass.optimize(model, plan=report.plan, **chosen)
+    both = {"plain": model.train(), "optimized": optimized.train()}
     return [Curve(n, measure.kept_bytes(m, *inputs), measure.memory_timeline(m, *inputs)) for n, m in both.items()]

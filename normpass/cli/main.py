@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     version = f"normpass {normpass.__version__} (torch {torch.__version__})"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="train plain and optimised side by side and compare"))
+    _add_demo(commands.add_parser("demo", help="train plain and optimized side by side and compare"))
     words = "say what would be rewritten, and why the rest would not"
     explain.add_arguments(commands.add_parser("explain", help=words))
     words = "write a trained model as ONNX, torch.export or weights, verified"

@@ -28,7 +28,7 @@ from normpass.extras import needed
 from normpass.files import appearing, path_of
 from normpass.nn.norm import BatchNormLike
 from normpass.nn.plain import as_plain_norms
-from normpass.optimized import is_optimised, state_of
+from normpass.optimized import is_optimized, state_of
 
 FORMATS = (".onnx", ".pt2", ".safetensors")
 
@@ -76,7 +76,7 @@ def convert(
     of `example_inputs` and, with `dynamic_batch`, at another. The model is left as it is.
 
     Args:
-        model: plain or optimised (also one whose function was changed: what is written is the changed function).
+        model: plain or optimized (also one whose function was changed: what is written is the changed function).
         out: `.onnx` (standard operators only), `.pt2` (of torch.export) or `.safetensors` (the state_dict alone).
         example_inputs: a tensor, tuple or dict of arguments that give the shapes; not needed for `.safetensors`.
         opset: of the ONNX operators; None for torch's default.
@@ -140,7 +140,7 @@ def _as_layers(model: nn.Module) -> nn.Module:
     What is changed in captured graphs alone is changed where forward calls it.
     """
     changes: tuple[Any, ...] = ()
-    if is_optimised(model):
+    if is_optimized(model):
         changes, model = state_of(model).request.changes, restore(model, keep_changes=True)
     if any(isinstance(m, BatchNormLike) for m in model.modules()):
         model = as_plain_norms(model)

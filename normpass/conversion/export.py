@@ -2,7 +2,7 @@
 
     torch.export → fold_batch_norms → torch.export → torch.onnx
 
-`torch.export` runs an optimised model's plain layers (`normpass.runtime.functional`), so that its graph has ATen's
+`torch.export` runs an optimized model's plain layers (`normpass.runtime.functional`), so that its graph has ATen's
 operators alone, whatever was rewritten.
 """
 

@@ -7,7 +7,7 @@ of an exported program, whose weights are constants: any producer whose output c
 (convolutions, transposed ones, a linear layer of vectors). The arithmetic is float64, rounded once to the weight's
 dtype.
 
-Refuses: a norm that normalises with the batch's own statistics, whose producer is none of these or has other
+Refuses: a norm that normalizes with the batch's own statistics, whose producer is none of these or has other
 readers, or whose tensors are computed from the input.
 """
 
@@ -107,7 +107,7 @@ def _fold(graph_module: fx.GraphModule, constants: Constants, norm: fx.Node) -> 
     """Fold one norm; why not, if it cannot be."""
     x, weight, bias, mean, var, training, _, eps, *_ = cast(Any, norm.args)
     if training or mean is None or var is None:
-        return "it normalises with the statistics of the batch"
+        return "it normalizes with the statistics of the batch"
     if not all(constants.is_constant(n) for n in (weight, bias, mean, var)):
         return "its tensors are computed from the input"
     axis = _channel_axis(x)

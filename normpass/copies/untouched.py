@@ -24,7 +24,7 @@ def untouched(model: nn.Module, *values: object) -> Iterator[None]:
     parameters and of the leaf tensors among `values`. Inside, every `.grad` starts as None. Parameters are
     not copied: what writes to them (an optimizer) has to undo that itself.
     """
-    check_initialised(model)
+    check_initialized(model)
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
     # Those of a scripted module are TorchScript's: nobody can register others there.
@@ -67,7 +67,7 @@ def undone(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
         optimizer.state.update(state)
 
 
-def check_initialised(model: nn.Module) -> None:
+def check_initialized(model: nn.Module) -> None:
     """InvalidModelError for a model with lazy layers that have not seen an input: nothing can be put back there."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     lazy = next((name for name, tensor in tensors if is_lazy(tensor)), None)

@@ -44,7 +44,7 @@ def _drawn(
 
 
 def _load() -> tuple[Tensor, Tensor]:
-    """All images, standardised, float32 (1797, 1, 8, 8), and their labels, int64 (1797,)."""
+    """All images, standardized, float32 (1797, 1, 8, 8), and their labels, int64 (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The demo: train one network plain and optimised, and compare losses, memory and time.
+"""The demo: train one network plain and optimized, and compare losses, memory and time.
 
 Training runs in float64, so that rounding stays out of sight: training amplifies a difference of one
 rounding about a hundredfold a step, and in float32 even two plain runs whose images differ by one ulp
@@ -32,7 +32,7 @@ from normpass.report.plots import Curve, plot_memory
 
 MODEL, STEPS, BATCH, SIZE = "torchvision:resnet18", 6, 16, 96
 
-_NAMES = ("plain", "optimised")
+_NAMES = ("plain", "optimized")
 _NEEDS = {"torchvision": "torchvision", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 _CLASSES = 10
 _TOLERANCE = 1e-6  # of the loss; what float64 leaves of the amplification described above
@@ -46,7 +46,7 @@ class DemoError(NormpassError, ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo found; pairs are (plain, optimised)."""
+    """What the demo found; pairs are (plain, optimized)."""
 
     model: str
     losses: tuple[tuple[float, float], ...]
@@ -56,7 +56,7 @@ class Result:
     timelines: tuple[Timeline, Timeline]
     times: tuple[StepTime, StepTime]
     ratio: Ratio
-    """time of an optimised step over the plain step beside it"""
+    """time of an optimized step over the plain step beside it"""
 
     @property
     def agrees(self) -> bool:
@@ -85,7 +85,7 @@ def run(model: str, steps: int, batch: int, size: int, console: Console) -> Resu
         batches = _batches(batch, size)
         images, labels = next(batches)
         _check_network(model, plain, images)
-        console.print(f"{model}: {steps} steps on {batch} digits of {size}x{size}, plain and optimised")
+        console.print(f"{model}: {steps} steps on {batch} digits of {size}x{size}, plain and optimized")
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("training", total=2 * steps + _MEASURED)
@@ -97,7 +97,7 @@ def run(model: str, steps: int, batch: int, size: int, console: Console) -> Resu
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw the memory along one step, plain and optimised, to a PNG file.
+    """Draw the memory along one step, plain and optimized, to a PNG file.
 
     Raises:
         OSError: the file cannot be written.
@@ -173,21 +173,21 @@ def _measure(
         timelines.append(measure.memory_timeline(network, images, loss=loss))
         advance(2)
     times = measure.step_time(pair, images, rounds=_ROUNDS, loss=loss, warmup=1)
-    ratio = measure.ratios(times, "plain")["optimised"]
+    ratio = measure.ratios(times, "plain")["optimized"]
     advance(2 * (_ROUNDS + 1))
-    two_times = (times["plain"], times["optimised"])
+    two_times = (times["plain"], times["optimized"])
     return Result(name, losses, (kept[0], kept[1]), (timelines[0], timelines[1]), two_times, ratio)
 
 
 def _print(result: Result, console: Console) -> None:
-    table = Table("step", "plain", "optimised", "difference", title="loss, float64, same initial weights")
+    table = Table("step", "plain", "optimized", "difference", title="loss, float64, same initial weights")
     for step, (before, after) in enumerate(result.losses, start=1):
         table.add_row(str(step), f"{before:.10f}", f"{after:.10f}", f"{after - before:.1e}")
     console.print(table)
     verdict = "the losses agree" if result.agrees else "[red]the losses DIFFER: please report it[/red]"
     console.print(f"{verdict} (allowed: {_TOLERANCE:.0e} of the loss)\n")
 
-    table = Table("", *_NAMES, "optimised / plain", title="one training step, float32")
+    table = Table("", *_NAMES, "optimized / plain", title="one training step, float32")
     peaks = [timeline.peak for timeline in result.timelines]
     for what, (before, after) in (("kept for backward", result.kept), ("peak memory", peaks)):
         table.add_row(what, format_bytes(before), format_bytes(after), f"{after / before:.2f}")

@@ -1,6 +1,6 @@
 """The operators that the library knows by name: norms, activations, additions, concatenations, producers.
 
-One table for all: whoever recognises something in a graph asks here. What aliases, writes or saves is in no table:
+One table for all: whoever recognizes something in a graph asks here. What aliases, writes or saves is in no table:
 see `normpass.analysis.facts`.
 """
 

@@ -55,7 +55,7 @@ def activated(estimate: Estimate | None, name: str, args: Sequence[float], sampl
 
 
 def through_norm(estimate: Estimate | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Estimate | None:
-    """The estimate behind a norm that normalises with it: mean bias, variance weight²·var/(var + eps)."""
+    """The estimate behind a norm that normalizes with it: mean bias, variance weight²·var/(var + eps)."""
     if estimate is None:
         return None
     mean, var = estimate

@@ -1,4 +1,4 @@
-"""Batch Kalman normalisation: a layer's statistics from its own batch and from the layer before.
+"""Batch Kalman normalization: a layer's statistics from its own batch and from the layer before.
 
 With the batch's mean and var, a prediction (pre_mean, pre_var) and its weight p, per channel:
 
@@ -8,7 +8,7 @@ With the batch's mean and var, a prediction (pre_mean, pre_var) and its weight p
 and the batch's own where the average over the channels of pre_var/var is `largest_ratio` = 100 or more (arXiv
 1802.03133 and the authors' code; the paper's gain q weights the observation, q = 1 − p). With two or three values a
 channel that average is nearly always large, since some observed variance is nearly 0: there nothing is smoothed,
-unless `largest_ratio` is infinite. (mean', var') normalise x and are the estimate that is passed
+unless `largest_ratio` is infinite. (mean', var') normalize x and are the estimate that is passed
 on. What is computed is this smoothing, no more: no covariance between channels, no noise terms. The estimate is
 that of a norm's *input*, and it passes the norm's own scale and shift as it is: so the authors compute it.
 
@@ -38,7 +38,7 @@ from normpass.nn.norm import (
     buffers_of,
     check_count,
     dimension_of,
-    normalise,
+    normalize,
     options_of,
     update_running,
 )
@@ -72,7 +72,7 @@ class _KalmanNorm(BatchNormLike):
             self.weight_logit = nn.Parameter(torch.tensor(logit, device=device, dtype=wide))
 
     def forward(self, x: Tensor, prediction: Estimate | None = None, with_estimate: bool = False) -> Any:
-        """Normalise `x` (N, C, *); with `with_estimate` also return the `Estimate` to pass on (None in eval mode)."""
+        """Normalize `x` (N, C, *); with `with_estimate` also return the `Estimate` to pass on (None in eval mode)."""
         self._check_input_dim(x)
         if not self.training:
             y = batch_norm(self, x)
@@ -183,7 +183,7 @@ def kalman_norm(
     mean, var = estimate
     if micro_batches > 1:
         mean, var = (v.repeat_interleave(x.shape[0] // micro_batches, 0) for v in estimate)
-    y = normalise(x, mean, var, weight, bias, eps)
+    y = normalize(x, mean, var, weight, bias, eps)
     return (y, estimate) if with_estimate else y
 
 

@@ -59,10 +59,10 @@ def batch_norm(norm: Any, x: Tensor) -> Tensor:
     return nn.modules.batchnorm._BatchNorm.forward(norm, x)
 
 
-def normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x − mean)·rsqrt(var + eps)·weight + bias for statistics (N, C) or (1, C) that have gradients.
 
-    Inside an optimised model who saves the result saves its recipe instead: x is all that is kept.
+    Inside an optimized model who saves the result saves its recipe instead: x is all that is kept.
     """
     scale = torch.rsqrt(var + eps)
     if weight is not None:

@@ -21,7 +21,7 @@ def as_plain_norms(model: nn.Module) -> nn.Module:
 
     A Kalman norm becomes an `nn.BatchNorm` (the same function in eval mode); a switchable norm that has chosen one
     norm twice becomes an `nn.BatchNorm`, `nn.InstanceNorm` or `nn.GroupNorm(1, …)`. One that has chosen two norms,
-    or none yet, stays. `model` is not touched. Of an optimised model give `normpass.restore(model, keep_changes=True)`.
+    or none yet, stays. `model` is not touched. Of an optimized model give `normpass.restore(model, keep_changes=True)`.
     """
     if not isinstance(model, nn.Module):
         raise InvalidModelError(f"`model` must be a torch.nn.Module, it is a {type(model).__name__}")

@@ -26,7 +26,7 @@ class RadiusSchedule:
     """Raises the radius of every switchable layer of a model, and freezes the layers that have chosen.
 
     Args:
-        model: with layers of `SparseSwitchableNorm`, optimised or not.
+        model: with layers of `SparseSwitchableNorm`, optimized or not.
         steps: iterations until `end` is reached; it stays there afterwards.
         start, end: the radius before the first and after the last step, in [0, 1]. From √6/3 = 0.8165 every layer
             is decided, unless two of its logits are equal to the last bit.
@@ -51,7 +51,7 @@ class RadiusSchedule:
         if not switchable_layers(model):
             raise InvalidInputError(
                 f"no layer of this {type(model).__name__} is a switchable norm, so there is no radius to raise: "
-                'optimise it with changes=("sparse_switchable",) first'
+                'optimize it with changes=("sparse_switchable",) first'
             )
         self.model = model
         self.steps, self.start, self.end, self.freeze = int(steps), float(start), float(end), bool(freeze)

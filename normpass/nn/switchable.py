@@ -1,4 +1,4 @@
-"""Sparse switchable normalisation: every layer learns which of instance, layer and batch norm it is.
+"""Sparse switchable normalization: every layer learns which of instance, layer and batch norm it is.
 
     y = weight·(x − Σ p_k·mean_k)/√(Σ q_k·var_k + eps) + bias        k in instance, layer, batch
 
@@ -27,7 +27,7 @@ from normpass.nn.norm import (
     buffers_of,
     check_count,
     dimension_of,
-    normalise,
+    normalize,
     notes_recipes,
     options_of,
     running_statistics,
@@ -125,7 +125,7 @@ def switchable_norm(
     means, variances = zip((mean, var), merged_moments(mean, var, 1), batch, strict=True)
     logits = _stacked(mean_logits, var_logits)
     p, q = sparsest_max(logits, radius.to(logits.dtype)).to(statistics_dtype(x)).unbind(0)
-    return normalise(x, _weighted(p, means), _weighted(q, variances), weight, bias, eps)
+    return normalize(x, _weighted(p, means), _weighted(q, variances), weight, bias, eps)
 
 
 def mixed_norm(
@@ -150,11 +150,11 @@ def mixed_norm(
         buffers = Buffers(running_mean, running_var, num_batches_tracked)
         found["batch"] = _batch_moments(x, mean, var, buffers, use_batch, momentum)
     chosen_mean, chosen_var, _ = torch.broadcast_tensors(found[mean_of][0], found[var_of][1], mean)
-    return normalise(x, chosen_mean, chosen_var, weight, bias, eps)
+    return normalize(x, chosen_mean, chosen_var, weight, bias, eps)
 
 
 def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """A layer that has chosen instance norm twice; in an optimised model it keeps x alone."""
+    """A layer that has chosen instance norm twice; in an optimized model it keeps x alone."""
     if notes_recipes():
         return mixed_norm(x, "instance", "instance", weight, bias, None, None, None, False, None, eps)
     wide = x.unsqueeze(-1) if x.dim() == 2 else x
@@ -163,7 +163,7 @@ def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """A layer that has chosen layer norm twice; in an optimised model it keeps x alone."""
+    """A layer that has chosen layer norm twice; in an optimized model it keeps x alone."""
     if notes_recipes():
         return mixed_norm(x, "layer", "layer", weight, bias, None, None, None, False, None, eps)
     return torch.group_norm(x, 1, weight, bias, eps)

@@ -3,7 +3,7 @@
     z = act((cat(x₁, …, xₙ) − mean)·a + bias)        a = weight·rsqrt(var + eps)
 
 The concatenation itself is never kept, and the kernels never store it: every piece is read where it lies and
-normalised straight into its channels of z. The algebra is `norm_act`'s, channel by channel: mean and var of a
+normalized straight into its channels of z. The algebra is `norm_act`'s, channel by channel: mean and var of a
 concatenated channel are those of its piece, so whoever computes them needs each piece only once however many norms
 read it (arXiv 1807.01702, "inter-composite-layer fusion" of DenseNet). Backward is `cat_norm_act_backward`.
 """
@@ -23,7 +23,7 @@ from .layout import statistics_dtype
 from .library import declare
 from .norm_act import _reference as _norm_act_reference
 from .norm_act_backward import _norm_act_backward
-from .normalise import check_site, refuse_statistics_gradient
+from .normalize import check_site, refuse_statistics_gradient
 from .operands import dense, layout_of, per_channel_operands
 from .pieces import (
     can_run_pieces,

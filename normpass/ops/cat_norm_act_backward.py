@@ -22,7 +22,7 @@ from normpass.kernels.contract import Kernels
 from .layout import check_like, or_empty, statistics_dtype
 from .library import declare
 from .norm_act_backward import _reference_gradients
-from .normalise import check_site
+from .normalize import check_site
 from .operands import Values, dense, in_dtype_of, layout_of, new_per_channel, per_channel_operand, per_channel_operands
 from .pieces import can_run_pieces, channels_of, check_pieces, concatenated, memory_format_of_pieces
 

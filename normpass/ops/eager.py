@@ -2,7 +2,7 @@
 
 A call through the dispatcher and `torch.library.register_autograd` takes 100 to 200 µs from Python, more than a
 small kernel. What the dispatcher serves (torch.compile, `torch.func`, modes, tracing, tensor subclasses, other
-devices) is recognised here by what it leaves behind; where there is none of it, the autograd functions next to the
+devices) is recognized here by what it leaves behind; where there is none of it, the autograd functions next to the
 ops do the same from Python in a tenth of the time.
 """
 

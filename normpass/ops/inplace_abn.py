@@ -29,7 +29,7 @@ from .eager import eager_device, no_gradients
 from .inplace_abn_backward import _inplace_abn_backward, can_invert, check_invertible_site, inplace_abn_gradients
 from .layout import activated_format, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
-from .normalise import check_has_values, normalise, refuse_statistics_gradient
+from .normalize import check_has_values, normalize, refuse_statistics_gradient
 from .operands import Options, dense, layout_of, per_channel_operand
 
 
@@ -90,7 +90,7 @@ def _reference(
     _check(x, weight, bias, mean, var, activation, activation_args)
     check_has_values("inplace_abn", x, batch_statistics)
     x = dense_in(x, activated_format(x, activation))
-    return activate_(normalise(x, None, weight, bias, mean, var, eps), activation, activation_args)
+    return activate_(normalize(x, None, weight, bias, mean, var, eps), activation, activation_args)
 
 
 def _kernel(

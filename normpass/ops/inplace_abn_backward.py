@@ -21,7 +21,7 @@ from normpass.kernels.contract import Kernels
 from .activation import RULES, Activation, activation_backward, deactivate, is_invertible
 from .layout import check_like, memory_format_of, or_empty, statistics_dtype
 from .library import declare
-from .normalise import check_has_values, check_site
+from .normalize import check_has_values, check_site
 from .operands import can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
 
 aten = torch.ops.aten

@@ -1,4 +1,4 @@
-"""`normpass::norm_act`: normalise, scale and shift, add a residual, activate; keeps its input for backward.
+"""`normpass::norm_act`: normalize, scale and shift, add a residual, activate; keeps its input for backward.
 
 Per channel, with m = N·spatial values and r = 1/sqrt(var + eps):
 
@@ -37,7 +37,7 @@ from .eager import eager_device, no_gradients
 from .layout import activated_format, check_like, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
 from .norm_act_backward import _norm_act_backward, norm_act_gradients, unmasked
-from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
+from .normalize import check_has_values, check_site, normalize, refuse_statistics_gradient
 from .operands import Options, Values, can_run, dense, layout_of, per_channel_operand
 from .vectors import Vectors
 
@@ -107,7 +107,7 @@ def _reference(
     _check(x, residual, weight, bias, mean, var, activation, activation_args)
     check_has_values("norm_act", x, batch_statistics)
     x = dense_in(x, activated_format(x, activation))
-    return activate_(normalise(x, residual, weight, bias, mean, var, eps), activation, activation_args)
+    return activate_(normalize(x, residual, weight, bias, mean, var, eps), activation, activation_args)
 
 
 def _kernel(kernels: Kernels | None, *args: Any) -> Tensor:

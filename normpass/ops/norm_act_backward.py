@@ -32,7 +32,7 @@ from .layout import (
     statistics_dtype,
 )
 from .library import declare
-from .normalise import check_has_values, check_site, normalise, refuse_statistics_gradient
+from .normalize import check_has_values, check_site, normalize, refuse_statistics_gradient
 from .operands import Options, can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
 
 aten = torch.ops.aten
@@ -138,7 +138,7 @@ def _reference_gradients(
     x = x.contiguous(memory_format=memory_format)
     dy = grad
     if activation != "identity":
-        y = normalise(x, residual, weight, bias, mean, var, eps)
+        y = normalize(x, residual, weight, bias, mean, var, eps)
         dy = activation_backward(grad, y, activation, activation_args, owns_y=True).to(x.dtype)
         del y  # before dx is allocated
     dy = dy.contiguous(memory_format=memory_format)

@@ -2,7 +2,7 @@
 
     y = depthwise_conv2d(norm_act(x, …), weight, bias, stride, padding)
 
-The kernel normalises and activates the rows that it convolves while they are in the cache (BN fission and fusion:
+The kernel normalizes and activates the rows that it convolves while they are in the cache (BN fission and fusion:
 arXiv 1807.01702), in forward and in backward. So z = act(norm(x)) is neither written nor kept nor rebuilt; nor is its
 gradient, unless it costs less to write than to compute it twice. z is computed by the formula of `norm_act`.
 """

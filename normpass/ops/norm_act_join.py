@@ -1,10 +1,10 @@
-"""A residual join of two norms: z = act(norm(x) + norm'(x')), x' normalised as it is read.
+"""A residual join of two norms: z = act(norm(x) + norm'(x')), x' normalized as it is read.
 
 Backward is that of its two halves: of `norm_act` with the mask of act', whose gradient of the residual is dy, and of
 norm' alone from dy. So norm'(x') is neither written, kept nor rebuilt: two array moves fewer in forward, and two in
 every rebuild of z. Each gradient is the same to the bit.
 
-For kernels that normalise residuals, of activations with a mask.
+For kernels that normalize residuals, of activations with a mask.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TENSORS = 5  # of a half: x, weight, bias, mean, var
 def can_join(device: str | None, own: Half, other: Half) -> bool:
     """Whether `join_norms` takes these, whose sum lies as either of them."""
     kernels = None if device is None else kernels_for(device)
-    if kernels is None or not kernels.normalises_residuals or own[8] not in kernels.masks:
+    if kernels is None or not kernels.normalizes_residuals or own[8] not in kernels.masks:
         return False
     x, residual = own[0], other[0]
     memory_format = memory_format_of(x)

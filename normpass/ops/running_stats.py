@@ -3,7 +3,7 @@
     running_mean' = (1 − momentum)·running_mean + momentum·mean
     running_var'  = (1 − momentum)·running_var  + momentum·var·m/(m − 1)
 
-with m values per channel: PyTorch keeps the unbiased variance though it normalises with the biased one. The
+with m values per channel: PyTorch keeps the unbiased variance though it normalizes with the biased one. The
 caller copies the result into its buffers, exactly once a step (`move_running_stats`); a recomputed region then has
 nothing to update twice. In plain eager mode `update_running_stats` writes the buffers themselves. For `momentum=None`
 (the cumulative average) the caller passes 1/num_batches_tracked.

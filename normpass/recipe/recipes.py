@@ -191,7 +191,7 @@ class Recipe:
         if self.written is not None:
             return self._write(self.written)
         with _without_grad(), same_autocast(self.autocast):
-            value = self.function(*materialised(self.args), **materialised(self.kwargs))
+            value = self.function(*materialized(self.args), **materialized(self.kwargs))
         return _like(value if self.select is None else value[self.select], self.geometry)
 
     def _write(self, source: Recipe) -> Tensor:
@@ -201,7 +201,7 @@ class Recipe:
             base = base.clone(memory_format=torch.preserve_format)
             base = _like(base, source.geometry)
         with _without_grad(), same_autocast(self.autocast):
-            self.function(base, *materialised(self.args), **materialised(self.kwargs))
+            self.function(base, *materialized(self.args), **materialized(self.kwargs))
         return base
 
     def forget(self) -> None:
@@ -263,18 +263,18 @@ def _add_readers(value: Any) -> None:
             _add_readers(item)
 
 
-def materialised(value: Any) -> Any:
+def materialized(value: Any) -> Any:
     """`value` with tensors for the sources in it."""
     if type(value) in CONSTANTS:
         return value
     if type(value) in _SOURCES:
         return value.read()
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*[materialised(item) for item in value])
+        return type(value)(*[materialized(item) for item in value])
     if type(value) is tuple:
-        return tuple([materialised(item) for item in value])
+        return tuple([materialized(item) for item in value])
     if isinstance(value, dict):
-        return {key: materialised(item) for key, item in value.items()}
+        return {key: materialized(item) for key, item in value.items()}
     return value
 
 

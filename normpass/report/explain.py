@@ -1,4 +1,4 @@
-"""The report of an optimised model: what its graphs did, and what is measured before and after."""
+"""The report of an optimized model: what its graphs did, and what is measured before and after."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normpass.errors import InvalidInputError
 from normpass.graph.concatenation import NO_CONCATENATION
 from normpass.graph.nodes import name_of
 from normpass.measure import counted, kept_bytes, peak_bytes
-from normpass.optimized import optimise_in_place, state_of
+from normpass.optimized import optimize_in_place, state_of
 from normpass.pipeline import Rewritten
 from normpass.report.summary import GraphRow, KeptRow, Memory, Report, Row
 from normpass.rewrite.choices import Choice
@@ -26,13 +26,13 @@ _LARGEST = 10
 NORM_BASES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def make_report(model: nn.Module, optimised: nn.Module, arguments: Arguments | None, plan: object = None) -> Report:
+def make_report(model: nn.Module, optimized: nn.Module, arguments: Arguments | None, plan: object = None) -> Report:
     """Collect what a forward in train mode does; with `arguments` measure both models."""
     if arguments is None:
         return Report(type(model).__name__, tuple(_unknown(model)), has_run=False)
-    request = state_of(optimised).request
+    request = state_of(optimized).request
     found = captured_graphs(model, arguments, request)
-    memory, unmeasured = _measure(model, optimised, arguments)
+    memory, unmeasured = _measure(model, optimized, arguments)
     return Report(
         type(model).__name__,
         tuple(norm_rows(model, found)),
@@ -233,18 +233,18 @@ def _unknown_paths(serialize: Any, found: Collected) -> list[str]:
     return [f"{path} runs whole: no convolution behind a norm has this name" for path in paths if path not in known]
 
 
-def _measure(model: nn.Module, optimised: nn.Module, arguments: Arguments) -> tuple[Memory | None, str]:
+def _measure(model: nn.Module, optimized: nn.Module, arguments: Arguments) -> tuple[Memory | None, str]:
     """Kept and peak bytes of both; or why there are none, as of a frozen model."""
     try:
-        return _measured(model, optimised, arguments), ""
+        return _measured(model, optimized, arguments), ""
     except InvalidInputError as error:
         return None, str(error)
 
 
-def _measured(model: nn.Module, optimised: nn.Module, arguments: Arguments) -> Memory:
-    request = state_of(optimised).request
+def _measured(model: nn.Module, optimized: nn.Module, arguments: Arguments) -> Memory:
+    request = state_of(optimized).request
     with trial(model), torch.enable_grad():
-        copies = [trial_copy(model).train(), optimise_in_place(trial_copy(model).train(), request)]
+        copies = [trial_copy(model).train(), optimize_in_place(trial_copy(model).train(), request)]
         state_of(copies[1]).is_logging = False
         args, kwargs = copied_inputs(arguments)
         kept = [kept_bytes(m, *args, **kwargs) for m in copies]

@@ -155,4 +155,4 @@ def _kept_line(row: KeptRow) -> str:
 
 def _compared(what: str, before: int, after: int) -> str:
     ratio = f" ({after / before:.2f})" if before else ""
-    return f"{what}: {format_bytes(before)} plain, {format_bytes(after)} optimised{ratio}"
+    return f"{what}: {format_bytes(before)} plain, {format_bytes(after)} optimized{ratio}"

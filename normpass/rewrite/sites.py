@@ -1,6 +1,6 @@
-"""Graph -> Sites: the only file that recognises a norm and what stands around it.
+"""Graph -> Sites: the only file that recognizes a norm and what stands around it.
 
-A *site* is one normalisation with its producer, an optional residual input, its activation and the
+A *site* is one normalization with its producer, an optional residual input, its activation and the
 consumers of the result:
 
     x = producer(…);  y = norm(x);  s = y + residual;  z = activation(s);  consumers(z)
@@ -37,7 +37,7 @@ IDENTITY = Activation("identity")
 
 @dataclass(frozen=True)
 class Site:
-    """One normalisation with what stands around it."""
+    """One normalization with what stands around it."""
 
     path: str
     """dotted name of the norm's module, or that of the call"""
@@ -233,7 +233,7 @@ def _is_activated_alike(x: Any) -> bool:
 
 
 def _input_of(norm: fx.Node) -> fx.Node | None:
-    """The node that a norm normalises; None where it is not called with one."""
+    """The node that a norm normalizes; None where it is not called with one."""
     x = norm.args[0] if norm.args else norm.kwargs.get("input")
     return x if isinstance(x, fx.Node) else None
 

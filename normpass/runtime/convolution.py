@@ -159,7 +159,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, pad
 def _joined_steps(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> tuple[Pair, Pair] | None:
-    """Stride and padding, if one kernel may normalise x and convolve it as far as the convolution is concerned."""
+    """Stride and padding, if one kernel may normalize x and convolve it as far as the convolution is concerned."""
     stride, padding = _pair(stride), _pair(padding)
     if stride is None or padding is None or _pair(dilation) != _ONCE:
         return None

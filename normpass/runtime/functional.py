@@ -175,7 +175,7 @@ def op_args(device, norm, x, residual, activation, activation_args, moments: Any
 
 
 def _statistics(device: str | None, norm: FunctionalBatchNorm, x: Tensor, moments: Any = None) -> Statistics:
-    """The statistics this call normalises with; in training the running ones move, exactly once."""
+    """The statistics this call normalizes with; in training the running ones move, exactly once."""
     fixed = running_statistics_of(norm)
     if fixed is not None:
         return fixed
@@ -194,7 +194,7 @@ def _statistics(device: str | None, norm: FunctionalBatchNorm, x: Tensor, moment
 
 
 def running_statistics_of(norm: FunctionalBatchNorm) -> Statistics | None:
-    """The running statistics, where this call normalises with them; None where with the batch's own."""
+    """The running statistics, where this call normalizes with them; None where with the batch's own."""
     mean, var = norm.running_mean, norm.running_var
     if norm.training or mean is None or var is None:
         return None

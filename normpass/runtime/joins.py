@@ -1,6 +1,6 @@
 """What a rewritten graph calls where the residual of a join is itself a norm's result that nobody else reads.
 
-    prepared    where that norm stood: its moments, and its running statistics move; x' is normalised where it is read
+    prepared    where that norm stood: its moments, and its running statistics move; x' is normalized where it is read
     joined      where the join stood (`normpass.ops.norm_act_join`); also for two readers
 
 Decided when the graph runs: where the kernels cannot, the residual is made after all, and all is as it was without.
@@ -49,7 +49,7 @@ def _prepared(norm: Any, x: Tensor, is_rebuilt: bool) -> Tensor | Prepared:
     device, makes = eager_device(x), split_norm_act if is_rebuilt else fused_norm_act
     kernels = None if device is None or not torch.is_grad_enabled() else kernels_for(device)
     wants_gradient = any([t is not None and t.requires_grad for t in (x, norm.weight, norm.bias)])
-    can = kernels is not None and kernels.normalises_residuals and wants_gradient
+    can = kernels is not None and kernels.normalizes_residuals and wants_gradient
     if device is None or not can or not is_fusible(norm, x, None, "identity"):
         result: Tensor = makes(norm, x)
         return result

@@ -5,7 +5,7 @@
 Between two norms in train mode this is all that can be divided, since a norm needs the moments of its whole input:
 the exact region between two barriers. A block of z is still in the cache when the convolution reads it, and a block
 of c when its moments are taken, so x is read and c written once, where separate layers move x, z twice and c twice:
-the traffic of batch norm restructured (arXiv 1807.01702: statistics with the producer's write, normalisation with
+the traffic of batch norm restructured (arXiv 1807.01702: statistics with the producer's write, normalization with
 the consumer's read), with the vendor's convolutions. Blocks are rows of a 1×1 convolution in channels_last, samples
 otherwise; the moments of blocks are merged by Chan's formula.
 

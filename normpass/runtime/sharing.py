@@ -71,7 +71,7 @@ class Whole(NamedTuple):
 
 
 def producer_statistics(x: Any, needs_moments: bool) -> Producer:
-    """The moments of `x`, if one of the norms that read it normalises with the batch's."""
+    """The moments of `x`, if one of the norms that read it normalizes with the batch's."""
     if not _has_moments(x) or is_exporting() or under_other_derivatives():
         return Producer(x)
     statistics = _moments(x) if needs_moments else None
@@ -190,7 +190,7 @@ def _prepare(
 
 
 def _statistics(norm: Any, producers: Sequence[Producer]) -> Statistics:
-    """What this call normalises with, the running statistics moved."""
+    """What this call normalizes with, the running statistics moved."""
     fixed = running_statistics_of(norm)
     if fixed is not None:
         return fixed

@@ -5,7 +5,7 @@
 
 The region computes every sample by itself (`normpass.serialize.per_sample`), so this is the plain result: its
 convolutions see fewer samples at a time, and weight gradients are summed in another order, which rounds differently.
-What lies between the region's layers exists for one sub-batch only and stays in the cache (mini-batch serialisation,
+What lies between the region's layers exists for one sub-batch only and stays in the cache (mini-batch serialization,
 arXiv 1810.00307; there backward reads what forward stored, here forward is run again).
 
 The region runs whole where it may not be divided: in torch.compile and export, under `torch.func` and forward-mode

@@ -2,7 +2,7 @@
 
 A group is a range [start, stop) of units; `cost(start, stop)` is what it costs, in any unit, >= 0. `optimal` is the
 shortest path from cut point 0 to cut point n, where an edge (start, stop) has the group's cost as its length.
-`greedy` is what the paper on mini-batch serialisation does (arXiv 1810.00307): begin with a group for every unit and
+`greedy` is what the paper on mini-batch serialization does (arXiv 1810.00307): begin with a group for every unit and
 merge the two neighbours that save most until no merge saves.
 """
 

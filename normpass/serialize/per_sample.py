@@ -55,7 +55,7 @@ def reason_not_per_sample(step: Step, results: Any, storages: Any, variable: Col
     if step.is_random:
         return "it draws random numbers"
     if name_of(node) == "batch_norm" and (bound(F.batch_norm, node) or {}).get("training") is not False:
-        return "it normalises with the statistics of the whole batch"
+        return "it normalizes with the statistics of the whole batch"
     own = {storage for s in sources if s in variable for storage in storages[s]}
     if not own.issuperset(step.writes):
         return "what it writes to, running statistics say, moves with the whole batch"

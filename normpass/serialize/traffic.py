@@ -1,7 +1,7 @@
 """Memory traffic of a training step that runs sub-batch by sub-batch: a model, and what it says of a network.
 
 A group of units runs on s samples at a time, s = buffer // footprint of its largest unit, in it = ceil(N / s)
-iterations, so that what lies between its layers stays in a buffer on the chip (mini-batch serialisation, arXiv
+iterations, so that what lies between its layers stays in a buffer on the chip (mini-batch serialization, arXiv
 1810.00307). What still moves, for N samples:
 
     weights·(4·it − 1)      read in forward and in the input's gradient; the weight gradient written in every
@@ -75,7 +75,7 @@ def _kind(node: fx.Node) -> str:
 
 
 @dataclass(frozen=True)
-class Serialisation:
+class Serialization:
     """A network cut into groups."""
 
     groups: tuple[Group, ...]
@@ -105,9 +105,9 @@ def make_group(units: Sequence[Unit], batch: int, buffer_bytes: int, reuse: bool
     return Group(tuple(units), sub_batch, iterations, traffic, batch)
 
 
-def serialise(
+def serialize(
     units: Sequence[Unit], batch: int, buffer_bytes: int, *, reuse: bool = True, method: str = "optimal"
-) -> Serialisation:
+) -> Serialization:
     """Cut the chain of `units` into groups with the least traffic.
 
     Args:
@@ -133,7 +133,7 @@ def serialise(
 
     groups: Groups = ways[method](len(units), lambda start, stop: group(start, stop).traffic)
     streamed = sum(batch * u.streamed + 3 * u.weights for u in units)
-    return Serialisation(tuple(group(*ends) for ends in groups), streamed)
+    return Serialization(tuple(group(*ends) for ends in groups), streamed)
 
 
 def graph_of(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, list[Any]]:
@@ -255,7 +255,7 @@ def traffic_report(
     for reuse in (True, False):
         held = "branches held in the buffer" if reuse else "branches not held"
         for method in ("optimal", "greedy"):
-            found = serialise(units, batch, buffer_bytes, reuse=reuse, method=method)
+            found = serialize(units, batch, buffer_bytes, reuse=reuse, method=method)
             lines.append(f"{method}, {held}: {found.traffic / 2**30:.2f} GiB ({100 * found.change:+.1f} %)")
             lines += [f"    {g.name}: {g.iterations} x {g.samples}, {g.traffic / 2**30:.2f} GiB" for g in found.groups]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
     statistics of a channel over the batch  ⇒  statistics of a group of channels over one sample
 
-What mini-batch serialisation (arXiv 1810.00307) does, since batch norm needs the whole batch before it normalises a
+What mini-batch serialization (arXiv 1810.00307) does, since batch norm needs the whole batch before it normalizes a
 single sample, and group norm (arXiv 1803.08494) needs the one sample only. By name: `changes=("group_norm",)`. Every
 BatchNorm1d, 2d and 3d becomes an `nn.GroupNorm` with its very weight and bias and its eps; running statistics have
 no meaning any more and are not in `state_dict`. `normpass.restore` gives the BatchNorms back, with the weight and

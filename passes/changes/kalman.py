@@ -2,7 +2,7 @@
 
     (y₁, e₁) = norm₁(x₁)      e₂⁻ = predicted(conv, activated(e₁))      (y₂, e₂) = norm₂(x₂, e₂⁻)
 
-Batch Kalman normalisation (arXiv 1802.03133), for small batches; only by name: `changes=("kalman",)`. Every BatchNorm
+Batch Kalman normalization (arXiv 1802.03133), for small batches; only by name: `changes=("kalman",)`. Every BatchNorm
 becomes a `normpass.nn.KalmanNorm`. From each of them the estimate is followed along the captured graph's edges through
 activations, convolutions, linear layers, additions, concatenations, pooling, dropout, flattening and zero padding; it
 is lost where one of several operands has none, at any other operation, and where the graph breaks. A norm that none
@@ -58,7 +58,7 @@ class Kalman:
     authors': by a random draw"""
     state: str = "input"
     """whose statistics are followed behind a norm: `"input"`, as the authors do, those of its input, as if it did
-    not scale and shift; `"output"` those that its input's estimate has once it is normalised, scaled and shifted"""
+    not scale and shift; `"output"` those that its input's estimate has once it is normalized, scaled and shifted"""
     micro_batches: int = 1
     """into how many equal parts a batch is divided; each has statistics of its own"""
 

@@ -3,7 +3,7 @@
     max(y, 0)  ⇒  max(y, 0.01·y)
 
 What the in-place ABN paper (arXiv 1712.02616) does to make the activation invertible. Only by name:
-`changes=("leaky_relu",)`. Layers (`nn.ReLU`) are replaced in the optimised model, so that whoever looks at it sees
+`changes=("leaky_relu",)`. Layers (`nn.ReLU`) are replaced in the optimized model, so that whoever looks at it sees
 them; functional spellings are replaced in every captured graph.
 """
 

@@ -1,4 +1,4 @@
-"""z = act(norm(x) + r), r = norm'(x')  ⇒  z = act(norm(x) + norm'(x')), x' normalised as it is read
+"""z = act(norm(x) + r), r = norm'(x')  ⇒  z = act(norm(x) + norm'(x')), x' normalized as it is read
 
 A block whose shortcut has a convolution and a norm. r is neither written nor rebuilt (`normpass.ops.norm_act_join`):
 two array moves fewer in forward, and two where z is made again. Where norm' stood its moments are taken and its running

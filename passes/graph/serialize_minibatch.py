@@ -2,7 +2,7 @@
 
     out = region(x)  ⇒  out[i : i + s] = region(x[i : i + s]) for i = 0, s, 2s, …
 
-Mini-batch serialisation (arXiv 1810.00307): what lies between the layers of a region exists for s samples only, and
+Mini-batch serialization (arXiv 1810.00307): what lies between the layers of a region exists for s samples only, and
 stays in a cache that holds it. A region is a chain of units (`normpass.serialize.units`) in which every sample is
 computed by itself: norms are GroupNorm, LayerNorm, InstanceNorm, a frozen batch norm or one in eval mode. Of the
 chain x, the input of each region, is kept; backward runs every sub-batch again. Where a chain is cut into regions,
@@ -33,13 +33,13 @@ from normpass.graph.nodes import called, inherit
 from normpass.rewrite.contract import Refusal, Semantics
 from normpass.runtime.sub_batches import Region, run_region
 from normpass.serialize.per_sample import reason_not_per_sample
-from normpass.serialize.traffic import Group, make_group, serialise
+from normpass.serialize.traffic import Group, make_group, serialize
 from normpass.serialize.units import Unit, units_of
 
 
 @dataclass(frozen=True)
 class Regions:
-    """What was serialised in one graph, and what was not and why."""
+    """What was serialized in one graph, and what was not and why."""
 
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
@@ -82,7 +82,7 @@ class SerializeMinibatch:
     def _groups(self, units: Sequence[Unit], facts: Facts, buffer_bytes: int) -> list[Group]:
         batch = facts.results[units[0].input].shape[0]
         if self.sub_batch is None:
-            groups = serialise(units, batch, buffer_bytes).groups
+            groups = serialize(units, batch, buffer_bytes).groups
         else:
             footprint = max(unit.footprint for unit in units)
             groups = (make_group(units, batch, self.sub_batch * footprint),)
@@ -187,10 +187,10 @@ def _replace(graph: fx.Graph, group: Group, start: fx.Node, facts: Facts) -> fx.
 def region_function(region: Region) -> Any:
     """`run_region` with its first argument fixed: fx prints calls of a function by its name."""
 
-    def serialised(x: Tensor, *extras: Any) -> Tensor:
+    def serialized(x: Tensor, *extras: Any) -> Tensor:
         return run_region(region, x, *extras)
 
-    return serialised
+    return serialized
 
 
 def _body(nodes: Sequence[fx.Node], start: fx.Node, extras: Sequence[fx.Node]) -> Any:

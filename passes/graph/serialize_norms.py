@@ -2,7 +2,7 @@
 
     for every block b:  z_b = act(norm(x_b));  c_b = conv(z_b);  moments of c_b        then merged, for the next norm
 
-The exact form of mini-batch serialisation where norms are in train mode: each needs the moments of the whole batch
+The exact form of mini-batch serialization where norms are in train mode: each needs the moments of the whole batch
 before it can begin, so no region can span one. What is saved is memory traffic, not memory: x is read and c written
 once (`normpass.runtime.norm_blocks` has the algebra; arXiv 1807.01702 and 1810.00307). It runs on a graph in which
 `split_bn` has put `split_norm_act` at both norms; x is what is kept, as there.
@@ -11,7 +11,7 @@ Never made by default: `optimize(model, serialize=SerializeNorms(paths=…))`. I
 convolution, which is what `tuned` is for: it times the whole and the blocked form at the real shapes and says which
 block wins, or none. No prediction says that it wins: on a CPU with a last-level cache of 32 MiB the blocked form took
 0.9 to 1.4 times as long at ResNet-50's shapes, batch 16, float32
-(`tests/bench/results/bench_serialised_cpu_torch-2.15.0.json`); on a GPU it has not been measured yet.
+(`tests/bench/results/bench_serialized_cpu_torch-2.15.0.json`); on a GPU it has not been measured yet.
 
 Refuses: a norm with a residual, one whose parameters or statistics something else sees, a result that something else
 reads too, a convolution with another padding than numbers, and one that no batch norm follows. Changes nothing but

@@ -83,7 +83,7 @@ def _last_placeholder(piece: fx.Node) -> fx.Node:
 
 
 def _uses_batch(norm: fx.Node) -> bool:
-    """Whether a norm normalises with the batch's statistics."""
+    """Whether a norm normalizes with the batch's statistics."""
     arguments = bound(F.batch_norm, norm)
     assert arguments is not None  # a site has been made of it
     return bool(arguments["training"]) or arguments["running_mean"] is None

@@ -4,7 +4,7 @@
     backward   z again, bit for bit, by the same op from the same x, mean and variance
 
 This is the memory side of BN fission and fusion (arXiv 1807.01702): the statistics belong to the
-producer's output, normalisation and activation to the consumer's input. What a consumer would save of z
+producer's output, normalization and activation to the consumer's input. What a consumer would save of z
 is replaced by a recipe (`normpass.recipe.recipes`); a residual is part of the recipe, and may be a recipe itself.
 
 Whether z is made again or kept after all is what the plan says (`normpass.analysis.minimum_cut`, or a budget).

@@ -82,17 +82,17 @@ def planned(budget: float | str) -> normpass.StepPlan:
 def train_with(build: Callable[[], nn.Module], plan: normpass.StepPlan, inputs: Callable[[int], tuple]) -> None:
     """What `plan` predicts to be kept is measured, and the model trains as the plain one."""
 
-    def optimise(given: nn.Module) -> nn.Module:
+    def optimize(given: nn.Module) -> nn.Module:
         double = [t.double() for t in inputs(0)]
-        optimised = normpass.optimize(given, plan=plan)
+        optimized = normpass.optimize(given, plan=plan)
         assert plan.plain.kept == kept_bytes(given, *double)
-        assert plan.planned.kept == kept_bytes(optimised, *double)
+        assert plan.planned.kept == kept_bytes(optimized, *double)
         if build is model:  # others are so small that what convolutions take for a moment is most of the peak
-            for predicted, measured in ((plan.plain, given), (plan.planned, optimised)):
+            for predicted, measured in ((plan.plain, given), (plan.planned, optimized)):
                 assert predicted.peak == pytest.approx(peak_bytes(measured, *double), rel=0.1)
-        return optimised
+        return optimized
 
-    result = compare(build, inputs, optimise)
+    result = compare(build, inputs, optimize)
     assert result.ok, result
 
 
@@ -157,10 +157,10 @@ def test_a_plan_goes_through_a_file(tmp_path):
 def test_a_plan_may_be_edited():
     data = planned(0.4).to_json()
     data["decisions"]["rewrites"]["stem.1"] = None
-    optimised = normpass.optimize(model(), plan=data)
+    optimized = normpass.optimize(model(), plan=data)
     found = []
-    state_of(optimised).observers.append(lambda rewritten, inputs: found.append(rewritten))
-    optimised(X)
+    state_of(optimized).observers.append(lambda rewritten, inputs: found.append(rewritten))
+    optimized(X)
     (stem,) = (choice for choice in found[0].choices if choice.site.path == "stem.1")
     assert stem.match is None
     assert all(choice.match is not None for choice in found[0].choices if choice is not stem)
@@ -193,8 +193,8 @@ def test_a_plan_and_a_budget_exclude_each_other():
 
 
 def test_copies_and_pickles_keep_their_plan():
-    optimised = normpass.optimize(model(), X, memory_budget=0.4)
-    for other in (copy.deepcopy(optimised), pickle.loads(pickle.dumps(optimised))):
+    optimized = normpass.optimize(model(), X, memory_budget=0.4)
+    for other in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
         assert state_of(other).request.decisions == planned(0.4).decisions
     assert kept_bytes(other, X) == planned(0.4).planned.kept
 
@@ -233,8 +233,8 @@ def test_a_model_of_several_graphs_can_be_planned():
     found = normpass.plan(plain, X, 0.4)
     assert any(key.startswith("inner.") for key in found.decisions.keys)
     assert found.planned.kept <= 0.4 * kept_bytes(plain, X)
-    optimised = normpass.optimize(plain, plan=found)
-    assert kept_bytes(optimised, X) == found.planned.kept - 1  # the boolean that decides is not kept
+    optimized = normpass.optimize(plain, plan=found)
+    assert kept_bytes(optimized, X) == found.planned.kept - 1  # the boolean that decides is not kept
     assert plain.inner.stem[1].num_batches_tracked == 0
 
 

@@ -1,6 +1,6 @@
 """Forward's Python: read when it runs, written when it runs, called as often as written; and who must see it plain.
 
-Each case is run plain and optimised from the same start, and gives the same numbers, or raises the same.
+Each case is run plain and optimized from the same start, and gives the same numbers, or raises the same.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ STATE = types.SimpleNamespace()
 """what forward reads and writes outside its module"""
 
 
-def outcome(make: Callable[[], nn.Module], run: Callable, optimise: Callable) -> list[Tensor]:
+def outcome(make: Callable[[], nn.Module], run: Callable, optimize: Callable) -> list[Tensor]:
     STATE.__dict__.update(factor=1.0, log=[], object=None)
     globals()["FACTOR"] = 1.0
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    model = optimise(spread(make()))
+    model = optimize(spread(make()))
     return [torch.as_tensor(n).double() for n in run(model)]
 
 
@@ -110,15 +110,15 @@ def assert_equal(plain: Iterable[Tensor], ours: Iterable[Tensor]) -> None:
 
 
 def assert_same(make: Callable[[], nn.Module], run: Callable = steps, norms: int = 1) -> int:
-    """Plain and optimised give the same; at least so many norms were rewritten. Returns the number of graphs."""
+    """Plain and optimized give the same; at least so many norms were rewritten. Returns the number of graphs."""
     graphs: list[Any] = []
 
-    def optimise(model: nn.Module) -> nn.Module:
-        optimised = normpass.optimize(model)
-        state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
-        return optimised
+    def optimize(model: nn.Module) -> nn.Module:
+        optimized = normpass.optimize(model)
+        state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
+        return optimized
 
-    assert_equal(outcome(make, run, lambda model: model), outcome(make, run, optimise))
+    assert_equal(outcome(make, run, lambda model: model), outcome(make, run, optimize))
     assert sum(choice.rewrite is not None for graph in graphs for choice in graph.choices) >= norms
     return len(graphs)
 
@@ -581,7 +581,7 @@ def test_autocast_inside_forward() -> None:
         with torch.autocast("cpu", enabled=False):
             return self.last(self.body(x.float()))
 
-    plain, ours = (outcome(net(island), run, optimise) for optimise in (lambda m: m, normpass.optimize))
+    plain, ours = (outcome(net(island), run, optimize) for optimize in (lambda m: m, normpass.optimize))
     for a, b in zip(plain, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert plain[0]
@@ -671,9 +671,9 @@ def weight_in_place(self, x):
 
 @cases({"masked": mask_in_place, "weight": weight_in_place})
 def test_what_plain_refuses_in_backward_is_refused(case) -> None:
-    for optimise in (lambda model: model, normpass.optimize):
+    for optimize in (lambda model: model, normpass.optimize):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            outcome(net(case), steps, optimise)
+            outcome(net(case), steps, optimize)
 
 
 # --- other modules than those that are called -----------------------------------------------------
@@ -691,7 +691,7 @@ def test_a_graph_module_that_is_recompiled() -> None:
     assert_same(lambda: torch.fx.symbolic_trace(Net()), run)
 
 
-def test_a_slice_of_an_optimised_sequential() -> None:
+def test_a_slice_of_an_optimized_sequential() -> None:
     assert_same(lambda: nn.Sequential(*block(3), nn.Conv2d(C, C, 1)), lambda m: steps(m[:2]) + steps(m), norms=1)
 
 
@@ -706,8 +706,8 @@ def test_an_activation_that_a_list_holds() -> None:
 
 def test_models_of_one_class_have_graphs_of_their_own() -> None:
     models = [spread(net(multiplied(lambda self: self.flag), flag=float(i))()) for i in (1, 2)]
-    for model, optimised in [(m, normpass.optimize(m)) for m in models]:
-        assert_equal([model(images()).detach()], [optimised(images()).detach()])
+    for model, optimized in [(m, normpass.optimize(m)) for m in models]:
+        assert_equal([model(images()).detach()], [optimized(images()).detach()])
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -738,20 +738,20 @@ def test_an_error_is_plains_and_the_next_call_is_captured(case, is_first: bool) 
     make, call = case
     found = []
     model = spread(make())
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     if not is_first:
         model(images())
-        optimised(images())
+        optimized(images())
     graphs: list = []
-    state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
-    for m in (model, optimised):
+    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
+    for m in (model, optimized):
         with pytest.raises(Exception) as caught:
             call(m)
         found.append((type(caught.value), str(caught.value)))
     assert found[0] == found[1]
-    for m in (model, optimised):
+    for m in (model, optimized):
         m.body[1].eps = 0.1
-    assert_equal(steps(model, images(3, 3, 5, 5)), steps(optimised, images(3, 3, 5, 5)))
+    assert_equal(steps(model, images(3, 3, 5, 5)), steps(optimized, images(3, 3, 5, 5)))
     assert any(c.rewrite for g in graphs for c in g.choices)
 
 
@@ -872,13 +872,13 @@ def test_explaining_draws_nothing_and_writes_nothing() -> None:
 
 def test_threads_may_run_while_another_one_captures() -> None:
     model = spread(ConvNet()).eval()
-    optimised, expected = normpass.optimize(model), model(image()).detach()
+    optimized, expected = normpass.optimize(model), model(image()).detach()
     errors: list[Exception] = []
 
     def work() -> None:
         try:
             for _ in range(5):
-                assert_equal([expected], [optimised(image()).detach()])
+                assert_equal([expected], [optimized(image()).detach()])
         except Exception as error:
             errors.append(error)
 

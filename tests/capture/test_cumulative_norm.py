@@ -30,14 +30,14 @@ def inputs(step: int) -> tuple:
 def test_it_is_captured_and_trains_the_same():
     graphs = []
 
-    def optimise(given: nn.Module) -> nn.Module:
-        optimised = normpass.optimize(given)
+    def optimize(given: nn.Module) -> nn.Module:
+        optimized = normpass.optimize(given)
         x = inputs(0)[0].double()
-        assert kept_bytes(optimised, x) < 0.6 * kept_bytes(given, x)
-        state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
-        return optimised
+        assert kept_bytes(optimized, x) < 0.6 * kept_bytes(given, x)
+        state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
+        return optimized
 
-    result = compare(build, inputs, optimise, steps=3)
+    result = compare(build, inputs, optimize, steps=3)
     assert result.ok, result
     assert len(graphs) == 1  # that of eval mode: the counter of every step is read by the graph of the first
 
@@ -46,5 +46,5 @@ def test_a_forward_that_somebody_put_there_is_called(monkeypatch):
     plain_forward = nn.modules.batchnorm._BatchNorm.forward
     monkeypatch.setattr(nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: plain_forward(self, x) + 1)
     plain = build()
-    optimised = normpass.optimize(copy.deepcopy(plain))
-    torch.testing.assert_close(optimised(*inputs(0)), plain(*inputs(0)))
+    optimized = normpass.optimize(copy.deepcopy(plain))
+    torch.testing.assert_close(optimized(*inputs(0)), plain(*inputs(0)))

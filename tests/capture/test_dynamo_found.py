@@ -77,15 +77,15 @@ def sums(model: nn.Module, calls: int = 4) -> list[float]:
 
 @pytest.mark.parametrize("name", FOUND)
 def test_it_goes_on_from_call_to_call(name: str) -> None:
-    optimised = normpass.optimize(spread(Net(*FOUND[name])))
-    assert sums(optimised) == sums(spread(Net(*FOUND[name])))
-    assert state_of(optimised).captures > 0
+    optimized = normpass.optimize(spread(Net(*FOUND[name])))
+    assert sums(optimized) == sums(spread(Net(*FOUND[name])))
+    assert state_of(optimized).captures > 0
 
 
 def test_a_bound_that_changes() -> None:
     found = []
-    for optimise in (copy.deepcopy, normpass.optimize):
-        model = optimise(spread(Net(to_a_deque, lambda: collections.deque([1, 2], maxlen=5))))
+    for optimize in (copy.deepcopy, normpass.optimize):
+        model = optimize(spread(Net(to_a_deque, lambda: collections.deque([1, 2], maxlen=5))))
         of_model = sums(model, 1)
         for bound in (3, None):
             model.found[0] = collections.deque([1, 2], maxlen=bound)
@@ -117,8 +117,8 @@ class Config:
 @pytest.mark.parametrize("kind", [lambda: type("Case", (Config,), {})(), lambda: types.SimpleNamespace(scale=2.0)])
 def test_names_that_come_later_and_go(name: str, kind: Callable) -> None:
     found = []
-    for optimise in (copy.deepcopy, normpass.optimize):
-        model = optimise(spread(Net(NAMES[name], kind)))
+    for optimize in (copy.deepcopy, normpass.optimize):
+        model = optimize(spread(Net(NAMES[name], kind)))
         of_model, config = sums(model, 1), model.found[0]
         for change in (lambda c: setattr(c, "later", 3.0), lambda c: delattr(c, "scale"), lambda c: vars(c).clear()):
             change(config)
@@ -142,6 +142,6 @@ def test_where_an_input_comes_from(name: str) -> None:
     leaf = image(2, 3, 6, 6, requires_grad=True)
     inputs = (leaf, leaf * 2, image(2, 3, 6, 6), image(3, 3, 6, 6)[1:], leaf.view(2, 3, 6, 6), leaf)
     model = spread(Net(HISTORIES[name], int))
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     for x in inputs:
-        torch.testing.assert_close(optimised(x), model(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(optimized(x), model(x), rtol=1e-12, atol=1e-12)

@@ -45,12 +45,12 @@ def test_what_other_threads_draw_does_not_come_again(kind: str) -> None:
             begun.set()
             ended.wait(0.0002)
 
-    optimised = normpass.optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    optimized = normpass.optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
     thread = threading.Thread(target=run)
     thread.start()
     try:
         assert begun.wait(10)
-        optimised(image())
+        optimized(image())
     finally:
         ended.set()
         thread.join()
@@ -59,9 +59,9 @@ def test_what_other_threads_draw_does_not_come_again(kind: str) -> None:
 
 def test_capturing_draws_nothing() -> None:
     plain = Drawing()
-    optimised = normpass.optimize(copy.deepcopy(plain))
+    optimized = normpass.optimize(copy.deepcopy(plain))
     found = []
-    for model in (plain, optimised):
+    for model in (plain, optimized):
         torch.manual_seed(0), random.seed(0)
         results = [model(image()).detach() for _ in range(2)]
         found.append((*results, torch.rand(3), torch.tensor(random.random())))
@@ -72,8 +72,8 @@ def test_capturing_draws_nothing() -> None:
 
 def test_a_state_is_put_back_where_it_is_asked_for() -> None:
     """By the thread that has captured, too."""
-    optimised, state = normpass.optimize(nn.BatchNorm2d(3)), random.getstate()
-    optimised(image())  # which is captured, and leaves the state as it is
+    optimized, state = normpass.optimize(nn.BatchNorm2d(3)), random.getstate()
+    optimized(image())  # which is captured, and leaves the state as it is
     first = random.random()
     random.setstate(state)
     assert random.random() == first

@@ -83,7 +83,7 @@ def run(capsys, command: str) -> tuple[int, str, str]:
 def test_explain(workspace, capsys):
     status, out, err = run(capsys, "explain tinynet:Tiny --input 2x3x16x16 --json report.json")
     assert (status, err) == (0, "") and out.startswith(TABLE.strip("\n"))
-    assert re.search(r"^kept for backward: 64\.\d KiB plain, 32\.\d KiB optimised \(0\.50\)$", out, re.MULTILINE)
+    assert re.search(r"^kept for backward: 64\.\d KiB plain, 32\.\d KiB optimized \(0\.50\)$", out, re.MULTILINE)
     report = json.loads((workspace / "report.json").read_text())
     assert [row["rewrite"] for row in report["rows"]] == ["split_bn", "split_bn", "fuse_norm_act", None]
     assert report["memory"]["kept_after"] < report["memory"]["kept_before"]
@@ -131,7 +131,7 @@ def test_explain_plans_for_a_budget(workspace, capsys):
     assert (workspace / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_explain_serialises_and_models_the_traffic(workspace, capsys):
+def test_explain_serializes_and_models_the_traffic(workspace, capsys):
     command = "explain tinynet:Tiny --input 8x3x16x16 --change group_norm --serialize --traffic --buffer 40KiB"
     status, out, _ = run(capsys, command)
     assert status == 0

@@ -69,10 +69,10 @@ def run_onnx(path, x):
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-def test_onnx_of_plain_and_optimised(net, tmp_path):
+def test_onnx_of_plain_and_optimized(net, tmp_path):
     x = torch.randn(5, 3, 8, 8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    for name, model in (("plain", net), ("optimised", normpass.optimize(net))):
+    for name, model in (("plain", net), ("optimized", normpass.optimize(net))):
         path = tmp_path / f"{name}.onnx"
         found = normpass.convert(model, path, x[:1], dynamic_batch=True)
         assert (found.folded, len(found.left)) == (4, 1)
@@ -188,7 +188,7 @@ def test_what_cannot_be_folded_stays_with_its_reason():
     reasons = list(exported.folded.left.values())
     assert [reason.split(" `")[0] for reason in reasons] == [
         "the result of",
-        "it normalises with the statistics of the batch",
+        "it normalizes with the statistics of the batch",
         "it follows",
         "the weight of",
     ]

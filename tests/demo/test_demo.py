@@ -20,7 +20,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert cli.main(["demo", "--steps", "2", "--batch", "4", "--size", "32", "--out", str(png)]) == 0
     out = capsys.readouterr().out
     assert "the losses agree" in out
-    assert all(what in out for what in ("kept for backward", "peak memory", "difference", "optimised / plain"))
+    assert all(what in out for what in ("kept for backward", "peak memory", "difference", "optimized / plain"))
     assert png.name in out.replace("\n", "")
     width, height = png_size(png)
     assert width > 600 and height > 300

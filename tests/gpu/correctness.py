@@ -1,4 +1,4 @@
-"""Whether optimised networks train as plain ones do on this GPU: numbers first, then streams, graphs and threads.
+"""Whether optimized networks train as plain ones do on this GPU: numbers first, then streams, graphs and threads.
 
     python correctness.py resnet18:float32 mobilenet_v2:bfloat16 "side stream" …
 
@@ -104,7 +104,7 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def same_as_usual(run: Callable[[nn.Module, Tensor], Trained]) -> dict[str, Any]:
-    """`run` of an optimised ResNet-18 against its usual steps."""
+    """`run` of an optimized ResNet-18 against its usual steps."""
     model, x = network("resnet18")
     usual = trained(normpass.optimize(copy.deepcopy(model)), x, torch.float32)
     found = rounded(distances(run(normpass.optimize(model), x), usual))

@@ -37,7 +37,7 @@ def run(kernels: GuardedKernels) -> int:
             checks.check_norm_act_backward(kernels, site)
             checks.check_gradient_in_two_parts(kernels, site)
             checks.check_mask(kernels, site)
-            checks.check_normalised_residual(kernels, site)
+            checks.check_normalized_residual(kernels, site)
             checks.check_inplace_abn_backward(kernels, site.keep_weight_from_zero())
             pieces = [1, 1, layout.channels - 2]
             checks.check_cat_norm_act(kernels, site, pieces)

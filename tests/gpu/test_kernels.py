@@ -82,7 +82,7 @@ def test_norm_act_and_its_backward(kernels, dtype, layout):
         checks.check_norm_act_backward(kernels, site)
         checks.check_gradient_in_two_parts(kernels, site)
     checks.check_mask(kernels, site)
-    checks.check_normalised_residual(kernels, site)
+    checks.check_normalized_residual(kernels, site)
 
 
 @EACH_LAYOUT

@@ -235,7 +235,7 @@ def check_mask(kernels: Kernels, site: Site) -> None:
                 assert by_residual is None or torch.equal(by_residual, by_mask), f"{name} of {needs}"
 
 
-def check_normalised_residual(kernels: Kernels, site: Site) -> None:
+def check_normalized_residual(kernels: Kernels, site: Site) -> None:
     """The bits, of the mask too, that a residual gives which the kernels have stored."""
     of_residual = InputNorm(site.bias, site.weight, site.mean + 0.25, site.var * 2, 1e-3, "identity", ())
     stored, *found = (torch.empty_like(site.x) for _ in range(3))

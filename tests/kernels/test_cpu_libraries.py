@@ -60,13 +60,13 @@ def step(model, x):
 def test_a_step(library, memory_format, dtype, allow_lossy, monkeypatch):
     torch.manual_seed(0)
     plain = Net().to(dtype, memory_format=memory_format)
-    optimised = normpass.optimize(copy.deepcopy(plain), allow_lossy=allow_lossy)
+    optimized = normpass.optimize(copy.deepcopy(plain), allow_lossy=allow_lossy)
     exact = copy.deepcopy(plain).double()
     x = torch.randn(6, 3, 17, 13, dtype=dtype).contiguous(memory_format=memory_format)
     used = []
     norm_act = library.norm_act
     monkeypatch.setattr(library, "norm_act", lambda *args: used.append(1) or norm_act(*args))
-    found, expected = step(optimised, x), step(exact, x.double())
+    found, expected = step(optimized, x), step(exact, x.double())
     assert used
     for a, b in zip(found, expected, strict=True):
         if b.is_floating_point():

@@ -1,4 +1,4 @@
-"""Every loop of the CPU's kernels is vectorised: none takes many times as long as norm_act with the identity.
+"""Every loop of the CPU's kernels is vectorized: none takes many times as long as norm_act with the identity.
 
 A loop that the compiler leaves scalar computes the same numbers, five to twenty times slower, and no other test sees
 it. So each op is timed with each activation, in one run and on data that lies in the caches, beside norm_act with the

@@ -120,8 +120,8 @@ def test_a_mask_is_refused_where_vectors_would_be_others(kernels):
 
 
 @pytest.mark.parametrize("dtype, layout", [MASKED[0], MASKED[3], MASKED[5], MASKED[8]], ids=str)
-def test_a_residual_that_is_normalised_as_it_is_read(kernels, dtype, layout):
-    checks.check_normalised_residual(kernels, Site(layout, dtype, "relu", residual=True))
+def test_a_residual_that_is_normalized_as_it_is_read(kernels, dtype, layout):
+    checks.check_normalized_residual(kernels, Site(layout, dtype, "relu", residual=True))
 
 
 @pytest.mark.parametrize("activation", ["hardtanh", "leaky_relu"])

@@ -191,7 +191,7 @@ def test_what_a_plan_predicts_is_kept(masking):
     found = []
     for masks in (masking.masks, frozenset()):
         masking.masks = masks
-        optimised = normpass.optimize(copy.deepcopy(model))
-        found.append(kept_bytes(optimised, x))
+        optimized = normpass.optimize(copy.deepcopy(model))
+        found.append(kept_bytes(optimized, x))
         assert found[-1] == normpass.plan(model, x, 1.0).default.kept
     assert found[1] <= found[0] <= found[1] + bits

@@ -1,4 +1,4 @@
-"""A depthwise convolution that normalises and activates what it reads."""
+"""A depthwise convolution that normalizes and activates what it reads."""
 
 import pytest
 import torch

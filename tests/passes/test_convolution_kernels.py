@@ -58,12 +58,12 @@ def ours(model, x):
 
 
 def assert_change_is_seen(kind, change, x):
-    plain, optimised = pair(kind)
-    assert_same_step(plain, optimised, x)
-    for model in (plain, optimised):
+    plain, optimized = pair(kind)
+    assert_same_step(plain, optimized, x)
+    for model in (plain, optimized):
         torch.manual_seed(1)
         change(model)
-    assert_same_step(plain, optimised, x)
+    assert_same_step(plain, optimized, x)
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ CASES = [
 
 @pytest.mark.parametrize("kind, memory_format", CASES, ids=str)
 def test_a_step_is_the_same(kind, memory_format, runs):
-    plain, optimised = pair(kind, memory_format)
+    plain, optimized = pair(kind, memory_format)
     x = torch.randn(4, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
-    assert_same_step(plain, optimised, x)
-    assert optimised.depthwise.weight.grad.stride() == plain.depthwise.weight.grad.stride()
+    assert_same_step(plain, optimized, x)
+    assert optimized.depthwise.weight.grad.stride() == plain.depthwise.weight.grad.stride()
     is_joined = memory_format is torch.channels_last
     assert len(runs) == (has_kernels() and not is_joined)
     assert ours(plain, x) == 1
@@ -107,9 +107,9 @@ def test_a_step_is_the_same(kind, memory_format, runs):
     ids=str,
 )
 def test_others_run_as_they_are(options, count, runs):
-    plain, optimised = pair(Inverted, **options)
+    plain, optimized = pair(Inverted, **options)
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
-    assert_same_step(plain, optimised, x)
+    assert_same_step(plain, optimized, x)
     assert len(runs) == (has_kernels() and "padding_mode" in options)
     assert ours(plain, x) == count
 
@@ -149,37 +149,37 @@ def gradient_errors(model, exact, x):
 def test_autocast(runs):
     torch.manual_seed(0)
     plain = Inverted()
-    optimised, exact = normpass.optimize(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    optimized, exact = normpass.optimize(copy.deepcopy(plain)), copy.deepcopy(plain).double()
     x = torch.randn(8, 3, 9, 9)
     exact(x.double()).square().mean().backward()
     exact = [p.grad for p in exact.parameters()]
-    before, after = (gradient_errors(model, exact, x) for model in (plain, optimised))
+    before, after = (gradient_errors(model, exact, x) for model in (plain, optimized))
     assert all(own <= 2 * other + 1e-2 for own, other in zip(after, before, strict=True))
     assert len(runs) == has_kernels()
-    assert kept_bytes(optimised, x) < kept_bytes(plain, x)
+    assert kept_bytes(optimized, x) < kept_bytes(plain, x)
 
 
 def test_sixteen_bits_and_a_mixture():
     torch.manual_seed(0)
     plain = Inverted()
-    optimised = normpass.optimize(copy.deepcopy(plain))
+    optimized = normpass.optimize(copy.deepcopy(plain))
     x = torch.randn(2, 3, 9, 9)
-    assert_same_step(plain.bfloat16(), optimised.bfloat16(), x.bfloat16(), 5e-2)
-    optimised.depthwise.float()
+    assert_same_step(plain.bfloat16(), optimized.bfloat16(), x.bfloat16(), 5e-2)
+    optimized.depthwise.float()
     with pytest.raises(RuntimeError, match="type"):
-        optimised(x.bfloat16())
+        optimized(x.bfloat16())
 
 
 def test_a_convolution_that_runs_again():
     plain = Inverted().double()
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     plan = normpass.StepPlan.from_json({"version": 2, "decisions": {"rebuilt": ["depthwise"]}})
-    optimised = normpass.optimize(copy.deepcopy(plain), plan=plan)
+    optimized = normpass.optimize(copy.deepcopy(plain), plan=plan)
     graphs = []
-    state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
-    assert_same_step(plain, optimised, x)
+    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
+    assert_same_step(plain, optimized, x)
     assert "convolution_function" in graphs[0].rebuilt.values()
-    assert kept_bytes(optimised, x) < kept_bytes(normpass.optimize(copy.deepcopy(plain)), x)
+    assert kept_bytes(optimized, x) < kept_bytes(normpass.optimize(copy.deepcopy(plain)), x)
 
 
 def test_a_weight_that_changes_before_backward_is_found_out():
@@ -264,13 +264,13 @@ def images(samples=4, size=(9, 7), **options):
     ids=str,
 )
 def test_a_step_of_three_by_three(kind, memory_format, winograd_runs):
-    plain, optimised = pair(kind, memory_format)
+    plain, optimized = pair(kind, memory_format)
     x = images().contiguous(memory_format=memory_format)
-    assert_same_step(plain, optimised, x)
-    assert optimised.middle.weight.grad.stride() == plain.middle.weight.grad.stride()
+    assert_same_step(plain, optimized, x)
+    assert optimized.middle.weight.grad.stride() == plain.middle.weight.grad.stride()
     assert len(winograd_runs) == has_kernels()
     with torch.no_grad():
-        assert (plain.eval()(x) - optimised.eval()(x)).abs().max() < 1e-12
+        assert (plain.eval()(x) - optimized.eval()(x)).abs().max() < 1e-12
     assert len(winograd_runs) == 2 * has_kernels()
     assert ours(plain, x) == 1
 
@@ -288,8 +288,8 @@ def test_a_step_of_three_by_three(kind, memory_format, winograd_runs):
     ids=str,
 )
 def test_other_convolutions_run_as_they_are(options, count, winograd_runs):
-    plain, optimised = pair(Bottleneck, **options)
-    assert_same_step(plain, optimised, images())
+    plain, optimized = pair(Bottleneck, **options)
+    assert_same_step(plain, optimized, images())
     assert not winograd_runs and ours(plain, images()) == count
 
 
@@ -316,7 +316,7 @@ def test_a_masked_convolution_stays_causal():
 
 
 def test_without_winograd(winograd_runs):
-    """Asked for when optimised, or where it runs; a copy and a budget keep to it."""
+    """Asked for when optimized, or where it runs; a copy and a budget keep to it."""
     plain = Bottleneck().double()
     models = [normpass.optimize(copy.deepcopy(plain), winograd=False)]
     models.append(copy.deepcopy(models[0]))
@@ -330,8 +330,8 @@ def test_without_winograd(winograd_runs):
 
 
 def test_a_three_by_three_of_what_was_padded(winograd_runs):
-    plain, optimised = pair(Bottleneck, padding_mode="reflect")
-    assert_same_step(plain, optimised, images())
+    plain, optimized = pair(Bottleneck, padding_mode="reflect")
+    assert_same_step(plain, optimized, images())
     assert len(winograd_runs) == has_kernels()
 
 
@@ -339,11 +339,11 @@ def test_it_runs_only_where_it_pays():
     torch.manual_seed(0)
     counted = []
     plain = Bottleneck()
-    optimised = normpass.optimize(copy.deepcopy(plain))
+    optimized = normpass.optimize(copy.deepcopy(plain))
     apply = WinogradConv2d.apply
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WinogradConv2d, "apply", lambda *args: counted.append(1) or apply(*args))
-        assert_same_step(plain, optimised, images().float(), 1e-5)
+        assert_same_step(plain, optimized, images().float(), 1e-5)
     assert not counted
 
 
@@ -388,17 +388,17 @@ def test_changes_of_the_three_by_three_are_seen(change, winograd_runs):
 def test_a_three_by_three_that_runs_again(winograd_runs):
     plain = Bottleneck().double()
     plan = normpass.StepPlan.from_json({"version": 2, "decisions": {"rebuilt": ["middle"]}})
-    optimised = normpass.optimize(copy.deepcopy(plain), plan=plan)
-    assert_same_step(plain, optimised, images())
-    assert kept_bytes(optimised, images()) < kept_bytes(normpass.optimize(copy.deepcopy(plain)), images())
+    optimized = normpass.optimize(copy.deepcopy(plain), plan=plan)
+    assert_same_step(plain, optimized, images())
+    assert kept_bytes(optimized, images()) < kept_bytes(normpass.optimize(copy.deepcopy(plain)), images())
 
 
 def test_autocast_takes_the_vendors(winograd_runs):
     plain = Bottleneck()
-    optimised = normpass.optimize(copy.deepcopy(plain))
+    optimized = normpass.optimize(copy.deepcopy(plain))
     x = images().float()
     with torch.autocast("cpu", torch.bfloat16):
-        a, b = plain(x), optimised(x)
+        a, b = plain(x), optimized(x)
     assert a.dtype == b.dtype and (a - b).abs().max() < 5e-2 * a.abs().max() and not winograd_runs
 
 

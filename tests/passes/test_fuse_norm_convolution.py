@@ -75,26 +75,26 @@ def pair(kind=Inverted, **options):
 
 @pytest.mark.parametrize("size, stride, bias", [(3, 1, False), (3, 2, True), (5, 1, True), (5, 2, False), (7, 2, True)])
 def test_a_step_is_the_same(size, stride, bias, runs):
-    plain, optimised = pair(kernel_size=size, padding=size // 2, stride=stride, bias=bias)
+    plain, optimized = pair(kernel_size=size, padding=size // 2, stride=stride, bias=bias)
     for _ in range(2):
-        assert_same_step(plain, optimised, images())
+        assert_same_step(plain, optimized, images())
     assert len(runs) == 2
-    assert optimised.depthwise.weight.grad.stride() == plain.depthwise.weight.grad.stride()
+    assert optimized.depthwise.weight.grad.stride() == plain.depthwise.weight.grad.stride()
 
 
 def test_nothing_is_rebuilt_and_less_is_kept(runs):
-    plain, optimised = pair(stride=2)
+    plain, optimized = pair(stride=2)
     x = images(size=(32, 32))
     with Rebuilds() as rebuilds:
-        step(optimised, x)
+        step(optimized, x)
     assert rebuilds.total == 1 and len(runs) == 1  # the result of the last norm, for `project`
-    assert kept_bytes(optimised, x) < 0.7 * kept_bytes(plain, x)
-    apart = copy.deepcopy(optimised)
+    assert kept_bytes(optimized, x) < 0.7 * kept_bytes(plain, x)
+    apart = copy.deepcopy(optimized)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(normpass.runtime.convolution, "_joined_steps", lambda *args: None)
-        assert kept_bytes(apart, x) == kept_bytes(optimised, x)
+        assert kept_bytes(apart, x) == kept_bytes(optimized, x)
         peak = peak_bytes(apart, x)
-    assert peak_bytes(optimised, x) < peak
+    assert peak_bytes(optimized, x) < peak
 
 
 @pytest.mark.parametrize(
@@ -109,15 +109,15 @@ def test_nothing_is_rebuilt_and_less_is_kept(runs):
     ids=str,
 )
 def test_others_stay_apart(kind, options, runs):
-    plain, optimised = pair(kind, **options)
-    assert_same_step(plain, optimised, images())
+    plain, optimized = pair(kind, **options)
+    assert_same_step(plain, optimized, images())
     assert not runs
 
 
 def test_in_planes_they_stay_apart(runs):
     plain = Inverted().double()
-    optimised = normpass.optimize(copy.deepcopy(plain))
-    assert_same_step(plain, optimised, images().contiguous())
+    optimized = normpass.optimize(copy.deepcopy(plain))
+    assert_same_step(plain, optimized, images().contiguous())
     assert not runs
 
 
@@ -172,43 +172,43 @@ def cumulative_average(model):
     ],
 )
 def test_changes_after_the_rewrite_are_seen(change, joined, runs):
-    plain, optimised = pair()
-    assert_same_step(plain, optimised, images())
+    plain, optimized = pair()
+    assert_same_step(plain, optimized, images())
     assert len(runs) == 1
-    for model in (plain, optimised):
+    for model in (plain, optimized):
         torch.manual_seed(1)
         change(model)
     for _ in range(2):
-        assert_same_step(plain, optimised, images())
+        assert_same_step(plain, optimized, images())
     assert len(runs) == (3 if joined else 1)
 
 
 def test_without_gradients():
-    plain, optimised = pair()
+    plain, optimized = pair()
     with torch.no_grad():
         for mode in (True, False):
-            a, b = plain.train(mode)(images()), optimised.train(mode)(images())
+            a, b = plain.train(mode)(images()), optimized.train(mode)(images())
             assert (a - b).abs().max() < 1e-12
-    for a, b in zip(plain.buffers(), optimised.buffers(), strict=True):
+    for a, b in zip(plain.buffers(), optimized.buffers(), strict=True):
         assert (a - b).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("changed", ["weight", "norm", "input"])
 def test_what_changes_before_backward_is_found_out(changed):
-    _, optimised = pair()
+    _, optimized = pair()
     seen = []
-    optimised.expand.register_forward_hook(lambda layer, args, y: seen.append(y))
-    y = optimised(images()).sum()
+    optimized.expand.register_forward_hook(lambda layer, args, y: seen.append(y))
+    y = optimized(images()).sum()
     with torch.no_grad():
-        {"weight": optimised.depthwise.weight, "norm": optimised.norm.weight, "input": seen[0]}[changed].mul_(2)
+        {"weight": optimized.depthwise.weight, "norm": optimized.norm.weight, "input": seen[0]}[changed].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 
 
 def test_backward_twice():
-    plain, optimised = pair()
+    plain, optimized = pair()
     found = []
-    for model in (plain, optimised):
+    for model in (plain, optimized):
         y = model(images()).square().mean()
         y.backward(retain_graph=True)
         y.backward()
@@ -230,25 +230,25 @@ def test_gradients_of_gradients():
 
 
 def test_autocast_keeps_them_apart(runs):
-    plain, optimised = (model.float() for model in pair())
+    plain, optimized = (model.float() for model in pair())
     x = images(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        a, b = plain(x), optimised(x)
+        a, b = plain(x), optimized(x)
     assert a.dtype == b.dtype and (a - b).abs().max() < 5e-2 * a.abs().max() and not runs
 
 
 def test_empty_batches():
-    plain, optimised = pair()
-    for model in (plain, optimised):
+    plain, optimized = pair()
+    for model in (plain, optimized):
         model.eval()
-    assert plain(images(0)).shape == optimised(images(0)).shape
+    assert plain(images(0)).shape == optimized(images(0)).shape
     with pytest.raises(ValueError, match="Expected more than 1 value"):
-        optimised.train()(images(1, (1, 1)))
+        optimized.train()(images(1, (1, 1)))
 
 
 def test_the_layer_complains_about_an_image_that_is_too_small():
-    plain, optimised = pair(kernel_size=5, padding=0)
-    for model in (plain, optimised):
+    plain, optimized = pair(kernel_size=5, padding=0)
+    for model in (plain, optimized):
         with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
             model(images(4, (3, 3)))
 
@@ -263,26 +263,26 @@ def test_under_torch_compile(inner, runs):
 
 
 def test_kernels_switched_off(runs):
-    plain, optimised = pair()
+    plain, optimized = pair()
     with library.disabled():
-        assert_same_step(plain, optimised, images())
+        assert_same_step(plain, optimized, images())
     assert not runs
 
 
 def test_what_a_plan_keeps_is_joined_all_the_same(runs):
-    plain, optimised = pair()
+    plain, optimized = pair()
     plan = normpass.StepPlan.from_json({"version": 2, "decisions": {"kept": ["norm"]}})
     planned = normpass.optimize(copy.deepcopy(plain), plan=plan)
     assert_same_step(plain, planned, images())
     assert len(runs) == 1
-    assert kept_bytes(planned, images()) == kept_bytes(optimised, images())
+    assert kept_bytes(planned, images()) == kept_bytes(optimized, images())
     with library.disabled():  # apart, as planned
-        assert kept_bytes(planned, images()) > kept_bytes(optimised, images())
+        assert kept_bytes(planned, images()) > kept_bytes(optimized, images())
 
 
 def test_what_is_planned_is_the_graph_before():
-    _, optimised = pair()
-    report = normpass.explain(optimised, images())
+    _, optimized = pair()
+    report = normpass.explain(optimized, images())
     assert report.convolutions == 1
     plain, _ = pair()
     for budget in (0.9, 0.6):

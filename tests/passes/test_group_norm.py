@@ -25,15 +25,15 @@ def changed(model, num_groups=4):
 
 def test_every_batch_norm_is_replaced_and_shares_its_tensors():
     model = ConvNet(8)
-    optimised = normpass.optimize(model, changes=("group_norm",))
-    assert [type(m) for m in (optimised.stem[1], optimised.bn)] == [nn.GroupNorm] * 2
-    assert optimised.bn.weight is model.bn.weight and optimised.stem[1].bias is model.stem[1].bias
+    optimized = normpass.optimize(model, changes=("group_norm",))
+    assert [type(m) for m in (optimized.stem[1], optimized.bn)] == [nn.GroupNorm] * 2
+    assert optimized.bn.weight is model.bn.weight and optimized.stem[1].bias is model.stem[1].bias
     assert type(model.bn) is nn.BatchNorm2d  # the given one is untouched
-    lost = set(model.state_dict()) - set(optimised.state_dict())
+    lost = set(model.state_dict()) - set(optimized.state_dict())
     assert lost == {
         f"{path}.{name}" for path in ("stem.1", "bn") for name in ("running_mean", "running_var", "num_batches_tracked")
     }
-    assert not set(optimised.state_dict()) - set(model.state_dict())
+    assert not set(optimized.state_dict()) - set(model.state_dict())
 
 
 def test_it_trains_as_the_layers_by_hand():
@@ -66,30 +66,30 @@ def test_every_dimension_and_the_options_go_over(kind):
 def test_a_norm_of_single_features_does_not_vanish():
     """(N, C) input: a group of one channel would be one value, and its norm nothing but the bias."""
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
-    optimised = normpass.optimize(model, changes=("group_norm",))
-    assert optimised(torch.randn(3, 4)).std() > 0.1
+    optimized = normpass.optimize(model, changes=("group_norm",))
+    assert optimized(torch.randn(3, 4)).std() > 0.1
 
 
 def test_restore_gives_the_batch_norms_back():
     model = ConvNet(8).double()
     model(image())
-    optimised = changed(model)
-    optimizer = torch.optim.SGD(optimised.parameters(), lr=0.1)
-    optimised(image()).sum().backward()
+    optimized = changed(model)
+    optimizer = torch.optim.SGD(optimized.parameters(), lr=0.1)
+    optimized(image()).sum().backward()
     optimizer.step()
-    plain = normpass.restore(optimised)
+    plain = normpass.restore(optimized)
     assert type(plain.bn) is nn.BatchNorm2d and list(plain.state_dict()) == list(model.state_dict())
-    assert plain.bn.weight is optimised.bn.weight and plain.bn.running_var is model.bn.running_var
+    assert plain.bn.weight is optimized.bn.weight and plain.bn.running_var is model.bn.running_var
     torch.testing.assert_close(plain(image()), model(image()))
-    kept = normpass.restore(optimised, keep_changes=True)
-    assert type(kept.bn) is nn.GroupNorm and kept.bn.weight is optimised.bn.weight
+    kept = normpass.restore(optimized, keep_changes=True)
+    assert type(kept.bn) is nn.GroupNorm and kept.bn.weight is optimized.bn.weight
 
 
 def test_a_replaced_weight_and_the_mode_come_back():
-    optimised = changed(ConvNet(8)).eval()
-    optimised.bn.weight = nn.Parameter(torch.full((8,), 3.0))
-    plain = normpass.restore(optimised)
-    assert plain.bn.weight is optimised.bn.weight and not plain.bn.training
+    optimized = changed(ConvNet(8)).eval()
+    optimized.bn.weight = nn.Parameter(torch.full((8,), 3.0))
+    plain = normpass.restore(optimized)
+    assert plain.bn.weight is optimized.bn.weight and not plain.bn.training
 
 
 def test_norms_with_hooks_and_other_classes_are_left_alone():
@@ -98,28 +98,28 @@ def test_norms_with_hooks_and_other_classes_are_left_alone():
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Own(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(1, 4))
     model[3].register_forward_hook(lambda *_: None)
-    optimised = changed(model)
-    assert [type(m) for m in optimised[1:]] == [Own, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm]
+    optimized = changed(model)
+    assert [type(m) for m in optimized[1:]] == [Own, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm]
 
 
 def test_a_norm_in_two_places_stays_one():
     model = ConvNet(8)
     model.stem[1] = model.bn
-    optimised = changed(model)
-    assert optimised.stem[1] is optimised.bn and type(optimised.bn) is nn.GroupNorm
+    optimized = changed(model)
+    assert optimized.stem[1] is optimized.bn and type(optimized.bn) is nn.GroupNorm
 
 
 def test_copies_and_pickles_keep_what_was_learned(tmp_path):
-    optimised = changed(ConvNet(8).double())
+    optimized = changed(ConvNet(8).double())
     with torch.no_grad():
-        optimised.bn.weight.fill_(2.5)
-    expected = optimised(image())
-    torch.save(optimised, tmp_path / "model.pt")
-    for other in (copy.deepcopy(optimised), torch.load(tmp_path / "model.pt", weights_only=False)):
+        optimized.bn.weight.fill_(2.5)
+    expected = optimized(image())
+    torch.save(optimized, tmp_path / "model.pt")
+    for other in (copy.deepcopy(optimized), torch.load(tmp_path / "model.pt", weights_only=False)):
         assert type(other.bn) is nn.GroupNorm and torch.equal(other(image()), expected)
         plain = normpass.restore(other)
         assert type(plain.bn) is nn.BatchNorm2d and plain.bn.weight is other.bn.weight
-        assert torch.equal(plain.bn.weight, optimised.bn.weight)
+        assert torch.equal(plain.bn.weight, optimized.bn.weight)
 
 
 def test_a_checkpoint_goes_round():
@@ -131,10 +131,10 @@ def test_a_checkpoint_goes_round():
 def test_a_whole_network():
     with torch.device("meta"):
         model = resnet50()
-    optimised = normpass.optimize(model, changes=("group_norm",))
-    norms = [m for m in optimised.modules() if isinstance(m, nn.GroupNorm)]
+    optimized = normpass.optimize(model, changes=("group_norm",))
+    norms = [m for m in optimized.modules() if isinstance(m, nn.GroupNorm)]
     assert len(norms) == 53 and all(m.num_groups == 32 for m in norms)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in optimised.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in optimized.modules())
 
 
 @pytest.mark.parametrize("num_groups", [0, -1, 2.0, True, "32"])

@@ -46,16 +46,16 @@ class Net(nn.Module):
         return self.head(z)
 
 
-def optimised_and_count(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, int]:
-    """An optimised copy that has run once, and how many of its joins have a prepared residual."""
+def optimized_and_count(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, int]:
+    """An optimized copy that has run once, and how many of its joins have a prepared residual."""
     graphs: list[Any] = []
-    optimised = normpass.optimize(copy.deepcopy(model), **options)
-    state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten.runs.graph))
-    optimised(x)
+    optimized = normpass.optimize(copy.deepcopy(model), **options)
+    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten.runs.graph))
+    optimized(x)
     targets = [node.target for graph in graphs for node in graph.nodes]
     joins = sum(target in (*JOINED.values(), *TWICE_JOINED.values()) for target in targets)
     assert joins == sum(target in PREPARED.values() for target in targets)
-    return optimised, joins
+    return optimized, joins
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -75,15 +75,15 @@ def test_every_number_keeps_its_bits(options, dtype, joining):
         x.requires_grad_()
         model = spread(Net()).to(dtype).to(memory_format=torch.channels_last if last else torch.contiguous_format)
         given = {"example_inputs": x, **options} if options else {}
-        optimised, count = optimised_and_count(model, x, **given)
+        optimized, count = optimized_and_count(model, x, **given)
         assert count == 2
         joining.calls.clear()
-        joined = step(optimised, x)
+        joined = step(optimized, x)
         of_residuals = [len(there) > 12 and there[12] for name, there in joining.calls if name == "norm_act"]
         assert sum(of_residuals) >= 2 and joining.parts.count(2) == 1
-        joining.normalises_residuals = False
-        apart = step(optimised, x)
-        joining.normalises_residuals = True
+        joining.normalizes_residuals = False
+        apart = step(optimized, x)
+        joining.normalizes_residuals = True
         assert all(torch.equal(a, b) for a, b in zip(joined, apart, strict=True))
 
 
@@ -94,12 +94,12 @@ def test_frozen_norms_train_as_plain(frozen, joining):
     for index in frozen:
         model.norms[index].eval()
     model.norms[3].weight.requires_grad_(False)
-    optimised, count = optimised_and_count(model, x)
+    optimized, count = optimized_and_count(model, x)
     assert count == 2
-    z, wanted = optimised(x), model(x)
+    z, wanted = optimized(x), model(x)
     for parameters in ([x, *(p for p in model.parameters() if p.requires_grad)],):
         want = torch.autograd.grad(wanted.square().sum(), parameters)
-        own = [x, *(p for p in optimised.parameters() if p.requires_grad)]
+        own = [x, *(p for p in optimized.parameters() if p.requires_grad)]
         for a, b in zip(torch.autograd.grad(z.square().sum(), own), want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -107,9 +107,9 @@ def test_frozen_norms_train_as_plain(frozen, joining):
 def test_what_is_kept_and_rebuilt(joining):
     """No more than apart; z is made again once, its residual not at all."""
     x = image(2, 3, 8, 8, requires_grad=True)
-    model, _ = optimised_and_count(spread(Net()), x)
+    model, _ = optimized_and_count(spread(Net()), x)
     found = []
-    for joining.normalises_residuals in (True, False):
+    for joining.normalizes_residuals in (True, False):
         with Rebuilds() as rebuilds:
             step(model, x)
         assert rebuilds.most == 1
@@ -123,7 +123,7 @@ def test_a_gradient_of_the_gradient(joining):
     x = image(2, 3, 8, 8, requires_grad=True)
     model = spread(Net())
     found = []
-    for candidate in (optimised_and_count(model, x)[0], model):
+    for candidate in (optimized_and_count(model, x)[0], model):
         (first,) = torch.autograd.grad(candidate(x).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), (x, *candidate.parameters()), allow_unused=True))
     for got, wanted in zip(*found, strict=True):
@@ -159,10 +159,10 @@ USES: dict[str, tuple[Callable[[One, Tensor, Tensor, Tensor], Any], int]] = {
 def test_which_are_joined(use, joining):
     function, wanted = USES[use]
     model, x = spread(One(function)), image(2, 3, 8, 8, requires_grad=True)
-    optimised, count = optimised_and_count(model, x)
+    optimized, count = optimized_and_count(model, x)
     assert count == wanted
     model(x)  # as the copy has
-    for got, plain in zip(outputs(optimised, x), outputs(model, x), strict=True):
+    for got, plain in zip(outputs(optimized, x), outputs(model, x), strict=True):
         torch.testing.assert_close(got, plain, rtol=1e-9, atol=1e-9)
 
 
@@ -178,7 +178,7 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def test_without_gradients_or_kernels_nothing_is_joined(joining):
     x, plain = image(2, 3, 8, 8), spread(Net())
-    model, _ = optimised_and_count(plain, x)
+    model, _ = optimized_and_count(plain, x)
     plain(x)  # as the copy has
     joining.calls.clear()
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_without_gradients_or_kernels_nothing_is_joined(joining):
 def test_somebody_elses_checkpoint(joining):
     x = image(2, 3, 8, 8, requires_grad=True)
     plain = spread(Net())
-    model, _ = optimised_and_count(plain, x)
+    model, _ = optimized_and_count(plain, x)
     z = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
     got = torch.autograd.grad(z.square().sum(), (x, *model.parameters()))
     for a, b in zip(got, torch.autograd.grad(plain(x).square().sum(), (x, *plain.parameters())), strict=True):

@@ -102,7 +102,7 @@ def conv_moments(layer, mean, var):
 
 
 def filtered(norm, x, prediction, p=P):
-    """Normalise x with the smoothed statistics; and these."""
+    """Normalize x with the smoothed statistics; and these."""
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     if prediction is not None:
         before, before_var = prediction
@@ -174,16 +174,16 @@ def gradients(model, x, function):
 
 
 def assert_computes(model, x, recursion, change):
-    """The changed graph by itself, and the optimised model: outputs and every gradient."""
+    """The changed graph by itself, and the optimized model: outputs and every gradient."""
     expected, expected_grads = gradients(model, x, recursion)
     changed, run = with_changes(model, change)
-    optimised = normpass.optimize(model, changes=(change,))
-    for other, function in ((changed, lambda m, x: run(x)), (optimised, lambda m, x: m(x))):
+    optimized = normpass.optimize(model, changes=(change,))
+    for other, function in ((changed, lambda m, x: run(x)), (optimized, lambda m, x: m(x))):
         found, grads = gradients(other, x, function)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
         for a, b in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    for a, b in zip(optimised.buffers(), changed.buffers(), strict=True):
+    for a, b in zip(optimized.buffers(), changed.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -191,8 +191,8 @@ def assert_computes(model, x, recursion, change):
 def test_computes_the_recursion(kind, recursion):
     model, x = prepared(kind)
     assert_computes(model, x, recursion, Kalman(prediction_weight=P))
-    optimised = normpass.optimize(model, changes=(Kalman(prediction_weight=P),))
-    assert all(type(norm) is KalmanNorm2d for norm in optimised.norms)
+    optimized = normpass.optimize(model, changes=(Kalman(prediction_weight=P),))
+    assert all(type(norm) is KalmanNorm2d for norm in optimized.norms)
 
 
 def test_running_averages_of_the_recursion():
@@ -220,13 +220,13 @@ def test_running_averages_of_the_recursion():
 def test_gradcheck_through_the_statistics(kind, micro_batches):
     model, x = prepared(kind)
     changes = (Kalman(prediction_weight=P, learn_weight=True, micro_batches=micro_batches),)
-    optimised = normpass.optimize(model, changes=changes)
+    optimized = normpass.optimize(model, changes=changes)
     x = x[:, :, :4, :4].clone().requires_grad_()
-    assert torch.autograd.gradcheck(optimised, x, eps=1e-6, atol=1e-5, fast_mode=True)
+    assert torch.autograd.gradcheck(optimized, x, eps=1e-6, atol=1e-5, fast_mode=True)
     names = ("norms.1.weight_logit", "norms.1.weight", "norms.0.weight", "convs.1.weight")
-    parameters = dict(optimised.named_parameters())
+    parameters = dict(optimized.named_parameters())
     for name in names:
-        check_directional_derivative(optimised, x.detach(), parameters[name])
+        check_directional_derivative(optimized, x.detach(), parameters[name])
 
 
 def check_directional_derivative(model, x, parameter, h=1e-6):
@@ -249,34 +249,34 @@ def check_directional_derivative(model, x, parameter, h=1e-6):
     assert slope == pytest.approx(float(grad.norm()), rel=1e-5)
 
 
-def test_weight_zero_is_the_ordinary_optimised_batch_norm():
+def test_weight_zero_is_the_ordinary_optimized_batch_norm():
     model, x = prepared(Residual)
-    optimised = normpass.optimize(model, changes=(Kalman(prediction_weight=0.0),))
+    optimized = normpass.optimize(model, changes=(Kalman(prediction_weight=0.0),))
     ordinary = normpass.optimize(copy.deepcopy(model))
-    assert not any(isinstance(m, KALMAN_NORMS) for m in optimised.modules())
+    assert not any(isinstance(m, KALMAN_NORMS) for m in optimized.modules())
     for step in range(2):
-        assert torch.equal(optimised(x + step), ordinary(x + step))
-    for a, b in zip(optimised.buffers(), ordinary.buffers(), strict=True):
+        assert torch.equal(optimized(x + step), ordinary(x + step))
+    for a, b in zip(optimized.buffers(), ordinary.buffers(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_micro_batches_of_weight_zero_are_batch_norms_of_the_parts():
     model, x = prepared(Chain)
-    optimised = normpass.optimize(model, changes=(Kalman(prediction_weight=0.0, micro_batches=2),))
+    optimized = normpass.optimize(model, changes=(Kalman(prediction_weight=0.0, micro_batches=2),))
     expected = torch.cat([copy.deepcopy(model)(part) for part in x.chunk(2)])
-    torch.testing.assert_close(optimised(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(optimized(x), expected, rtol=0, atol=1e-12)
 
 
 def test_eval_is_batch_norm_with_the_running_averages():
     model, x = prepared(Residual)
-    optimised = normpass.optimize(model, changes=("kalman",))
+    optimized = normpass.optimize(model, changes=("kalman",))
     for step in range(3):
-        optimised(x + step)
-    plain = normpass.restore(optimised).eval()
+        optimized(x + step)
+    plain = normpass.restore(optimized).eval()
     assert [type(m) for m in plain.norms] == [nn.BatchNorm2d] * 4
     assert list(plain.state_dict()) == list(model.state_dict())
-    torch.testing.assert_close(optimised.eval()(x), plain(x), rtol=0, atol=1e-13)
-    assert plain.norms[1].weight is optimised.norms[1].weight
+    torch.testing.assert_close(optimized.eval()(x), plain(x), rtol=0, atol=1e-13)
+    assert plain.norms[1].weight is optimized.norms[1].weight
 
 
 def test_the_state_behind_the_norm():
@@ -550,7 +550,7 @@ def test_every_norm_is_reported():
 
 
 @pytest.mark.parametrize("kind", [k for k, _ in RECURSIONS])
-def test_it_keeps_about_as_little_as_the_optimised_batch_norm(kind):
+def test_it_keeps_about_as_little_as_the_optimized_batch_norm(kind):
     model, x = prepared(kind)
     x = torch.randn(4, 3, 32, 32)
     plain, ordinary = (normpass.measure.kept_bytes(m, x) for m in (model.float(), normpass.optimize(model)))
@@ -561,26 +561,26 @@ def test_it_keeps_about_as_little_as_the_optimised_batch_norm(kind):
 def test_the_given_model_is_untouched_and_state_goes_round():
     model, x = prepared(Residual)
     before = copy.deepcopy(model.state_dict())
-    optimised = normpass.optimize(model, changes=(Kalman(learn_weight=True),))
+    optimized = normpass.optimize(model, changes=(Kalman(learn_weight=True),))
     assert type(model.norms[1]) is nn.BatchNorm2d and list(model.state_dict()) == list(before)
     for key, value in model.state_dict(keep_vars=True).items():
-        assert optimised.state_dict(keep_vars=True)[key] is value
+        assert optimized.state_dict(keep_vars=True)[key] is value
     other = normpass.optimize(prepared(Residual, seed=5)[0], changes=(Kalman(learn_weight=True),))
     with torch.no_grad():
-        optimised.norms[2].weight_logit.fill_(0.3)
-    other.load_state_dict(optimised.state_dict())
-    assert torch.equal(other(x), optimised(x))
+        optimized.norms[2].weight_logit.fill_(0.3)
+    other.load_state_dict(optimized.state_dict())
+    assert torch.equal(other(x), optimized(x))
 
 
 def test_copies_and_pickles_train_on_alike(tmp_path):
     model, x = prepared(Residual)
-    optimised = normpass.optimize(model, changes=(Kalman(learn_weight=True),))
+    optimized = normpass.optimize(model, changes=(Kalman(learn_weight=True),))
     with torch.no_grad():
-        optimised.norms[1].weight_logit.fill_(0.3)
-    torch.save(optimised, tmp_path / "model.pt")
+        optimized.norms[1].weight_logit.fill_(0.3)
+    torch.save(optimized, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    copied = copy.deepcopy(optimised)
-    expected = optimised(x)
+    copied = copy.deepcopy(optimized)
+    expected = optimized(x)
     for other in (loaded, copied):
         assert torch.equal(other(x), expected)
         assert type(normpass.restore(other).norms[1]) is nn.BatchNorm2d

@@ -179,15 +179,15 @@ class Checkpointed(nn.Module):
 
 def test_the_region_of_a_checkpoint_is_the_users() -> None:
     model = Checkpointed().double()
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     graphs: list[Any] = []
-    normpass.optimized.state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
+    normpass.optimized.state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
     found = []
-    for net in (model, optimised):
+    for net in (model, optimized):
         torch.manual_seed(0)
         found.append(step(net, X))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
     (graph,) = graphs
     assert run_checkpoint in [n.target for n in graph.runs.graph.nodes]
     assert [choice.site.path for choice in graph.choices] == ["before.1"]
-    assert int(optimised.inside[1].num_batches_tracked) == int(model.inside[1].num_batches_tracked)
+    assert int(optimized.inside[1].num_batches_tracked) == int(model.inside[1].num_batches_tracked)

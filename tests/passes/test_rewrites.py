@@ -34,12 +34,12 @@ def chain(activation: Callable[[], nn.Module], depth: int = 2) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(3, 2, 1)).double()
 
 
-def optimised_and_graphs(model: nn.Module, **options: Any) -> tuple[nn.Module, list[Rewritten]]:
-    """An optimised copy, and the graphs that it will have captured."""
+def optimized_and_graphs(model: nn.Module, **options: Any) -> tuple[nn.Module, list[Rewritten]]:
+    """An optimized copy, and the graphs that it will have captured."""
     graphs: list[Rewritten] = []
-    optimised = normpass.optimize(copy.deepcopy(model), **options)
-    state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
-    return optimised, graphs
+    optimized = normpass.optimize(copy.deepcopy(model), **options)
+    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
+    return optimized, graphs
 
 
 def targets(graph: Rewritten) -> list[Any]:
@@ -54,8 +54,8 @@ def first_site(module: nn.Module) -> Site:
 
 def test_split_bn_is_the_default() -> None:
     model = chain(nn.ReLU)
-    optimised, graphs = optimised_and_graphs(model)
-    assert_same_step(model, optimised, images())
+    optimized, graphs = optimized_and_graphs(model)
+    assert_same_step(model, optimized, images())
     (graph,) = graphs
     names = [name_of(target) for target in targets(graph)]
     assert names == ["conv2d", "split_norm_act", "conv2d", "split_norm_act", "conv2d"]
@@ -81,11 +81,11 @@ class Late(nn.Module):
 @pytest.mark.parametrize("write", [lambda z: z.mul_(2.0), lambda z: z[:, :1].tanh_()], ids=["whole", "view"])
 def test_a_result_that_is_changed_later_trains_the_same(write: Callable) -> None:
     model = Late(F.silu, write).double()
-    optimised, graphs = optimised_and_graphs(model)
+    optimized, graphs = optimized_and_graphs(model)
     for _ in range(2):
-        assert_same_step(model, optimised, images())
+        assert_same_step(model, optimized, images())
     assert split_norm_act in targets(graphs[0]) or fused_norm_act in targets(graphs[0])
-    assert kept_bytes(optimised, images()) <= kept_bytes(model, images())
+    assert kept_bytes(optimized, images()) <= kept_bytes(model, images())
 
 
 def test_a_saved_result_that_is_changed_later_is_refused_as_plain_refuses_it() -> None:
@@ -101,8 +101,8 @@ def test_a_saved_result_that_is_changed_later_is_refused_as_plain_refuses_it() -
 def test_inplace_abn_only_where_lossy_is_allowed() -> None:
     model = chain(lambda: nn.LeakyReLU(0.1))
     assert all(inplace_abn not in targets(graph) for graph in collected(model, images()).graphs)
-    optimised, graphs = optimised_and_graphs(model, allow_lossy=True)
-    assert_same_step(model, optimised, images(), tolerance=1e-10)
+    optimized, graphs = optimized_and_graphs(model, allow_lossy=True)
+    assert_same_step(model, optimized, images(), tolerance=1e-10)
     assert targets(graphs[0]).count(inplace_abn) == 2
 
 
@@ -167,15 +167,15 @@ def test_leaky_relu_replaces_layers_and_functions() -> None:
     model = Mixed(relu=True).double()
     expected = Mixed(relu=False).double()
     expected.load_state_dict(model.state_dict())
-    optimised, _ = optimised_and_graphs(model, changes=("leaky_relu",))
-    assert_same_step(expected, optimised, images())
-    assert type(model.act) is nn.ReLU and type(optimised.act) is nn.LeakyReLU
-    assert type(normpass.restore(optimised).act) is nn.ReLU
+    optimized, _ = optimized_and_graphs(model, changes=("leaky_relu",))
+    assert_same_step(expected, optimized, images())
+    assert type(model.act) is nn.ReLU and type(optimized.act) is nn.LeakyReLU
+    assert type(normpass.restore(optimized).act) is nn.ReLU
 
 
 def test_leaky_relu_option_object() -> None:
-    optimised = normpass.optimize(chain(nn.ReLU), changes=(LeakyReLU(negative_slope=0.2),))
-    assert optimised[2].negative_slope == 0.2
+    optimized = normpass.optimize(chain(nn.ReLU), changes=(LeakyReLU(negative_slope=0.2),))
+    assert optimized[2].negative_slope == 0.2
     with pytest.raises(ValueError, match="negative_slope"):
         LeakyReLU(negative_slope=0.0)
 
@@ -221,12 +221,12 @@ def test_consumers_are_made_again(name: str) -> None:
     channels, consume = CONSUMERS[name]
     torch.manual_seed(0)
     model = Consumers(consume, channels).double()
-    optimised, graphs = optimised_and_graphs(model)
+    optimized, graphs = optimized_and_graphs(model)
     x = images(2, 3, 12, 12)
-    assert_same_step(model, optimised, x)
+    assert_same_step(model, optimized, x)
     (graph,) = graphs
     assert "split_norm_act" in graph.rebuilt.values() and len(graph.rebuilt) >= (name not in ("getitem", "chunk")) + 1
-    assert kept_bytes(optimised, x) < kept_bytes(model, x)
+    assert kept_bytes(optimized, x) < kept_bytes(model, x)
 
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -249,14 +249,14 @@ class Depth(nn.Module):
 
 def test_random_functions_draw_once_and_the_same() -> None:
     model = Depth().double()
-    optimised, graphs = optimised_and_graphs(model)
+    optimized, graphs = optimized_and_graphs(model)
     x = images(8, 3, 8, 8)
     for seed in range(3):
         found = []
-        for net in (model, optimised):
+        for net in (model, optimized):
             torch.manual_seed(seed)
             found.append(step(net, x))
         torch.testing.assert_close(*found, rtol=0, atol=1e-12)
     assert not {"bernoulli_", "rand", "empty"} & set(graphs[0].rebuilt.values())
-    plain, ours = (net.eval()(x) for net in (model, optimised))
+    plain, ours = (net.eval()(x) for net in (model, optimized))
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)

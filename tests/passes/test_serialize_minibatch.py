@@ -28,7 +28,7 @@ def serial(model, *shape, sub_batch=3, **options):
 
 
 def assert_trains_alike(model, x, **options):
-    """Two steps of the plain model and of a copy that runs serialised; returns the latter."""
+    """Two steps of the plain model and of a copy that runs serialized; returns the latter."""
     other = Serial(copy.deepcopy(model), x, **options)
     expected = train(model, (x,))
     assert_equal(expected, train(other.model, (x,), run=lambda _, x: other(x)))

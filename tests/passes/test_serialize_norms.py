@@ -330,8 +330,8 @@ class SeesStatistics(Net):
 def test_what_is_named_runs_block_by_block():
     rewrite = SerializeNorms(block_bytes=3000, paths=("block.conv2", "last.conv3", "block"))
     model, x = spread(Net()), image(5, 3, 9, 9, requires_grad=True)
-    optimised = normpass.optimize(copy.deepcopy(model), serialize=rewrite)
-    assert_equal(train(copy.deepcopy(model), (x,)), train(optimised, (x,)))
+    optimized = normpass.optimize(copy.deepcopy(model), serialize=rewrite)
+    assert_equal(train(copy.deepcopy(model), (x,)), train(optimized, (x,)))
     regions = normpass.explain(model, x.detach(), serialize=rewrite).regions
     assert [line for line in regions if "block by block" in line] == [
         "block.conv2: block by block, with the norm before it",
@@ -345,8 +345,8 @@ def test_what_is_named_runs_block_by_block():
 def test_no_norm_passes_who_reads_its_statistics():
     rewrite = SerializeNorms(block_bytes=3000, paths=("block.conv2",))
     model, x = spread(SeesStatistics()), image(5, 3, 9, 9, requires_grad=True)
-    optimised = normpass.optimize(copy.deepcopy(model), serialize=rewrite)
-    assert_equal(train(copy.deepcopy(model), (x,)), train(optimised, (x,)))
+    optimized = normpass.optimize(copy.deepcopy(model), serialize=rewrite)
+    assert_equal(train(copy.deepcopy(model), (x,)), train(optimized, (x,)))
     (line,) = [r for r in normpass.explain(model, x.detach(), serialize=rewrite).regions if "block.conv2" in r]
     assert "something else sees the parameters or statistics of the norm" in line
 

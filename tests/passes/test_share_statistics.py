@@ -76,7 +76,7 @@ class Nested(nn.Module):
 
 
 class Read(nn.Module):
-    """Two convolutions, whose results `read(self, a, b)` concatenates and normalises."""
+    """Two convolutions, whose results `read(self, a, b)` concatenates and normalizes."""
 
     def __init__(self, read):
         super().__init__()
@@ -109,8 +109,8 @@ def test_a_dense_net_trains_the_same(kernels):
     torch.manual_seed(0)
     layout = torch.channels_last if kernels == "kernels" else torch.contiguous_format
     model = Dense().to(memory_format=layout)
-    optimised = assert_trains_alike(model, image(2, 3, 8, 8, requires_grad=True), prepare=spread)
-    assert Layout.of(optimised) == Layout.of(model)
+    optimized = assert_trains_alike(model, image(2, 3, 8, 8, requires_grad=True), prepare=spread)
+    assert Layout.of(optimized) == Layout.of(model)
 
 
 def test_the_graph_of_a_dense_net():
@@ -159,17 +159,17 @@ class Moments:
 
 def test_moments_are_computed_once_for_every_channel(monkeypatch):
     model = Dense().double()
-    optimised = normpass.optimize(model)
-    optimised(image(2, 3, 8, 8))
+    optimized = normpass.optimize(model)
+    optimized(image(2, 3, 8, 8))
     norms2 = 5 * 6
     own = (5 + 3 * 3) + (4 + 2 * 3)  # channels that convolutions and the pooling make
     read = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)) - norms2
     counted = Moments(monkeypatch)
-    optimised(image(2, 3, 8, 8)).sum().backward()
+    optimized(image(2, 3, 8, 8)).sum().backward()
     assert counted.channels == own + norms2 and counted.concatenated == 0
     assert own < read
-    optimised.eval()
-    optimised(image(2, 3, 8, 8))
+    optimized.eval()
+    optimized(image(2, 3, 8, 8))
     assert counted.channels == own + norms2  # none in eval mode
     monkeypatch.undo()
 
@@ -250,9 +250,9 @@ def test_pieces_that_are_rebuilt_themselves():
 
     model = Net()
     x = image(2, 3, 32, 32)
-    optimised = assert_trains_alike(model, x, prepare=spread)
+    optimized = assert_trains_alike(model, x, prepare=spread)
     assert rewrites(model.train(), x) == {"norm_a": "split_bn", "norm": "share_statistics"}
-    kept = kept_bytes(optimised.train(), x)
+    kept = kept_bytes(optimized.train(), x)
     assert kept < 1.1 * (4 + 3 + 3) * x[:, :1].numel() * 8  # a(x), b(z) and x
 
 
@@ -287,19 +287,19 @@ def test_what_is_changed_at_run_time(change):
 
 def test_a_hook_that_comes_later_is_called():
     model, seen = spread(Dense(depth=2)), []
-    optimised = normpass.optimize(copy.deepcopy(model))
-    for net in (model, optimised):
+    optimized = normpass.optimize(copy.deepcopy(model))
+    for net in (model, optimized):
         net(image(2, 3, 8, 8))
         net.block1[1].norm1.register_forward_hook(lambda *args: seen.append(args[1][0].shape))
-    assert_equal(*(train(net, (image(2, 3, 8, 8),)) for net in (model, optimised)))
-    assert len(seen) == 2 * 3 and len(set(seen)) == 1  # plain and optimised: two steps and an eval forward each
+    assert_equal(*(train(net, (image(2, 3, 8, 8),)) for net in (model, optimized)))
+    assert len(seen) == 2 * 3 and len(set(seen)) == 1  # plain and optimized: two steps and an eval forward each
 
 
 def test_batches_without_values_or_with_one():
     model = Dense().double()
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     empty = image(2, 3, 8, 8)[:0]
-    torch.testing.assert_close(optimised.eval()(empty), model.eval()(empty))
+    torch.testing.assert_close(optimized.eval()(empty), model.eval()(empty))
     one = Read(lambda m, a, b: m.norm(torch.cat((a, b), 1))).double()
     for net in (one, normpass.optimize(copy.deepcopy(one))):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
@@ -325,10 +325,10 @@ def test_gradients_accumulate_over_two_forwards():
 def test_bf16_and_autocast():
     torch.manual_seed(0)
     model = Dense(8, 8)
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     x = torch.randn(4, 3, 16, 16)
     gradients = []
-    for net in (model, optimised):
+    for net in (model, optimized):
         with torch.autocast("cpu", torch.bfloat16):
             y = net(x)
         y.float().square().mean().backward()
@@ -338,9 +338,9 @@ def test_bf16_and_autocast():
 
 def test_second_derivatives():
     model = spread(Dense())
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     found = []
-    for net in (model, optimised):
+    for net in (model, optimized):
         x = image(2, 3, 8, 8, requires_grad=True)
         (slope,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), [x, net.block1[0].norm1.weight]))
@@ -359,10 +359,10 @@ def test_reason_in_the_report():
 
 def test_train_and_eval_by_turns():
     model = spread(Dense())
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     x = image(2, 3, 8, 8)
     for training in (False, True, False, True):
-        assert_equal(train(model.train(training), (x,)), train(optimised.train(training), (x,)))
+        assert_equal(train(model.train(training), (x,)), train(optimized.train(training), (x,)))
 
 
 @pytest.fixture

@@ -75,12 +75,12 @@ class One(nn.Module):
 
 
 def handed_out_twice(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, int]:
-    """An optimised copy that has run once, and how many nodes of its graph have two results."""
+    """An optimized copy that has run once, and how many nodes of its graph have two results."""
     graphs: list[Any] = []
-    optimised = normpass.optimize(copy.deepcopy(model), **options)
-    state_of(optimised).observers.append(lambda rewritten, inputs: graphs.append(rewritten.runs.graph))
-    optimised(x)
-    return optimised, sum(node.target in TWICE.values() for graph in graphs for node in graph.nodes)
+    optimized = normpass.optimize(copy.deepcopy(model), **options)
+    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten.runs.graph))
+    optimized(x)
+    return optimized, sum(node.target in TWICE.values() for graph in graphs for node in graph.nodes)
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -242,9 +242,9 @@ def test_a_wrong_gradient_is_seen(on_the_cpu, monkeypatch):
     plain = correctness.normpass.optimize
 
     def wrong(model):
-        optimised = plain(model)
-        next(p for n, p in optimised.named_parameters() if n == "layer1.0.bn1.weight").register_hook(lambda g: 1.01 * g)
-        return optimised
+        optimized = plain(model)
+        next(p for n, p in optimized.named_parameters() if n == "layer1.0.bn1.weight").register_hook(lambda g: 1.01 * g)
+        return optimized
 
     monkeypatch.setattr(correctness.normpass, "optimize", wrong)
     assert "farther from float64 in first grad" in correctness.compared("resnet18", torch.float64)["error"]

@@ -17,10 +17,10 @@ TRAIN = """
 import torch, normpass
 from torch import nn
 net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
-optimised, x = normpass.optimize(net), torch.randn(2, 3, 8, 8, dtype=torch.float64)
-for model in (net, optimised):
+optimized, x = normpass.optimize(net), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+for model in (net, optimized):
     model(x).square().sum().backward()
-for plain, ours in zip(net.parameters(), optimised.parameters()):
+for plain, ours in zip(net.parameters(), optimized.parameters()):
     assert torch.allclose(plain.grad, ours.grad, rtol=1e-9), (plain.grad, ours.grad)
 """
 

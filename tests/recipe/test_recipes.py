@@ -91,7 +91,7 @@ def make(cls: type[nn.Module]) -> nn.Module:
 
 
 @functools.cache
-def optimised_net(cls: type[nn.Module]) -> nn.Module:
+def optimized_net(cls: type[nn.Module]) -> nn.Module:
     """One for all tests that do not change it: a capture takes half a second."""
     return normpass.optimize(make(cls))
 
@@ -102,10 +102,10 @@ def values_held() -> list[Recipe]:
 
 @pytest.mark.parametrize("cls", NETS)
 def test_each_tensor_is_rebuilt_once_a_backward(cls: type[nn.Module]) -> None:
-    optimised = optimised_net(cls)
-    loss = loss_of(optimised(image(requires_grad=True)))
+    optimized = optimized_net(cls)
+    loss = loss_of(optimized(image(requires_grad=True)))
     with Rebuilds() as none:
-        optimised(image())
+        optimized(image())
     assert none.total == 0
     for _ in range(2):
         with Rebuilds() as rebuilds:
@@ -123,20 +123,20 @@ def test_what_is_rebuilt_gives_plains_numbers(cls: type[nn.Module]) -> None:
 def test_a_chain_is_rebuilt_in_linear_time() -> None:
     totals = []
     for length in (4, 8):
-        optimised = normpass.optimize(spread(ResidualChain(length)))
-        optimised(image())
+        optimized = normpass.optimize(spread(ResidualChain(length)))
+        optimized(image())
         with Rebuilds() as rebuilds:
-            loss_of(optimised(image())).backward()
+            loss_of(optimized(image())).backward()
         totals.append(rebuilds.total)
     assert totals[1] - totals[0] == 4 and totals[0] > 0
 
 
 @pytest.mark.parametrize("cls", NETS)
 def test_a_partial_backward_rebuilds_once_and_holds_nothing(cls: type[nn.Module]) -> None:
-    optimised = optimised_net(cls)
-    loss = loss_of(optimised(image()))
-    first, *_, last = optimised.parameters()
-    for parameters in ([last], [first], [last], list(optimised.parameters())):
+    optimized = optimized_net(cls)
+    loss = loss_of(optimized(image()))
+    first, *_, last = optimized.parameters()
+    for parameters in ([last], [first], [last], list(optimized.parameters())):
         with Rebuilds() as rebuilds:
             torch.autograd.grad(loss, parameters, retain_graph=True)
         assert rebuilds.most <= 1
@@ -144,14 +144,14 @@ def test_a_partial_backward_rebuilds_once_and_holds_nothing(cls: type[nn.Module]
 
 
 def test_a_backward_that_fails_leaves_no_wrong_count() -> None:
-    optimised = optimised_net(ResidualChain)
-    optimised.zero_grad()
-    loss = loss_of(optimised(image()))
+    optimized = optimized_net(ResidualChain)
+    optimized.zero_grad()
+    loss = loss_of(optimized(image()))
 
     def fail(gradient):
         raise ValueError("stop")
 
-    handle = optimised.blocks[2][0].weight.register_hook(fail)
+    handle = optimized.blocks[2][0].weight.register_hook(fail)
     with pytest.raises(ValueError, match="stop"):
         loss.backward(retain_graph=True)
     handle.remove()
@@ -164,7 +164,7 @@ def test_a_backward_that_fails_leaves_no_wrong_count() -> None:
 
 def test_a_backward_inside_a_backward() -> None:
     """A hook that trains another model meanwhile: two tasks, each with its own cache."""
-    one, other = optimised_net(ResidualChain), normpass.optimize(make(ResidualChain))
+    one, other = optimized_net(ResidualChain), normpass.optimize(make(ResidualChain))
     one.zero_grad()
     one.load_state_dict(other.state_dict())
     loss = loss_of(one(image()))
@@ -184,10 +184,10 @@ def test_a_backward_inside_a_backward() -> None:
 
 
 def test_a_backward_of_the_same_graph_inside_its_backward() -> None:
-    optimised = optimised_net(ResidualChain)
-    optimised.zero_grad()
-    loss = loss_of(optimised(image()))
-    weight = optimised.stem[0].weight
+    optimized = optimized_net(ResidualChain)
+    optimized.zero_grad()
+    loss = loss_of(optimized(image()))
+    weight = optimized.stem[0].weight
     (expected,) = torch.autograd.grad(loss, weight, retain_graph=True)
     inner = []
 
@@ -196,7 +196,7 @@ def test_a_backward_of_the_same_graph_inside_its_backward() -> None:
             inner.append(None)
             inner[0] = torch.autograd.grad(loss, weight, retain_graph=True)[0]
 
-    handle = optimised.blocks[2][0].weight.register_hook(again)
+    handle = optimized.blocks[2][0].weight.register_hook(again)
     loss.backward(retain_graph=True)
     handle.remove()  # it holds the graph, which holds the hook
     torch.testing.assert_close(weight.grad, expected)
@@ -211,13 +211,13 @@ def test_a_backward_of_the_same_graph_inside_its_backward() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_reference_cycles(cls: type[nn.Module], backward: bool) -> None:
     """Without the garbage collector the graph of a forward dies with its output."""
-    optimised = optimised_net(cls)
-    optimised(image(requires_grad=True) * 1)
+    optimized = optimized_net(cls)
+    optimized(image(requires_grad=True) * 1)
     gc.collect()
     gc.disable()
     try:
         x = image(requires_grad=True) * 1
-        out = optimised(x)
+        out = optimized(x)
         loss = loss_of(out)
         if backward:
             loss.backward(retain_graph=True)
@@ -233,7 +233,7 @@ def test_no_reference_cycles(cls: type[nn.Module], backward: bool) -> None:
 
 
 def test_a_backward_frees_as_plain_does() -> None:
-    out = optimised_net(ResidualChain)(image())
+    out = optimized_net(ResidualChain)(image())
     loss_of(out).backward()
     assert not [o for o in gc.get_objects() if type(o) is Recipe]
     with pytest.raises(RuntimeError, match="second time"):
@@ -241,17 +241,17 @@ def test_a_backward_frees_as_plain_does() -> None:
 
 
 def test_memory_goes_back_after_a_retained_backward() -> None:
-    optimised = optimised_net(ResidualChain)
+    optimized = optimized_net(ResidualChain)
     x = image()
 
     def retained(x):
-        out = optimised(x)
-        parameters = list(optimised.parameters())
+        out = optimized(x)
+        parameters = list(optimized.parameters())
         torch.autograd.grad(loss_of(out), parameters, retain_graph=True)
         return out
 
-    wrapped = Call(optimised, retained)
-    assert kept_bytes(wrapped, x) <= kept_bytes(optimised, x) + 4096
+    wrapped = Call(optimized, retained)
+    assert kept_bytes(wrapped, x) <= kept_bytes(optimized, x) + 4096
 
 
 class Call(nn.Module):
@@ -278,15 +278,15 @@ class Holds(nn.Module):
 
 
 def test_what_somebody_holds_of_a_tensor_holds_no_chain() -> None:
-    optimised = normpass.optimize(make(Holds))
+    optimized = normpass.optimize(make(Holds))
     hooked: list[torch.Tensor] = []
-    optimised.last.register_forward_pre_hook(lambda module, args: hooked.append(args[0].detach()))
-    found = torch.utils._pytree.tree_leaves(optimised(image()))
-    held = [*found, optimised.held["z"], *hooked]
+    optimized.last.register_forward_pre_hook(lambda module, args: hooked.append(args[0].detach()))
+    found = torch.utils._pytree.tree_leaves(optimized(image()))
+    held = [*found, optimized.held["z"], *hooked]
     assert len(held) == 6 and all(t.requires_grad for t in held[:5]) and not any(vars(t) for t in held)
     held = [t.detach() for t in held]
     del found, hooked[:]
-    optimised.held.clear()
+    optimized.held.clear()
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o) in (Recipe, recipe.Kept, View, Notes)]
     assert all(t.isfinite().all() for t in held)
@@ -305,29 +305,29 @@ def noted(call: Callable) -> list[str]:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_noted_without_gradients(context: Callable) -> None:
-    optimised = optimised_net(ResidualChain)
+    optimized = optimized_net(ResidualChain)
     with context():
-        assert noted(lambda: optimised(image())) == []
-    assert len(noted(lambda: optimised(image()))) >= 7
+        assert noted(lambda: optimized(image())) == []
+    assert len(noted(lambda: optimized(image()))) >= 7
 
 
 def test_nothing_is_noted_where_nothing_needs_a_gradient() -> None:
     model = make(ResidualChain)
     model.requires_grad_(False)
     model.last.requires_grad_(True)
-    optimised = normpass.optimize(model)
+    optimized = normpass.optimize(model)
     with Rebuilds() as rebuilds:
-        loss_of(optimised(image())).backward()
+        loss_of(optimized(image())).backward()
     assert rebuilds.total <= 1  # what `last` reads
-    assert kept_bytes(optimised, image()) <= kept_bytes(model, image())
+    assert kept_bytes(optimized, image()) <= kept_bytes(model, image())
 
 
 def test_the_hooks_of_somebody_else_are_in_charge() -> None:
-    optimised = optimised_net(ResidualChain)
+    optimized = optimized_net(ResidualChain)
     packed: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        assert noted(lambda: optimised(image())) == []
-        out = optimised(image())
+        assert noted(lambda: optimized(image())) == []
+        out = optimized(image())
     assert len(packed) > 20
     with Rebuilds() as rebuilds:
         loss_of(out).backward()
@@ -355,7 +355,7 @@ class Chain(nn.Module):
 
 def test_what_recipes_read_is_compared_with_the_version_it_had() -> None:
     model = spread(Chain())
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     changes = {
         "input": lambda m, h: h.mul_(2),
         "weight": lambda m, h: m.bn.weight.add_(1),
@@ -363,7 +363,7 @@ def test_what_recipes_read_is_compared_with_the_version_it_had() -> None:
     }
     for change in changes.values():
         messages = []
-        for m in (model, optimised):
+        for m in (model, optimized):
             out, h = m(image(requires_grad=True))
             with torch.no_grad():
                 change(m, h)
@@ -502,9 +502,9 @@ def test_under_hooks_inside_ours_nothing_is_noted() -> None:
 
 def test_autocast_is_that_of_forward() -> None:
     model = spread(ConvNet()).float()
-    optimised = normpass.optimize(model)
+    optimized = normpass.optimize(model)
     gradients = []
-    for m in (model, optimised):
+    for m in (model, optimized):
         m.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = m(image().float())

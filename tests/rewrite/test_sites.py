@@ -1,4 +1,4 @@
-"""Which spellings are recognised as one site, and what surrounds it."""
+"""Which spellings are recognized as one site, and what surrounds it."""
 
 from __future__ import annotations
 
@@ -297,10 +297,10 @@ def test_norms_with_hooks_and_norms_called_twice_are_sites_all_the_same() -> Non
 
 def test_numbers_that_change_between_calls_refuse_nothing() -> None:
     block = Block(lambda m, y, x: F.relu(y))
-    optimised = normpass.optimize(block)
+    optimized = normpass.optimize(block)
     seen: list[Any] = []
-    state_of(optimised).observers.append(lambda rewritten, inputs: seen.extend(rewritten.choices))
+    state_of(optimized).observers.append(lambda rewritten, inputs: seen.extend(rewritten.choices))
     for eps in (1e-5, 1e-3, 1e-2):
-        optimised.norm.eps = optimised.norm.momentum = eps
-        optimised(X)
+        optimized.norm.eps = optimized.norm.momentum = eps
+        optimized(X)
     assert [choice.rewrite for choice in seen] == ["split_bn"] * 3

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models import resnet50, resnet101, resnet152
 
 from normpass.errors import InvalidInputError, InvalidModelError
-from normpass.serialize.traffic import make_group, serialise, traffic_report, units_of_model
+from normpass.serialize.traffic import make_group, serialize, traffic_report, units_of_model
 from normpass.serialize.units import Unit
 
 MIB = 2**20
@@ -51,16 +51,16 @@ def test_resnets_move_three_quarters_less(build):
     """GroupNorm, fp16, 32 samples, 10 MiB: −75 % ± 2 points where branches are held, about −60 % where not."""
     units = units_of_model(resnet(build), (32, 3, 224, 224), torch.float16)
     for method in ("optimal", "greedy"):
-        assert serialise(units, 32, 10 * MIB, method=method).change == pytest.approx(-0.75, abs=0.02)
-        assert serialise(units, 32, 10 * MIB, method=method, reuse=False).change == pytest.approx(-0.60, abs=0.02)
-    best, merged = (serialise(units, 32, 10 * MIB, method=m).traffic for m in ("optimal", "greedy"))
+        assert serialize(units, 32, 10 * MIB, method=method).change == pytest.approx(-0.75, abs=0.02)
+        assert serialize(units, 32, 10 * MIB, method=method, reuse=False).change == pytest.approx(-0.60, abs=0.02)
+    best, merged = (serialize(units, 32, 10 * MIB, method=m).traffic for m in ("optimal", "greedy"))
     assert best <= merged
 
 
 def test_the_groups_of_resnet50():
     units = units_of_model(resnet(resnet50), (32, 3, 224, 224), torch.float16)
     for method in ("optimal", "greedy"):
-        groups = serialise(units, 32, 10 * MIB, method=method).groups
+        groups = serialize(units, 32, 10 * MIB, method=method).groups
         assert [(g.name, g.sub_batch) for g in groups] == [
             ("conv1 to layer2.0", 2),
             ("layer2.1 to layer3.0", 5),
@@ -85,9 +85,9 @@ def test_the_report_says_what_it_supposes(norm, training):
 def test_errors_say_what_is_wrong():
     units = [unit()]
     with pytest.raises(InvalidInputError, match="`method`"):
-        serialise(units, 4, 100, method="best")
+        serialize(units, 4, 100, method="best")
     with pytest.raises(InvalidInputError, match="at least 1"):
-        serialise(units, 0, 100)
+        serialize(units, 0, 100)
     with pytest.raises(InvalidInputError, match="does not run on an input of shape"):
         units_of_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), (2, 5, 8, 8))
 

@@ -80,7 +80,7 @@ def compare(
     """
     dtype = torch.float64
     plain = entry.build().to(dtype, memory_format=memory_format)
-    own, optimised = copy.deepcopy(plain), normpass.optimize(copy.deepcopy(plain))
+    own, optimized = copy.deepcopy(plain), normpass.optimize(copy.deepcopy(plain))
 
     def inputs(step: int) -> tuple:
         return tuple(
@@ -97,7 +97,7 @@ def compare(
         quietly(compiled, x)
     row["graphs"] = counters["stats"]["unique_graphs"] - before
     kept = quietly(kept_bytes, compiled, x)
-    row["kept"] = {"plain": kept_bytes(plain, x), "optimize": kept_bytes(optimised, x), "backend": kept}
+    row["kept"] = {"plain": kept_bytes(plain, x), "optimize": kept_bytes(optimized, x), "backend": kept}
     before = counters["stats"]["unique_graphs"]
     quietly(compiled, torch.cat((x, x[:1])))
     row["graphs of another batch"] = counters["stats"]["unique_graphs"] - before

@@ -1,4 +1,4 @@
-"""One of two processes that train a plain and an optimised model with DistributedDataParallel over gloo.
+"""One of two processes that train a plain and an optimized model with DistributedDataParallel over gloo.
 
 python ddp_worker.py RANK RENDEZVOUS_FILE
 """
@@ -24,12 +24,12 @@ def main(rank: int, rendezvous: str) -> None:
     model = spread(ConvNet())
     x = image(seed=rank)
     for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
-        plain, optimised = copy.deepcopy(model), normpass.optimize(copy.deepcopy(model))
-        numbers = [train(DistributedDataParallel(m, **options), (x,)) for m in (plain, optimised)]
+        plain, optimized = copy.deepcopy(model), normpass.optimize(copy.deepcopy(model))
+        numbers = [train(DistributedDataParallel(m, **options), (x,)) for m in (plain, optimized)]
         assert_equal(*numbers)
         own = train(copy.deepcopy(model), (x,))
         assert not torch.equal(own["0 gradient fc.weight"], numbers[0]["0 gradient module.fc.weight"])
-        check_same_everywhere(optimised)
+        check_same_everywhere(optimized)
     dist.barrier()
     dist.destroy_process_group()
     print("same gradients", flush=True)

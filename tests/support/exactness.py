@@ -1,6 +1,6 @@
-"""Does an optimised model train exactly as the plain one? The judge of every exact rewrite.
+"""Does an optimized model train exactly as the plain one? The judge of every exact rewrite.
 
-`compare` trains two deep copies of one model in fp64, one plain and one optimised, on the same data with the
+`compare` trains two deep copies of one model in fp64, one plain and one optimized, on the same data with the
 same seeds, and then looks at every number there is: the outputs of every step, the gradient of every
 parameter at every step, every parameter and every buffer afterwards, and the outputs in eval mode.
 
@@ -9,7 +9,7 @@ How numbers are judged
 Each number belongs to one of five kinds: outputs, gradients, parameters, buffers, eval outputs. For a kind
 
     scale       the largest magnitude of the kind in the plain run
-    difference  the largest |optimised - plain|
+    difference  the largest |optimized - plain|
     noise       the largest |plain with a moved input - plain|, over three runs: in each of them every element
                 of every floating input, of every step and of the eval call, moves by one ulp up or down, at
                 random (`torch.nextafter`); but at least eps/2 * scale, the rounding of the largest number
@@ -24,7 +24,7 @@ is a failure of the comparison.
 What else must hold
 -------------------
 The given model is untouched by `optimize`: its `state_dict` bit for bit, and the type and training flag of
-every submodule. The optimised model has the same `state_dict` keys, parameters and buffers in the same
+every submodule. The optimized model has the same `state_dict` keys, parameters and buffers in the same
 order, and gives outputs of the same types, nesting, names, shapes and dtypes; a parameter has a gradient
 where it has one in the plain run, and None where it has None there.
 
@@ -34,7 +34,7 @@ The model runs in the mode in which it was built (train, but frozen norms stay f
 `make_inputs(k)` and calls `torch.manual_seed` before its forward pass, for dropout and stochastic depth. The
 loss is a random linear functional of all floating outputs, the same in every step, of norm one for each
 tensor, times a power of two which brings the largest gradient of the first plain step to about one. The
-optimiser is SGD with momentum. The eval call takes `make_inputs(steps)`.
+optimizer is SGD with momentum. The eval call takes `make_inputs(steps)`.
 """
 
 from __future__ import annotations

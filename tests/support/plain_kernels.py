@@ -19,7 +19,7 @@ class PlainKernels:
     depthwise = winograd = None
 
     def __init__(self) -> None:
-        self.adds_gradients = self.normalises_residuals = True
+        self.adds_gradients = self.normalizes_residuals = True
         self.masks = CudaKernels.masks
         self.calls: list[tuple[str, list[bool]]] = []
 

@@ -1,4 +1,4 @@
-"""Random modules, as Python source: what `random_training` trains plain and optimised.
+"""Random modules, as Python source: what `random_training` trains plain and optimized.
 
 random_program(rng)  draws lines of `random_lines`, one by one; a line that plain torch refuses is mostly dropped
 Program.source()     the module as text, which can be run, read and cut down by hand; `str()` has the steps as well

@@ -1,4 +1,4 @@
-"""Trains a random module plain and optimised, and finds the first thing that differs.
+"""Trains a random module plain and optimized, and finds the first thing that differs.
 
 By hand, 3000 programs of other seeds than the tests', every one that fails cut down and printed:
 
@@ -161,12 +161,12 @@ class Training:
 
 
 def failure(program: Program, **options: Any) -> str | None:
-    """The first thing that differs between a program's module and the optimised one."""
+    """The first thing that differs between a program's module and the optimized one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = program.build()
-        optimised = normpass.optimize(copy.deepcopy(plain), **options)
-        expected, found = (Training(model).run(program.steps) for model in (plain, optimised))
+        optimized = normpass.optimize(copy.deepcopy(plain), **options)
+        expected, found = (Training(model).run(program.steps) for model in (plain, optimized))
         noises = (Training(program.build(), noise).run(program.steps) for noise in (10, 20, 30))
         return difference(program, expected, found, noises)
 

@@ -16,7 +16,7 @@ def conv_norm(channels_in: int, channels: int, act: nn.Module | None = None) -> 
 
 
 class UNet(nn.Module):
-    """Two levels; the skips are concatenated, so a normalised tensor is read twice."""
+    """Two levels; the skips are concatenated, so a normalized tensor is read twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class PreActivation(nn.Module):
 
 class Shared(nn.Module):
     """What must be left alone or handled with care: a norm called twice, tied weights, a norm's input and
-    output both read elsewhere, a view of a normalised tensor, and two outputs by name."""
+    output both read elsewhere, a view of a normalized tensor, and two outputs by name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model with its serialised forward beside it, and nets whose norms look at one sample at a time."""
+"""A model with its serialized forward beside it, and nets whose norms look at one sample at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train a plain and an optimised model alike in fp64 and compare every number: the light form of `exactness`.
+"""Train a plain and an optimized model alike in fp64 and compare every number: the light form of `exactness`.
 
 For networks of two or three layers, where no rounding adds up: outputs, gradients of parameters and inputs at
 every step, buffers, parameters and eval outputs agree to 1e-11 of the largest number of the run.
@@ -120,19 +120,19 @@ def assert_trains_alike(
     run: Callable | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Compare the trained `model` with its optimised copy; returns that copy.
+    """Compare the trained `model` with its optimized copy; returns that copy.
 
     `prepare` changes the plain model before `optimize`, `after` both of them afterwards.
     """
     if prepare is not None:
         prepare(model)
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     if after is not None:
         after(model)
-        after(optimised)
+        after(optimized)
     plain = train(model, args, kwargs, run=run)
-    assert_equal(plain, train(optimised, args, kwargs, run=run))
-    return optimised
+    assert_equal(plain, train(optimized, args, kwargs, run=run))
+    return optimized
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:

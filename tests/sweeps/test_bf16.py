@@ -1,4 +1,4 @@
-"""bf16 autocast with channels_last: the optimised model trains as plain does, within plain's own spread.
+"""bf16 autocast with channels_last: the optimized model trains as plain does, within plain's own spread.
 
 The test. A run is 20 SGD steps in which every element of every bf16 input moves by one bf16 ulp, up or down
 at random. Five plain runs with movements 1 to 5 give an envelope: the lowest and highest loss at each step.

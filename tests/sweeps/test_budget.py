@@ -63,8 +63,8 @@ def test_predictions(name: str, results) -> None:
         start = time.perf_counter()
         found = normpass.plan(plain, x, budget)
         seconds = time.perf_counter() - start
-        optimised = normpass.optimize(copy.deepcopy(plain), plan=found)
-        measured["planned"] = kept_bytes(optimised, x), peak_bytes(optimised, x)
+        optimized = normpass.optimize(copy.deepcopy(plain), plan=found)
+        measured["planned"] = kept_bytes(optimized, x), peak_bytes(optimized, x)
         kept, peak = (measured["planned"][i] / measured["plain"][i] for i in (0, 1))
         row = {"network": name, "budget": budget, "kept": kept, "peak": peak, "planning_seconds": seconds}
         row["predicted_kept"] = found.planned.kept / measured["planned"][0]

@@ -1,4 +1,4 @@
-"""Networks trained for a few steps and converted, plain and optimised: ONNX without a norm after a convolution."""
+"""Networks trained for a few steps and converted, plain and optimized: ONNX without a norm after a convolution."""
 
 import copy
 
@@ -29,7 +29,7 @@ def test_converts(name, tmp_path, results):
     train(plain, plain, entry.make_inputs, torch.float32, steps=3)
     row = {"network": name}
     x = entry.make_inputs(0)
-    for form, model in (("plain", plain), ("optimised", normpass.optimize(copy.deepcopy(plain)))):
+    for form, model in (("plain", plain), ("optimized", normpass.optimize(copy.deepcopy(plain)))):
         found = normpass.convert(model, tmp_path / f"{form}.onnx", tuple(t[:2] for t in x), dynamic_batch=True)
         after_conv = [why for _, why in norms_left(onnx.load(tmp_path / f"{form}.onnx")) if "no weight" not in why]
         row[form] = {
@@ -44,4 +44,4 @@ def test_converts(name, tmp_path, results):
         assert found.agreement.largest_error < 1e-4
         assert found.agreement.batch_sizes == (2, 4)
     results.add("convert", row)
-    assert row["plain"]["folded"] == row["optimised"]["folded"]
+    assert row["plain"]["folded"] == row["optimized"]["folded"]

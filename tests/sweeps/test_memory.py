@@ -20,9 +20,9 @@ FIXED_SIZE = {"vgg16_bn", "coat_lite_tiny", "r3d_18", "fasterrcnn_resnet50_fpn"}
 
 
 def both(plain, *inputs):
-    optimised = normpass.optimize(plain)
-    kept = [kept_bytes(m, *inputs) for m in (plain, optimised)]
-    return kept, [peak_bytes(m, *inputs) for m in (plain, optimised)]
+    optimized = normpass.optimize(plain)
+    kept = [kept_bytes(m, *inputs) for m in (plain, optimized)]
+    return kept, [peak_bytes(m, *inputs) for m in (plain, optimized)]
 
 
 @pytest.mark.parametrize("name", BARS)

@@ -128,12 +128,12 @@ def test_autocast(net):
             with torch.autocast("cpu", torch.bfloat16):
                 return self.model(x).float()
 
-    plain, optimised = UnderAutocast(net), UnderAutocast(normpass.optimize(copy.deepcopy(net)))
+    plain, optimized = UnderAutocast(net), UnderAutocast(normpass.optimize(copy.deepcopy(net)))
     compiled = compile_with(UnderAutocast(own), "aot_eager")
     expected = train(net, plain, images, torch.float32)
     assert largest_difference(train(own, compiled, images, torch.float32), expected) < 2e-2
     x = torch.randn(4, 3, 64, 64)
-    assert quietly(kept_bytes, compiled, x) <= 1.12 * kept_bytes(optimised, x)
+    assert quietly(kept_bytes, compiled, x) <= 1.12 * kept_bytes(optimized, x)
 
 
 def test_dynamic_batch(net):

@@ -51,12 +51,12 @@ def small(*layers: nn.Module) -> nn.Sequential:
 
 def trains_alike_by(model: nn.Module, x: torch.Tensor, evaluating: bool = True) -> dict[str, Row]:
     """Two steps in train mode, one in eval mode, compared with plain; what was done to the norms, by their paths."""
-    plain, optimised, found = model, normpass.optimize(copy.deepcopy(model)), Collected()
-    state_of(optimised).observers.append(lambda rewritten, inputs: found.graphs.append(rewritten))
-    assert_equal(train(plain, (x,)), train(optimised, (x,)))
-    rows = norm_rows(optimised, Collected([graph for graph in found.graphs if graph.keeps_gradients]))
+    plain, optimized, found = model, normpass.optimize(copy.deepcopy(model)), Collected()
+    state_of(optimized).observers.append(lambda rewritten, inputs: found.graphs.append(rewritten))
+    assert_equal(train(plain, (x,)), train(optimized, (x,)))
+    rows = norm_rows(optimized, Collected([graph for graph in found.graphs if graph.keeps_gradients]))
     if evaluating:
-        assert_equal(train(plain.eval(), (x,), steps=1), train(optimised.eval(), (x,), steps=1))
+        assert_equal(train(plain.eval(), (x,), steps=1), train(optimized.eval(), (x,), steps=1))
     return {row.path: row for row in rows}
 
 
@@ -99,13 +99,13 @@ def test_not_a_module(thing: object) -> None:
         normpass.optimize(thing)
 
 
-def test_optimised_already() -> None:
-    optimised = normpass.optimize(ConvNet())
-    with pytest.raises(normpass.InvalidModelError, match="this ConvNet is optimised already; .* normpass.restore"):
-        normpass.optimize(optimised)
-    with pytest.raises(normpass.InvalidModelError, match="`1.0` is optimised already"):
-        normpass.optimize(nn.Sequential(conv(), nn.Sequential(optimised)))
-    assert normpass.explain(optimised, image().float()).rewritten == 2
+def test_optimized_already() -> None:
+    optimized = normpass.optimize(ConvNet())
+    with pytest.raises(normpass.InvalidModelError, match="this ConvNet is optimized already; .* normpass.restore"):
+        normpass.optimize(optimized)
+    with pytest.raises(normpass.InvalidModelError, match="`1.0` is optimized already"):
+        normpass.optimize(nn.Sequential(conv(), nn.Sequential(optimized)))
+    assert normpass.explain(optimized, image().float()).rewritten == 2
 
 
 def test_restore_of_a_plain_model() -> None:
@@ -115,9 +115,9 @@ def test_restore_of_a_plain_model() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_compiled_and_scripted_models() -> None:
-    with pytest.raises(normpass.InvalidModelError, match="optimise the plain module first"):
+    with pytest.raises(normpass.InvalidModelError, match="optimize the plain module first"):
         normpass.optimize(torch.compile(ConvNet(), backend="eager"))
-    with pytest.raises(normpass.InvalidModelError, match="optimise the plain module first"):
+    with pytest.raises(normpass.InvalidModelError, match="optimize the plain module first"):
         normpass.optimize(torch.jit.script(conv()))
 
 
@@ -159,11 +159,11 @@ def test_a_part_of_the_model_is_scripted() -> None:
         pair.append(nn.Sequential(conv(), scripted, conv(C, 2)).double())
     model = pair[1]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimised = normpass.optimize(model, image())
+    optimized = normpass.optimize(model, image())
     report = normpass.explain(model, image())
     assert report.memory is not None and report.memory.kept_before == kept_bytes(model, image())
     torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
-    assert_equal(*(train(m, (image(),)) for m in (pair[0], optimised)))
+    assert_equal(*(train(m, (image(),)) for m in (pair[0], optimized)))
 
 
 @pytest.mark.parametrize(
@@ -196,9 +196,9 @@ def test_a_model_that_cannot_be_copied_deeply() -> None:
     torch.manual_seed(0)
     models = [spread(HasALock()) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimised = normpass.optimize(models[1], image())
-    assert optimised.lock is models[1].lock
-    assert_equal(*(train(m, (image(),), steps=1) for m in (models[0], optimised)))
+    optimized = normpass.optimize(models[1], image())
+    assert optimized.lock is models[1].lock
+    assert_equal(*(train(m, (image(),), steps=1) for m in (models[0], optimized)))
 
 
 class HoldsAnIterator(ConvNet):
@@ -275,7 +275,7 @@ def test_sync_batch_norm_is_reported() -> None:
     torch.testing.assert_close(normpass.optimize(model)(image()), model(image()))
 
 
-def test_lazy_layers_materialise_in_the_optimised_model() -> None:
+def test_lazy_layers_materialize_in_the_optimized_model() -> None:
     numbers = []
     for change in (lambda m: m, normpass.optimize):
         model = nn.Sequential(nn.LazyConv2d(C, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(2, 1)).double()
@@ -343,8 +343,8 @@ def test_what_is_called_twice() -> None:
 def test_norms_that_share_parameters() -> None:
     model = small(nn.BatchNorm2d(C), nn.ReLU(), conv(C, C), nn.BatchNorm2d(C), nn.ReLU())
     model[4].weight, model[4].running_mean = model[1].weight, model[1].running_mean
-    optimised = assert_trains_alike(model, image())
-    assert optimised[4].weight is optimised[1].weight
+    optimized = assert_trains_alike(model, image())
+    assert optimized[4].weight is optimized[1].weight
 
 
 # --- in place -------------------------------------------------------------------------------------
@@ -615,8 +615,8 @@ def test_large_values(layout) -> None:
     for scale in (1e100, 1e120, 1e150):
         x = (image(2, 8, 4, 4) * scale).contiguous(memory_format=layout).requires_grad_()
         found = []
-        for optimise in (copy.deepcopy, normpass.optimize):
-            model = optimise(LargeValues(norms))
+        for optimize in (copy.deepcopy, normpass.optimize):
+            model = optimize(LargeValues(norms))
             found.append([g * scale for g in torch.autograd.grad(loss_of(model(x)), x)])
         torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
@@ -635,14 +635,14 @@ class LargeValues(nn.Module):
 
 def test_one_value_per_channel() -> None:
     model = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), nn.ReLU()).double()
-    optimised = normpass.optimize(model)
-    for m in (model, optimised):
+    optimized = normpass.optimize(model)
+    for m in (model, optimized):
         for _ in range(2):
             with pytest.raises(ValueError, match="Expected more than 1 value per channel when training") as error:
                 m(image(1, 3))
             assert type(error.value) is ValueError
-    torch.testing.assert_close(optimised.eval()(image(1, 3)), model.eval()(image(1, 3)))
-    assert_equal(*(train(copy.deepcopy(m).train(), (image(3, 3),)) for m in (model, optimised)))
+    torch.testing.assert_close(optimized.eval()(image(1, 3)), model.eval()(image(1, 3)))
+    assert_equal(*(train(copy.deepcopy(m).train(), (image(3, 3),)) for m in (model, optimized)))
 
 
 def error_of(model: nn.Module, x: torch.Tensor) -> tuple[type, str]:
@@ -654,12 +654,12 @@ def error_of(model: nn.Module, x: torch.Tensor) -> tuple[type, str]:
 def test_a_wrong_shape_raises_what_plain_raises() -> None:
     """Before anything was captured and afterwards; then a right one runs, and keeps what it should."""
     model = small(nn.BatchNorm2d(C), nn.ReLU())
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     for _ in range(2):
         for shape in ((2, 8, 8), (8, 8), (2, 3, 4, 8, 8), (2, 5, 8, 8)):
-            assert error_of(optimised, image(*shape)) == error_of(model, image(*shape))
-        torch.testing.assert_close(optimised(image()), model(image()))
-    assert kept_bytes(optimised, image()) < 0.8 * kept_bytes(model, image())
+            assert error_of(optimized, image(*shape)) == error_of(model, image(*shape))
+        torch.testing.assert_close(optimized(image()), model(image()))
+    assert kept_bytes(optimized, image()) < 0.8 * kept_bytes(model, image())
 
 
 def test_models_that_raise_what_plain_raises() -> None:
@@ -701,16 +701,16 @@ def test_odd_eps(eps: Any, lossy: bool) -> None:
     """The numbers or the error of plain, in train and eval mode."""
     torch.manual_seed(0)
     model = Joined(eps).double()
-    optimised = normpass.optimize(copy.deepcopy(model), allow_lossy=lossy)
+    optimized = normpass.optimize(copy.deepcopy(model), allow_lossy=lossy)
     for training in (True, False):
-        model.train(training), optimised.train(training)
+        model.train(training), optimized.train(training)
         try:
             copy.deepcopy(model)(image())  # its running statistics are another's
         except ValueError:
-            assert error_of(optimised, image()) == error_of(model, image())
+            assert error_of(optimized, image()) == error_of(model, image())
             continue
         results = []
-        for m in (model, optimised):
+        for m in (model, optimized):
             x = image(requires_grad=True)
             y = m(x)
             results.append([y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])])
@@ -784,9 +784,9 @@ def test_norms_change_later() -> None:
 def test_a_float_norm_of_narrow_input(dtype: torch.dtype) -> None:
     model = small(nn.BatchNorm2d(C), nn.ReLU()).to(dtype)
     model[1].float()
-    optimised = normpass.optimize(copy.deepcopy(model))
+    optimized = normpass.optimize(copy.deepcopy(model))
     gradients = []
-    for m in (model, optimised):
+    for m in (model, optimized):
         out = m(image().to(dtype))
         assert out.dtype == dtype
         out.float().sum().backward()
@@ -1024,7 +1024,7 @@ def test_a_sum_in_place_has_the_first_dtype() -> None:
         return F.relu_(z)
 
     model = Block(after).float()
-    optimised = normpass.optimize(model)
-    expected, found = model(image().float()), optimised(image().float())
+    optimized = normpass.optimize(model)
+    expected, found = model(image().float()), optimized(image().float())
     assert found.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""What a training script may do with a model goes on working with the optimised one, with the plain model's numbers."""
+"""What a training script may do with a model goes on working with the optimized one, with the plain model's numbers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A plain model and an optimised one that share nothing."""
+    """A plain model and an optimized one that share nothing."""
     return model, normpass.optimize(copy.deepcopy(model))
 
 
@@ -48,19 +48,19 @@ def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def test_state_dict_loads_both_ways(model: nn.Module) -> None:
-    optimised = normpass.optimize(model)
-    assert list(optimised.state_dict()) == list(model.state_dict())
-    assert all(optimised.state_dict(keep_vars=True)[k] is v for k, v in model.state_dict(keep_vars=True).items())
-    assert [n for n, _ in optimised.named_parameters()] == [n for n, _ in model.named_parameters()]
-    assert [n for n, _ in optimised.named_modules()] == [n for n, _ in model.named_modules()]
+    optimized = normpass.optimize(model)
+    assert list(optimized.state_dict()) == list(model.state_dict())
+    assert all(optimized.state_dict(keep_vars=True)[k] is v for k, v in model.state_dict(keep_vars=True).items())
+    assert [n for n, _ in optimized.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert [n for n, _ in optimized.named_modules()] == [n for n, _ in model.named_modules()]
     torch.manual_seed(5)
     other = spread(ConvNet())
-    optimised(image())
-    optimised.load_state_dict(other.state_dict(), strict=True)
+    optimized(image())
+    optimized.load_state_dict(other.state_dict(), strict=True)
     copied = ConvNet().double()
-    copied.load_state_dict(optimised.state_dict(), strict=True)
+    copied.load_state_dict(optimized.state_dict(), strict=True)
     numbers = train(other, (image(),))
-    assert_equal(numbers, train(optimised, (image(),)))
+    assert_equal(numbers, train(optimized, (image(),)))
     assert_equal(numbers, train(copied, (image(),)))
 
 
@@ -76,28 +76,28 @@ def test_the_given_model_is_untouched(model: nn.Module) -> None:
 
     before, state = snapshot(), {k: v.clone() for k, v in model.state_dict().items()}
     random = torch.get_rng_state()
-    optimised = normpass.optimize(model, image())
+    optimized = normpass.optimize(model, image())
     normpass.explain(model, image())
     assert snapshot() == before
     assert torch.equal(torch.get_rng_state(), random)
     torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
-    assert optimised.note is model.note
+    assert optimized.note is model.note
 
 
 def test_restore_gives_the_plain_model_with_current_values(pair) -> None:
-    plain, optimised = pair
-    assert_equal(train(plain, (image(),)), train(optimised, (image(),)))
-    restored = normpass.restore(optimised)
+    plain, optimized = pair
+    assert_equal(train(plain, (image(),)), train(optimized, (image(),)))
+    restored = normpass.restore(optimized)
     assert type(restored) is ConvNet and not any(isinstance(m, normpass.Optimized) for m in restored.modules())
-    assert all(a is b for a, b in zip(restored.parameters(), optimised.parameters(), strict=True))
+    assert all(a is b for a, b in zip(restored.parameters(), optimized.parameters(), strict=True))
     assert_equal(train(plain, (image(),)), train(restored, (image(),)))
     assert isinstance(normpass.optimize(restored), normpass.Optimized)
 
 
 def test_norms_are_found_and_converted(pair) -> None:
-    plain, optimised = pair
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in optimised.modules()) == 2
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(optimised).eval()
+    plain, optimized = pair
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in optimized.modules()) == 2
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(optimized).eval()
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) == 2
     torch.testing.assert_close(converted(image()), plain.eval()(image()))
 
@@ -175,11 +175,11 @@ def test_without_gradients_for_some(make, evaluating: bool) -> None:
     """The same numbers, and never more kept than plain keeps, whatever is frozen after whatever else."""
     torch.manual_seed(0)
     plain = spread(make()).train(not evaluating)
-    optimised = normpass.optimize(copy.deepcopy(plain))
+    optimized = normpass.optimize(copy.deepcopy(plain))
     x = image(2, 3, 16, 16, requires_grad=evaluating == (make is Deep))
     for what in FROZEN:
         numbers = []
-        for m in (plain, optimised):
+        for m in (plain, optimized):
             freeze(m, what)
             m.zero_grad()
             y = m(x)
@@ -188,7 +188,7 @@ def test_without_gradients_for_some(make, evaluating: bool) -> None:
                 loss_of(y).backward()
             numbers.append([y, x.grad, [p.grad for p in m.parameters()], [b.clone() for b in m.buffers()]])
         torch.testing.assert_close(numbers[1], numbers[0])
-        kept = [kept_bytes(m, x) for m in (plain, optimised)]
+        kept = [kept_bytes(m, x) for m in (plain, optimized)]
         assert kept[1] <= kept[0] + 512, (what, kept)
 
 
@@ -230,40 +230,40 @@ def test_layers_that_are_replaced_later(pair) -> None:
 def test_timm_methods() -> None:
     torch.manual_seed(0)
     plain = timm.create_model("resnet10t", num_classes=4, drop_rate=0.2).double()
-    optimised = normpass.optimize(copy.deepcopy(plain))
+    optimized = normpass.optimize(copy.deepcopy(plain))
     x = image(2, 3, 32, 32)
-    torch.testing.assert_close(optimised.forward_features(x), plain.forward_features(x))
-    for m in (plain, optimised):
+    torch.testing.assert_close(optimized.forward_features(x), plain.forward_features(x))
+    for m in (plain, optimized):
         torch.manual_seed(1)
         m.reset_classifier(3)
         m.double()
-    assert optimised.num_classes == 3
-    assert_equal(train(plain, (x,), steps=1), train(optimised, (x,), steps=1))
+    assert optimized.num_classes == 3
+    assert_equal(train(plain, (x,), steps=1), train(optimized, (x,), steps=1))
 
 
 def test_dtype_and_memory_format(pair) -> None:
-    plain, optimised = (m.float() for m in pair)
+    plain, optimized = (m.float() for m in pair)
     x = image().float()
-    torch.testing.assert_close(optimised(x), plain(x))
+    torch.testing.assert_close(optimized(x), plain(x))
     for m in pair:
         m.to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)
-    expected, found = plain.stem(x), optimised.stem(x)
+    expected, found = plain.stem(x), optimized.stem(x)
     assert found.is_contiguous(memory_format=torch.channels_last) and found.stride() == expected.stride()
-    torch.testing.assert_close(optimised(x), plain(x))
-    expected, found = plain.bfloat16()(x.bfloat16()), optimised.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(optimized(x), plain(x))
+    expected, found = plain.bfloat16()(x.bfloat16()), optimized.bfloat16()(x.bfloat16())
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(pair, context) -> None:
-    plain, optimised = pair
+    plain, optimized = pair
     with context():
-        expected, found = plain(image()), optimised(image())
+        expected, found = plain(image()), optimized(image())
         torch.testing.assert_close(found, expected)
         assert not found.requires_grad and found.is_inference() == expected.is_inference() and not vars(found)
-    torch.testing.assert_close(optimised(image()), plain(image()))
+    torch.testing.assert_close(optimized(image()), plain(image()))
 
 
 # --- backward in every order ----------------------------------------------------------------------
@@ -446,12 +446,12 @@ def after_a_failed_backward(m):
     ids=lambda function: function.__name__,
 )
 def test_backward(trained_pair, backward) -> None:
-    plain, optimised = trained_pair
+    plain, optimized = trained_pair
     for training in (True, False):
         numbers = [gradients_of(m.train(training), backward) for m in trained_pair]
         torch.testing.assert_close(numbers[1], numbers[0], rtol=1e-9, atol=1e-9)
     with recipe.Rebuilds() as rebuilds:
-        loss_of(optimised.train()(image())).backward()
+        loss_of(optimized.train()(image())).backward()
     plain.train()(image())
     assert rebuilds.total > 0 and rebuilds.most == 1  # still ours
     assert not recipe._unfinished
@@ -509,16 +509,16 @@ def trained_pair() -> tuple[nn.Module, nn.Module]:
 
 def test_threads_run_one_model(pair) -> None:
     """Each of them may be the first, which captures."""
-    plain, optimised = pair
+    plain, optimized = pair
     expected, found = plain.eval()(image()), []
 
     def work() -> None:
         for _ in range(10):
-            out = optimised(image())
+            out = optimized(image())
             loss_of(out).backward()
             found.append(out.detach())
 
-    optimised.eval()
+    optimized.eval()
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -539,13 +539,13 @@ class Fails(nn.Module):
 
 
 def test_an_exception_in_forward_leaves_nothing_behind() -> None:
-    optimised = normpass.optimize(Fails().double())
+    optimized = normpass.optimize(Fails().double())
     with pytest.raises(RuntimeError, match="expected input"):
-        optimised(image())
+        optimized(image())
     assert not notes.is_recording() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-    optimised.c = nn.Conv2d(C, 2, 1).double()
-    plain = copy.deepcopy(normpass.restore(optimised))
-    assert_equal(train(plain, (image(),)), train(copy.deepcopy(optimised), (image(),)))
+    optimized.c = nn.Conv2d(C, 2, 1).double()
+    plain = copy.deepcopy(normpass.restore(optimized))
+    assert_equal(train(plain, (image(),)), train(copy.deepcopy(optimized), (image(),)))
 
 
 # --- hooks registered later -----------------------------------------------------------------------
@@ -586,13 +586,13 @@ def test_hooks_registered_later_run(pair, kind: str) -> None:
 
 
 def test_a_hook_that_is_removed_again(pair) -> None:
-    plain, optimised = pair
-    handle = optimised.stem.register_forward_hook(lambda m, args, out: out * 0)
-    assert optimised(image()).std(0).max() < 1e-12
+    plain, optimized = pair
+    handle = optimized.stem.register_forward_hook(lambda m, args, out: out * 0)
+    assert optimized(image()).std(0).max() < 1e-12
     handle.remove()
     plain(image())
-    torch.testing.assert_close(optimised(image()), plain(image()))
-    assert kept_bytes(optimised, image()) < 0.8 * kept_bytes(plain, image())
+    torch.testing.assert_close(optimized(image()), plain(image()))
+    assert kept_bytes(optimized, image()) < 0.8 * kept_bytes(plain, image())
 
 
 # --- outputs and arguments ------------------------------------------------------------------------
@@ -623,8 +623,8 @@ def as_pair(h, z):
 @pytest.mark.parametrize("structure", [as_dict, as_pair], ids=lambda s: s.__name__)
 def test_outputs_keep_their_types(structure) -> None:
     model = spread(Outputs(structure))
-    optimised = assert_trains_alike(model, image(requires_grad=True))
-    expected, found = model(image()), optimised(image())
+    optimized = assert_trains_alike(model, image(requires_grad=True))
+    expected, found = model(image()), optimized(image())
 
     def types(value):
         items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -665,16 +665,16 @@ def test_random_layers_draw_the_same() -> None:
 
 
 def test_repeated_steps_leave_nothing(pair) -> None:
-    _, optimised = pair
+    _, optimized = pair
     for _ in range(2):
-        optimised.train()
-        loss_of(optimised(image())).backward()
-        optimised.eval()(image())
+        optimized.train()
+        loss_of(optimized(image())).backward()
+        optimized.eval()(image())
     before = tensors_and_recipes()
     for _ in range(5):
-        optimised.train()
-        loss_of(optimised(image())).backward()
-        optimised.eval()(image())
+        optimized.train()
+        loss_of(optimized(image())).backward()
+        optimized.eval()(image())
     assert tensors_and_recipes() <= before
 
 

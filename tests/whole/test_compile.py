@@ -1,4 +1,4 @@
-"""An optimised module under somebody else's torch.compile: the plain forward, the plain numbers, one warning."""
+"""An optimized module under somebody else's torch.compile: the plain forward, the plain numbers, one warning."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class ReadsAValue(nn.Module):
 
 
 def test_one_graph_the_same_numbers_and_one_warning(pair) -> None:
-    plain, optimised = pair
+    plain, optimized = pair
     expected = train(plain, (image(),), steps=4)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(optimised, backend=counter, fullgraph=True)
+    compiled = torch.compile(optimized, backend=counter, fullgraph=True)
     captured: list = []
-    state_of(optimised).observers.append(lambda rewritten, inputs: captured.append(rewritten))
+    state_of(optimized).observers.append(lambda rewritten, inputs: captured.append(rewritten))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        assert_equal(expected, train(optimised, (image(),), steps=4, run=lambda m, x: compiled(x)))
+        assert_equal(expected, train(optimized, (image(),), steps=4, run=lambda m, x: compiled(x)))
     ours = [str(w.message) for w in caught if "normpass" in str(w.message)]
     assert len(ours) == 1 and 'torch.compile(model, backend="normpass")' in ours[0]
     assert counter.frame_count == 2  # one for training, one without gradients
@@ -75,37 +75,37 @@ def test_one_graph_the_same_numbers_and_one_warning(pair) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_graph_breaks_and_a_cumulative_average(backend: str) -> None:
     model = spread(ReadsAValue())
-    optimised = normpass.optimize(copy.deepcopy(model))
-    compiled = torch.compile(optimised, backend=backend)
+    optimized = normpass.optimize(copy.deepcopy(model))
+    compiled = torch.compile(optimized, backend=backend)
     x = image(requires_grad=True)
-    assert_equal(train(model, (x,)), train(optimised, (x,), run=by(compiled)))
+    assert_equal(train(model, (x,)), train(optimized, (x,), run=by(compiled)))
 
 
 def test_a_part_of_what_is_compiled(pair) -> None:
-    """Optimised before or inside somebody's compiled trainer, called as a module, as a function and as a method."""
+    """Optimized before or inside somebody's compiled trainer, called as a module, as a function and as a method."""
     x = image(requires_grad=True)
-    plain, optimised = pair
+    plain, optimized = pair
     expected = train(nn.Sequential(copy.deepcopy(plain), nn.Tanh()), (x,))
-    whole = nn.Sequential(copy.deepcopy(optimised), nn.Tanh())
+    whole = nn.Sequential(copy.deepcopy(optimized), nn.Tanh())
     assert_equal(expected, train(whole, (x,), run=by(torch.compile(whole, backend="aot_eager"))))
-    whole = nn.Sequential(optimised, nn.Tanh())
+    whole = nn.Sequential(optimized, nn.Tanh())
     whole.compile(backend="eager")
     assert_equal(expected, train(whole, (x,), run=by(whole)))
 
 
 def test_by_our_own_backend_nobody_is_warned(pair) -> None:
-    plain, optimised = pair
+    plain, optimized = pair
     x = image()
     options: dict[str, Any] = {"inner": "eager"}
-    compiled = torch.compile(optimised, backend="normpass", options=options, fullgraph=True)
+    compiled = torch.compile(optimized, backend="normpass", options=options, fullgraph=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         compiled(x)
     assert not [w for w in caught if "normpass" in str(w.message)]
     plain(x)
-    assert_equal(train(plain, (x,)), train(optimised, (x,), run=lambda m, x: compiled(x)))
-    plain.train(), optimised.train()
-    assert kept_bytes(compiled, x) == kept_bytes(optimised, x) < 0.8 * kept_bytes(plain, x)
+    assert_equal(train(plain, (x,)), train(optimized, (x,), run=lambda m, x: compiled(x)))
+    plain.train(), optimized.train()
+    assert kept_bytes(compiled, x) == kept_bytes(optimized, x) < 0.8 * kept_bytes(plain, x)
 
 
 class Functional(nn.Module):
@@ -118,8 +118,8 @@ class Functional(nn.Module):
 
 
 def test_a_changed_model_is_not_compiled_as_the_plain_one() -> None:
-    optimised = normpass.optimize(spread(Functional()), changes=("leaky_relu",))
-    for model in (optimised, nn.Sequential(optimised)):
+    optimized = normpass.optimize(spread(Functional()), changes=("leaky_relu",))
+    for model in (optimized, nn.Sequential(optimized)):
         compiled = torch.compile(model, backend="eager")
         with pytest.raises(normpass.StaleChangeError, match="somebody else's torch.compile sees it"):
             quietly(compiled, image())

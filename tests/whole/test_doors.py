@@ -1,4 +1,4 @@
-"""Whoever looks on, copies or takes apart an optimised model: the plain forward, or an optimised model of its own."""
+"""Whoever looks on, copies or takes apart an optimized model: the plain forward, or an optimized model of its own."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from normpass.measure import kept_bytes
 from normpass.optimized import state_of
 
 X = image()
-CHANGED = "this model was optimised with `changes=`, which are made in its captured graph, and "
+CHANGED = "this model was optimized with `changes=`, which are made in its captured graph, and "
 
 
 @pytest.fixture
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A plain model and an optimised one that share nothing."""
+    """A plain model and an optimized one that share nothing."""
     torch.manual_seed(0)
     model = spread(ConvNet())
     return model, normpass.optimize(copy.deepcopy(model))
@@ -51,17 +51,17 @@ def block(inputs: int = 3, outputs: int = 4) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def captures_of(optimised: nn.Module) -> list:
+def captures_of(optimized: nn.Module) -> list:
     """Grows with every graph that is captured from now on."""
     seen: list = []
-    state_of(optimised).observers.append(lambda rewritten, inputs: seen.append(rewritten))
+    state_of(optimized).observers.append(lambda rewritten, inputs: seen.append(rewritten))
     return seen
 
 
-def is_ours(optimised: nn.Module) -> bool:
+def is_ours(optimized: nn.Module) -> bool:
     """Whether a step of training runs rewritten graphs."""
-    seen = captures_of(optimised)
-    optimised.train()(image(3, 3, 6, 6))
+    seen = captures_of(optimized)
+    optimized.train()(image(3, 3, 6, 6))
     return any(choice.rewrite == "split_bn" for graph in seen for choice in graph.choices)
 
 
@@ -86,8 +86,8 @@ def loads_without_normpass(file: Path, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_torch_export(pair, strict: bool, tmp_path: Path) -> None:
-    plain, optimised = (m.eval() for m in pair)
-    seen = captures_of(optimised)
+    plain, optimized = (m.eval() for m in pair)
+    seen = captures_of(optimized)
     programs = [torch.export.export(m, (X,), strict=strict) for m in pair]
     assert [str(node.target) for node in programs[1].graph.nodes] == [str(n.target) for n in programs[0].graph.nodes]
     torch.testing.assert_close(programs[1].module()(X), plain(X))
@@ -99,8 +99,8 @@ def test_torch_export(pair, strict: bool, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_jit_trace(pair, tmp_path: Path) -> None:
-    plain, optimised = (m.eval() for m in pair)
-    optimised(X)  # captured before: tracing must not see the captured graph either
+    plain, optimized = (m.eval() for m in pair)
+    optimized(X)  # captured before: tracing must not see the captured graph either
     traced = [torch.jit.trace(m, X) for m in pair]
     assert [n.kind() for n in traced[1].inlined_graph.nodes()] == [n.kind() for n in traced[0].inlined_graph.nodes()]
     torch.testing.assert_close(traced[1](image(3, 3, 8, 8)), plain(image(3, 3, 8, 8)))
@@ -127,8 +127,8 @@ def test_onnx_export(pair, dynamo: bool) -> None:
 
 
 def test_symbolic_trace_and_make_fx(pair) -> None:
-    plain, optimised = (m.eval() for m in pair)
-    seen = captures_of(optimised)
+    plain, optimized = (m.eval() for m in pair)
+    seen = captures_of(optimized)
     for trace in (fx.symbolic_trace, *(make_fx_of(mode) for mode in ("real", "symbolic"))):
         graphs = [trace(m) for m in pair]
         assert [str(n.target) for n in graphs[1].graph.nodes] == [str(n.target) for n in graphs[0].graph.nodes]
@@ -156,9 +156,9 @@ def test_make_fx_of_a_step(pair) -> None:
 
 
 def test_fake_and_meta_tensors(pair) -> None:
-    _, optimised = pair
+    _, optimized = pair
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert optimised(mode.from_tensor(X)).fake_mode is mode
+        assert optimized(mode.from_tensor(X)).fake_mode is mode
     mode = FakeTensorMode()
     with mode:
         made_of_fakes = normpass.optimize(ConvNet())
@@ -257,9 +257,9 @@ import copy, torch
 from training import ConvNet, assert_equal, image, spread, train
 import normpass
 model = spread(ConvNet())
-optimised = normpass.optimize(copy.deepcopy(model))
-normpass.optimized.state_of(optimised).observers.append(lambda *_: 1 / 0)
-assert_equal(train(model, (image(),)), train(optimised, (image(),)))
+optimized = normpass.optimize(copy.deepcopy(model))
+normpass.optimized.state_of(optimized).observers.append(lambda *_: 1 / 0)
+assert_equal(train(model, (image(),)), train(optimized, (image(),)))
 changed = normpass.optimize(model, changes=("leaky_relu",))
 assert not torch.equal(changed.eval()(image()), model.eval()(image()))
 """
@@ -272,17 +272,17 @@ def test_where_dynamo_is_switched_off() -> None:
 
 
 def test_where_dynamo_is_switched_off_for_a_while(pair) -> None:
-    plain, optimised = pair
-    seen = captures_of(optimised)
+    plain, optimized = pair
+    seen = captures_of(optimized)
     with torch.compiler.set_stance("force_eager"):
-        assert_equal(train(plain, (X,)), train(optimised, (X,)))
+        assert_equal(train(plain, (X,)), train(optimized, (X,)))
     assert not seen
     for m in pair:
         m.train()
-    torch.testing.assert_close(optimised(X), plain(X))
+    torch.testing.assert_close(optimized(X), plain(X))
     assert len(seen) == 1
     with torch.compiler.set_stance("fail_on_recompile"):
-        torch.testing.assert_close(optimised(X), plain(X))
+        torch.testing.assert_close(optimized(X), plain(X))
 
 
 # --- hooks for all modules --------------------------------------------------------------------------
@@ -350,13 +350,13 @@ class Checkpointed(nn.Module):
 def test_checkpoint_inside(reentrant: bool) -> None:
     """The regions are the user's: run again, statistics moved as plain moves them. What is beside them is ours."""
     model = Checkpointed(reentrant)
-    optimised = normpass.optimize(copy.deepcopy(model))
-    seen = captures_of(optimised)
+    optimized = normpass.optimize(copy.deepcopy(model))
+    seen = captures_of(optimized)
     x = image(requires_grad=True)
-    assert_equal(train(model, (x,)), train(optimised, (x,)))
+    assert_equal(train(model, (x,)), train(optimized, (x,)))
     rewritten = {choice.site.path for graph in seen for choice in graph.choices if choice.rewrite}
     assert {"first.1", "last.1"} <= rewritten
-    kept = [kept_bytes(m.train(), x) for m in (model, optimised)]
+    kept = [kept_bytes(m.train(), x) for m in (model, optimized)]
     assert kept[1] < kept[0]
 
 
@@ -376,10 +376,10 @@ class Reentrant(Checkpointed):
 def test_reentrant_checkpoints_are_reentrant() -> None:
     """No gradient where plain has none, running statistics moved as often, `autograd.grad` refused."""
     model = Reentrant()
-    optimised = normpass.optimize(copy.deepcopy(model))
-    assert_equal(train(model, (image(),)), train(optimised, (image(),)))
-    assert optimised.first[0].weight.grad is None
-    for each in (model.train(), optimised.train()):
+    optimized = normpass.optimize(copy.deepcopy(model))
+    assert_equal(train(model, (image(),)), train(optimized, (image(),)))
+    assert optimized.first[0].weight.grad is None
+    for each in (model.train(), optimized.train()):
         with pytest.raises(RuntimeError, match="use_reentrant=True"):
             torch.autograd.grad(each(image()).sum(), each.second[0].weight)
 
@@ -433,10 +433,10 @@ def test_checkpoint_wrappers_put_in_later(pair) -> None:
     assert_equal(*(train(m, (x,)) for m in pair))
     torch.manual_seed(0)
     plain = spread(timm.create_model("resnet10t", num_classes=3))
-    optimised = normpass.optimize(copy.deepcopy(plain))
-    optimised.set_grad_checkpointing(), plain.set_grad_checkpointing()
+    optimized = normpass.optimize(copy.deepcopy(plain))
+    optimized.set_grad_checkpointing(), plain.set_grad_checkpointing()
     x = image(2, 3, 32, 32)
-    assert_equal(*(train(m, (x,), steps=1) for m in (plain, optimised)))
+    assert_equal(*(train(m, (x,), steps=1) for m in (plain, optimized)))
 
 
 # --- copies, slices, other instances ------------------------------------------------------------------
@@ -453,29 +453,29 @@ def through_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-def test_a_copy_is_optimised_and_on_its_own(pair) -> None:
-    optimised = pair[1]
-    optimised.layer_decay = 0.5
-    optimised(X), pair[0](X)
-    before = {k: v.clone() for k, v in optimised.state_dict().items()}
+def test_a_copy_is_optimized_and_on_its_own(pair) -> None:
+    optimized = pair[1]
+    optimized.layer_decay = 0.5
+    optimized(X), pair[0](X)
+    before = {k: v.clone() for k, v in optimized.state_dict().items()}
     expected = train(pair[0], (X,))
     for again in (copy.deepcopy, through_pickle, through_torch_save):
-        other = again(optimised)
-        assert isinstance(other, normpass.Optimized) and type(other) is type(optimised)
+        other = again(optimized)
+        assert isinstance(other, normpass.Optimized) and type(other) is type(optimized)
         assert isinstance(other, ConvNet) and other.layer_decay == 0.5 and other.training
         assert_equal(expected, train(other, (X,)))
         assert kept_bytes(other.train(), X) < 0.8 * kept_bytes(pair[0].train(), X)
-        assert not again(optimised.eval()).training
-        optimised.train()
-    torch.testing.assert_close(dict(optimised.state_dict()), before, rtol=0, atol=0)
+        assert not again(optimized.eval()).training
+        optimized.train()
+    torch.testing.assert_close(dict(optimized.state_dict()), before, rtol=0, atol=0)
 
 
 def test_a_copy_keeps_what_was_asked_for() -> None:
     model = spread(nn.Sequential(*block(), nn.Conv2d(4, 2, 1)))
-    optimised = normpass.optimize(model, changes=("leaky_relu",), allow_lossy=True)
-    other = through_pickle(copy.deepcopy(optimised))
-    assert state_of(other).request == state_of(optimised).request
-    numbers = [train(copy.deepcopy(m), (X,), steps=1) for m in (model, optimised, other)]
+    optimized = normpass.optimize(model, changes=("leaky_relu",), allow_lossy=True)
+    other = through_pickle(copy.deepcopy(optimized))
+    assert state_of(other).request == state_of(optimized).request
+    numbers = [train(copy.deepcopy(m), (X,), steps=1) for m in (model, optimized, other)]
     assert_equal(*numbers[1:])
     with pytest.raises(AssertionError):
         assert_equal(*numbers[:2])
@@ -483,12 +483,12 @@ def test_a_copy_keeps_what_was_asked_for() -> None:
 
 
 def test_a_shallow_copy_and_a_copy_of_a_trainer(pair) -> None:
-    optimised = pair[1]
-    optimizer = torch.optim.SGD(optimised.parameters(), lr=0.1)
-    copied, copied_optimizer = copy.deepcopy((optimised, optimizer))
+    optimized = pair[1]
+    optimizer = torch.optim.SGD(optimized.parameters(), lr=0.1)
+    copied, copied_optimizer = copy.deepcopy((optimized, optimizer))
     assert [id(p) for p in copied.parameters()] == [id(p) for p in copied_optimizer.param_groups[0]["params"]]
-    shallow = copy.copy(optimised)
-    assert all(a is b for a, b in zip(shallow.parameters(), optimised.parameters(), strict=True))
+    shallow = copy.copy(optimized)
+    assert all(a is b for a, b in zip(shallow.parameters(), optimized.parameters(), strict=True))
     averaged = [torch.optim.swa_utils.AveragedModel(m) for m in pair]
     for m in averaged:
         m.update_parameters(pair[0])
@@ -496,16 +496,16 @@ def test_a_shallow_copy_and_a_copy_of_a_trainer(pair) -> None:
 
 
 def test_slices_and_what_is_made_of_the_class(pair) -> None:
-    """Plain modules, that can be run, copied, stored and optimised again."""
+    """Plain modules, that can be run, copied, stored and optimized again."""
     torch.manual_seed(0)
     model = spread(nn.Sequential(*block(), *block(4, 4), nn.Conv2d(4, 2, 1)))
-    optimised = normpass.optimize(model)
-    seen = captures_of(optimised)
-    optimised(X)
+    optimized = normpass.optimize(model)
+    seen = captures_of(optimized)
+    optimized(X)
     made = {
-        "slice": (optimised[:3], model[:3]),
-        "sum": (optimised[:2] + optimised[2:4], model[:4]),
-        "class": (type(optimised)(*model), model),
+        "slice": (optimized[:3], model[:3]),
+        "sum": (optimized[:2] + optimized[2:4], model[:4]),
+        "class": (type(optimized)(*model), model),
     }
     for other, plain in made.values():
         plain = copy.deepcopy(plain)
@@ -546,32 +546,32 @@ def test_a_sequential_whose_layers_change() -> None:
 
 
 def test_graph_modules() -> None:
-    """Optimised as any other; `recompile` after a change of the graph is seen, copies are optimised."""
+    """Optimized as any other; `recompile` after a change of the graph is seen, copies are optimized."""
     torch.manual_seed(0)
     plain = fx.symbolic_trace(spread(ConvNet()))
-    optimised = normpass.optimize(copy.deepcopy(plain))
-    assert_equal(train(plain, (X,)), train(optimised, (X,)))
-    for m in (plain, optimised):
+    optimized = normpass.optimize(copy.deepcopy(plain))
+    assert_equal(train(plain, (X,)), train(optimized, (X,)))
+    for m in (plain, optimized):
         m.train()
         (output,) = (n for n in m.graph.nodes if n.op == "output")
         with m.graph.inserting_before(output):
             output.args = (m.graph.call_function(torch.mul, (output.args[0], 3.0)),)
         m.recompile()
-    assert "torch.mul" in optimised.code and isinstance(optimised, normpass.Optimized)
+    assert "torch.mul" in optimized.code and isinstance(optimized, normpass.Optimized)
     for again in (copy.deepcopy, through_pickle, through_torch_save):
-        other = again(optimised)
+        other = again(optimized)
         assert_equal(train(copy.deepcopy(plain), (X,), steps=1), train(other, (X,), steps=1))
         assert is_ours(other)
-    for m in (plain, optimised):
+    for m in (plain, optimized):
         m.graph = fx.symbolic_trace(ConvNet()).graph
-    assert_equal(train(plain, (X,), steps=1), train(optimised, (X,), steps=1))
+    assert_equal(train(plain, (X,), steps=1), train(optimized, (X,), steps=1))
 
 
 def test_nothing_holds_a_model_that_is_gone() -> None:
-    optimised = normpass.optimize(spread(ConvNet()))
-    loss_of(optimised(X)).backward()
-    gone = weakref.ref(optimised)
-    del optimised
+    optimized = normpass.optimize(spread(ConvNet()))
+    loss_of(optimized(X)).backward()
+    gone = weakref.ref(optimized)
+    del optimized
     gc.collect()
     assert gone() is None
 
@@ -595,16 +595,16 @@ def in_mode(model: nn.Module) -> torch.Tensor:
 
 def test_a_changed_model_is_not_run_as_the_plain_one() -> None:
     model = spread(Functional())
-    optimised = normpass.optimize(model, changes=("leaky_relu",))
-    assert optimised(X).min() < 0 <= model(X).min()
+    optimized = normpass.optimize(model, changes=("leaky_relu",))
+    assert optimized(X).min() < 0 <= model(X).min()
     by = {
-        "it is being exported or traced": lambda: torch.export.export(optimised, (X,)),
-        "a torch mode is active": lambda: in_mode(optimised),
-        "a torch.func transform": lambda: torch.func.vmap(optimised)(X[:, None]),
+        "it is being exported or traced": lambda: torch.export.export(optimized, (X,)),
+        "a torch mode is active": lambda: in_mode(optimized),
+        "a torch.func transform": lambda: torch.func.vmap(optimized)(X[:, None]),
     }
     for mode in (True, False):
-        optimised.train(mode)
+        optimized.train(mode)
         for words, run in by.items():
             with pytest.raises(normpass.StaleChangeError, match=CHANGED + words):
                 run()
-    assert checkpoint(optimised, X, use_reentrant=False).min() < 0  # which keeps nothing there anyway
+    assert checkpoint(optimized, X, use_reentrant=False).min() < 0  # which keeps nothing there anyway

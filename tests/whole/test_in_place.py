@@ -79,8 +79,8 @@ def outcome(model: nn.Module, z: Tensor) -> list[object]:
 def test_as_plain(name: str) -> None:
     body, z = CASES[name]
     plain = Net(body)
-    optimised = normpass.optimize(copy.deepcopy(plain))
-    expected, found = outcome(plain, z), outcome(optimised, z)
+    optimized = normpass.optimize(copy.deepcopy(plain))
+    expected, found = outcome(plain, z), outcome(optimized, z)
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         if isinstance(b, Tensor):

@@ -78,10 +78,10 @@ def test_gradients_go_where_they_went(name, serialize):
     torch.manual_seed(0)
     dtype = torch.float32 if name.startswith("autocast") else torch.float64
     plain = Net(FORWARDS[name]).to(dtype)
-    optimised = normpass.optimize(copy.deepcopy(plain), serialize=serialize)
+    optimized = normpass.optimize(copy.deepcopy(plain), serialize=serialize)
     x = torch.randn(3, 4, 6, 6, dtype=dtype, requires_grad=True)
     found = []
-    for model in (plain, optimised):
+    for model in (plain, optimized):
         y = model(x)
         grads = torch.autograd.grad(y.float().square().sum(), [x, *model.parameters()], allow_unused=True)
         found.append([y.detach(), *grads])
@@ -105,10 +105,10 @@ def test_a_forward_that_begins_without_gradients():
 
     torch.manual_seed(0)
     plain = Net(run).double()
-    optimised = normpass.optimize(copy.deepcopy(plain))
+    optimized = normpass.optimize(copy.deepcopy(plain))
     x = torch.randn(3, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     found = []
-    for model in (plain, optimised):
+    for model in (plain, optimized):
         with torch.no_grad():
             y = model(x)
         found.append(torch.autograd.grad(y.square().sum(), [x, *model.norm.parameters()]))

@@ -90,11 +90,11 @@ def test_nothing_passes_it(arrangement: str) -> None:
     for name, between in BETWEEN.items():
         torch.manual_seed(0)
         plain = Stays(between, arrangement).double().to(memory_format=torch.channels_last)
-        optimised = normpass.optimize(copy.deepcopy(plain))
-        for model in (plain, optimised):
+        optimized = normpass.optimize(copy.deepcopy(plain))
+        for model in (plain, optimized):
             model.norm.running_mean = model.together[:8]
         for _ in range(2):
             try:
-                assert_same_step(plain, optimised, x)
+                assert_same_step(plain, optimized, x)
             except Exception as error:
                 raise AssertionError(f"{name}: {error}") from error

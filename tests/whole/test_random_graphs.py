@@ -1,6 +1,6 @@
 """Random modules train like the plain ones: convolutions, norms, joins, views, writes, Python.
 
-`random_modules` writes them. Each is trained for three steps, plain and optimised, in float64, with what a training
+`random_modules` writes them. Each is trained for three steps, plain and optimized, in float64, with what a training
 loop may do in between. After every step outputs and their strides, gradients of parameters and inputs, inputs,
 parameters, buffers and attributes are the same, and where one raises, so does the other, with the same class.
 

@@ -65,11 +65,11 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize("reason", REASONS)
 def test_it_is_said_once(reason: str, caplog: pytest.LogCaptureFixture) -> None:
     make, around = REASONS[reason]
-    optimised = normpass.optimize(make())
+    optimized = normpass.optimize(make())
     with around():
-        optimised(X), optimised(X)
+        optimized(X), optimized(X)
         (line,) = lines(caplog)
-        assert f"{type(optimised).__name__} runs as the plain model: {reason}" in line
+        assert f"{type(optimized).__name__} runs as the plain model: {reason}" in line
         report = normpass.explain(make(), X)
     assert not lines(caplog)
     assert any(reason in failure for failure in report.failures) and reason in str(report).replace("\n", " ")
@@ -78,11 +78,11 @@ def test_it_is_said_once(reason: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_nothing_is_said_where_it_is_captured_or_raises(caplog: pytest.LogCaptureFixture) -> None:
-    optimised = normpass.optimize(network())
-    optimised(X)
+    optimized = normpass.optimize(network())
+    optimized(X)
     with pytest.raises(RuntimeError, match="channels"):
-        optimised(X[:, :2])
-    optimised(X)
+        optimized(X[:, :2])
+    optimized(X)
     assert not lines(caplog)
 
 
@@ -94,8 +94,8 @@ def test_what_cannot_be_captured_is_said(caplog: pytest.LogCaptureFixture, monke
         raise AssertionError("a bug")
 
     monkeypatch.setattr(convert_frame, "compile_frame" if hasattr(convert_frame, "compile_frame") else "_compile", fail)
-    optimised = normpass.optimize(network())
-    optimised(X), optimised(X)
+    optimized = normpass.optimize(network())
+    optimized(X), optimized(X)
     found = lines(caplog)
     assert any("is not captured: " in line and "a bug" in line for line in found), found
     assert len(found) == len(set(found))

@@ -60,12 +60,12 @@ def gradients(model, x):
 def test_same_numbers_with_less_memory_in_forward(make):
     torch.manual_seed(0)
     plain = make().double()
-    optimised = normpass.optimize(copy.deepcopy(plain), X.double(), serialize=SMALL)
-    for found, expected in zip(gradients(optimised, X.double()), gradients(plain, X.double()), strict=True):
+    optimized = normpass.optimize(copy.deepcopy(plain), X.double(), serialize=SMALL)
+    for found, expected in zip(gradients(optimized, X.double()), gradients(plain, X.double()), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    assert list(optimised.state_dict()) == list(plain.state_dict())
+    assert list(optimized.state_dict()) == list(plain.state_dict())
     with torch.no_grad():
-        peaks = [forward_peak_bytes(m, X.double()) for m in (optimised, plain)]
+        peaks = [forward_peak_bytes(m, X.double()) for m in (optimized, plain)]
     assert peaks[0] < 0.7 * peaks[1] if make is Frozen else peaks[0] <= peaks[1]  # the batch norm's is the peak in Net
 
 
@@ -76,24 +76,24 @@ def test_the_report_names_regions_and_what_runs_whole():
     assert rewrites["middle"] == "split_bn"
     text = str(report)
     assert "sub-batches of" in text
-    assert "b runs whole: `middle`: it normalises with the statistics of the whole batch" in text
+    assert "b runs whole: `middle`: it normalizes with the statistics of the whole batch" in text
     assert report.to_json()["regions"] == report.regions
 
 
 def regions_of(model, x):
-    """What `SerializeMinibatch` finds in each graph of one call of an optimised model."""
+    """What `SerializeMinibatch` finds in each graph of one call of an optimized model."""
     found = []
     state_of(model).observers.append(lambda rewritten, inputs: found.append(rewritten.regions))
     model(x)
     return found
 
 
-def test_copies_and_pickles_are_serialised_too():
-    optimised = normpass.optimize(Net(), X, serialize=SMALL)
-    for again in (copy.deepcopy(optimised), pickle.loads(pickle.dumps(optimised))):
+def test_copies_and_pickles_are_serialized_too():
+    optimized = normpass.optimize(Net(), X, serialize=SMALL)
+    for again in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
         (regions,) = regions_of(again, X)
         assert regions.groups
-        torch.testing.assert_close(again(X), optimised(X))
+        torch.testing.assert_close(again(X), optimized(X))
 
 
 def test_the_default_buffer_is_the_devices_cache():
@@ -134,22 +134,22 @@ class FineTuned(nn.Module):
 def test_trains_alike_beside_the_other_rewrites(make, groups):
     """Steps, then a forward in eval mode, whose graph is another, and another size of the batch."""
     plain, x = spread(make()).train(), image(6, 3, 12, 12, requires_grad=True)
-    optimised = normpass.optimize(copy.deepcopy(plain), x.detach(), serialize=SerializeMinibatch(sub_batch=2))
-    found = regions_of(copy.deepcopy(optimised), x)
+    optimized = normpass.optimize(copy.deepcopy(plain), x.detach(), serialize=SerializeMinibatch(sub_batch=2))
+    found = regions_of(copy.deepcopy(optimized), x)
     assert [group.name for group in found[0].groups] == groups
-    assert_equal(train(plain, (x,)), train(optimised, (x,)))
+    assert_equal(train(plain, (x,)), train(optimized, (x,)))
     for batch in (7, 2, 9):
-        torch.testing.assert_close(optimised(image(batch, 3, 12, 12)), plain(image(batch, 3, 12, 12)))
+        torch.testing.assert_close(optimized(image(batch, 3, 12, 12)), plain(image(batch, 3, 12, 12)))
 
 
 def test_a_norm_put_into_train_mode_later_sees_the_whole_batch():
     model = spread(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))).eval()
-    optimised = normpass.optimize(copy.deepcopy(model), image(6, 3, 8, 8), serialize=SerializeMinibatch(sub_batch=2))
+    optimized = normpass.optimize(copy.deepcopy(model), image(6, 3, 8, 8), serialize=SerializeMinibatch(sub_batch=2))
     for mode in (False, True, False):
-        for each in (model, optimised):
+        for each in (model, optimized):
             each[1].train(mode)
-        torch.testing.assert_close(optimised(image(6, 3, 8, 8)), model(image(6, 3, 8, 8)))
-    assert_equal(*({name: b for name, b in each.named_buffers()} for each in (model, optimised)))
+        torch.testing.assert_close(optimized(image(6, 3, 8, 8)), model(image(6, 3, 8, 8)))
+    assert_equal(*({name: b for name, b in each.named_buffers()} for each in (model, optimized)))
 
 
 CHANGED_LATER = {

@@ -1,4 +1,4 @@
-"""What an optimised model returns lies in memory as what the plain model returns, along dimensions of one value too.
+"""What an optimized model returns lies in memory as what the plain model returns, along dimensions of one value too.
 
 `view` raises, a dropout draws another mask and a convolution behind it takes another layout where it does not. ATen
 decides by the strides of what it is given: see `normpass.ops.layout`.

@@ -1,4 +1,4 @@
-"""The normalisation itself and the argument checks that the norm-activation ops share.
+"""The normalization itself and the argument checks that the norm-activation ops share.
 
 y = (x − mean)·rsqrt(var + eps)·weight + bias is computed by ATen's BatchNorm in inference mode: one pass of
 a·x + b with eager's rounding. ATen wants the statistics and parameters of 16-bit input in float32.
@@ -16,7 +16,7 @@ from .activation import rule_for
 from .layout import check_input, check_per_channel, in_statistics_dtype
 
 
-def normalise(
+def normalize(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -54,5 +54,5 @@ def refuse_statistics_gradient(op: str, ctx: Any, mean_index: int, batch_statist
         name = "mean" if needed[0] else "var"
         raise ValueError(
             f"normpass::{op}: with batch_statistics=False `{name}` is a constant and must have "
-            "requires_grad=False, got True; detach it, or normalise with plain PyTorch operations"
+            "requires_grad=False, got True; detach it, or normalize with plain PyTorch operations"
         )

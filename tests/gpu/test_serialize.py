@@ -1,4 +1,4 @@
-"""Serialised regions on a GPU give the numbers of the plain layers. Times: `normpass bench serialized`."""
+"""Serialized regions on a GPU give the numbers of the plain layers. Times: `normpass bench serialized`."""
 
 from __future__ import annotations
 

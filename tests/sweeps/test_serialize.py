@@ -54,7 +54,7 @@ def test_the_same_numbers(make, options, results):
     found = torch.autograd.grad(z, [x, *other.model.parameters()], grad)
     differences = {"output": relative([y], [z]), "input": relative(expected[:1], found[:1])}
     differences["parameters"] = relative(expected[1:], found[1:])
-    results.add("serialised", {"network": make.__name__, **options, "groups": other.groups, "apart": differences})
+    results.add("serialized", {"network": make.__name__, **options, "groups": other.groups, "apart": differences})
     assert max(differences.values()) < 1e-9, differences
 
 
@@ -73,5 +73,5 @@ def test_the_peak_of_a_forward(make, results):
     with torch.no_grad():
         plain, ours = measure.forward_peak_bytes(model, x), measure.forward_peak_bytes(other, x)
     row = {"network": make.__name__, "input": "64x3x224x224", "groups": other.groups, "forward_peak": [plain, ours]}
-    results.add("serialised", row)
+    results.add("serialized", row)
     assert ours <= 0.35 * plain, row
