@@ -61,6 +61,7 @@ class CpuKernels:
     def __init__(self, path: Path):
         self.path = path
         library = ctypes.CDLL(str(path))
+        _check_activations(library)
         self._moments = _function(library, "moments")
         self._norm_act = _function(library, "norm_act")
         self._norm_act_backward = _function(library, "norm_act_backward")
@@ -284,6 +285,15 @@ def load() -> tuple[CpuKernels | None, str]:
         except (OSError, AttributeError) as error:
             failure = f"{path.name} cannot be loaded ({error}): install normpass again"
     return None, failure
+
+
+def _check_activations(library: ctypes.CDLL) -> None:
+    """A library of another version would run other functions under the same codes, or none."""
+    names = library.normpass_activations
+    names.restype = ctypes.c_char_p
+    found = names().decode().split()
+    if found != ACTIVATIONS:
+        raise OSError(f"it was built for the activations {' '.join(found)}")
 
 
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:

@@ -100,7 +100,8 @@ class ModelChange(Protocol):
 
     @property
     def changes_eval(self) -> bool:
-        """Whether `change_graph` is needed in eval mode, too."""
+        """Whether `change_graph` is needed in eval mode, too. If it is, `calls()` returns a mode in which every call is
+        changed as in the graph: `normpass.convert` runs forward under it."""
 
     def change_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Put other layers into `model`; path -> the layer that stood there."""
