@@ -124,7 +124,7 @@ template <class F> void with_layout(const Layout& layout, F f) {
   layout.inner == 1 ? f(Rows(layout)) : f(Planes(layout));
 }
 
-// Calls f with a null pointer to the storage type that `dtype` (a code of cpu_library.py) stands for.
+// Calls f with a null pointer to the storage type that `dtype` (a code of library.py) stands for.
 template <class F> int with_dtype(int dtype, F f) {
   switch (dtype) {
     case 0: f(static_cast<float*>(nullptr)); return 0;

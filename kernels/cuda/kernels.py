@@ -1,6 +1,6 @@
 """The GPU's kernels: CUDA C++ from `cuda/*.cu`, compiled by NVRTC when they are first needed.
 
-Here is what happens on the host: which arguments, which passes, which scratch memory; `cuda_plans.py` says which
+Here is what happens on the host: which arguments, which passes, which scratch memory; `plans.py` says which
 instantiation runs. The GPU itself is a `Device`, so that the tests run this same code with one that executes the
 sources on the CPU. Every microsecond here is paid at every call: addresses are asked for once, plans are looked up.
 """

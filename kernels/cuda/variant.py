@@ -22,7 +22,7 @@ class Variant(NamedTuple):
 
 
 GRID = "q" * 7
-"""`cuda_geometry.Geometry.parameters`, which end the arguments"""
+"""`geometry.Geometry.parameters`, which end the arguments"""
 _SITE = "q" * 4 + "d" * 3
 """weight, bias, mean, var; eps and the activation's arguments"""
 _STATISTICS = "q" * 4 + "d"

@@ -16,10 +16,10 @@
 
 namespace normpass {
 
-constexpr int WIDEST_TILE = 32;  // vectors of channels side by side in a block; as in cuda_geometry.py
+constexpr int WIDEST_TILE = 32;  // vectors of channels side by side in a block; as in geometry.py
 constexpr int THREADS = 512;  // of a block; one block a multiprocessor, so that a thread may have 128 registers
 
-// From the host, all of one shape (see cuda_geometry.py). A position is a row, or a vector of a plane.
+// From the host, all of one shape (see geometry.py). A position is a row, or a vector of a plane.
 struct Grid {
   long long channels;
   long long width;        // vectors of channels in a full tile; 1 for planes

@@ -1,6 +1,6 @@
 // The activations: value, derivative and inverse of each, for the C++ and the CUDA kernels.
 //
-// One struct per entry of the table in normpass/ops/activation.py, with the same formulas as ATen:
+// One struct per entry of the table in kernels/activations.py, with the same formulas as ATen:
 //
 //   value(y)        z = act(y)
 //   gradient(g, y)  dL/dy from g = dL/dz; where act is flat it is 0 even for an infinite g, as in ATen

@@ -245,6 +245,11 @@ def inplace_abn(request):
     return ops.inplace_abn if request.param == "op" else lambda x, *args: inplace_abn_on(eager_device(x), x, *args)
 
 
+@pytest.fixture
+def activations():
+    return ACTIVATIONS
+
+
 @pytest.fixture(params=ACTIVATIONS, ids=str)
 def activation(request):
     return request.param

@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from normpass.graph import operators
+from normpass.kernels.contract import ACTIVATIONS
 from normpass.ops import Activation, activate, activate_, activation_backward, deactivate
 from normpass.ops.activation import RULES
 
@@ -117,3 +119,11 @@ def test_an_activation_is_a_value():
     assert Activation("hardtanh", [0, 6]) == Activation("hardtanh", (0.0, 6.0))
     assert {Activation("relu"): 1}[Activation("relu")] == 1
     assert str(Activation("leaky_relu", (0.01,))) == "leaky_relu(0.01)"
+
+
+def test_every_rule_is_known_everywhere(activations):
+    """To the kernels, to whoever reads a graph, to sub-batches, and to the tests of this folder."""
+    spelled = {name for name, _ in operators._ACTIVATIONS.values()} - {"relu6"}  # a hardtanh
+    assert spelled | {"identity", "gelu_tanh"} == set(RULES) == set(ACTIVATIONS)
+    assert spelled <= set(operators.KINDS)
+    assert {activation.name for activation in activations} == set(RULES)
