@@ -97,7 +97,7 @@ def test_what_cannot_be_counted_is_refused():
 
 
 def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli.models, "load", lambda name: chain(1, True))
+    monkeypatch.setattr("normpass.models.load", lambda name: chain(1, True))
     path = tmp_path / "bytes.json"
     assert cli.main(["bench", "bytes", "tests:net", "--input", "4x8x8x8", "--budget", "0.9", "--json", str(path)]) == 0
     found = json.loads(path.read_text())["bytes"]
