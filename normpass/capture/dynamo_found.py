@@ -71,7 +71,7 @@ def _with_bound(original: Callable[..., None]) -> Callable[..., None]:
     def sequence_length(self: Any, guard: Any, *args: Any, **kwargs: Any) -> None:
         original(self, guard, *args, **kwargs)
         if type(self.get(guard)) is collections.deque:
-            _keep(self, guard, "maxlen", lambda deque: deque.maxlen)
+            keep(self, guard, "maxlen", lambda deque: deque.maxlen)
 
     return sequence_length
 
@@ -89,7 +89,7 @@ def _guarding(reads: Reads, variable: Any) -> Callable[..., Any]:
     return getattribute
 
 
-def _keep(guards: Any, guard: Any, name: str, read: Callable[[Any], Any]) -> None:
+def keep(guards: Any, guard: Any, name: str, read: Callable[[Any], Any]) -> None:
     """Guard that `read` gives what it gives now."""
     now = read(guards.get(guard))
     words = [f"{name}: {now!r}"]
@@ -98,9 +98,9 @@ def _keep(guards: Any, guard: Any, name: str, read: Callable[[Any], Any]) -> Non
 
 def _guard_of(name: str, read: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
     def unchanged(guards: Any, guard: Any) -> None:
-        _keep(guards, guard, name, read)
+        keep(guards, guard, name, read)
 
     return unchanged
 
 
-__all__ = ["replaced"]
+__all__ = ["keep", "replaced"]

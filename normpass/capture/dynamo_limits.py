@@ -189,12 +189,8 @@ def _exactly(original: Callable[..., None]) -> Callable[..., None]:
 
     def equals_match(self: Any, guard: Any, *args: Any, **kwargs: Any) -> None:
         original(self, guard, *args, **kwargs)
-        value = self.get(guard)
-        if not _has_another_equal(value):
-            return
-        written = _written(value)
-        words = [f"exactly {value!r}"]
-        self.get_guard_manager(guard).add_lambda_guard(lambda v: _written(v) == written, words, guard.user_stack)
+        if _has_another_equal(self.get(guard)):
+            dynamo_found.keep(self, guard, "exactly", _written)
 
     return equals_match
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 
@@ -21,26 +22,31 @@ from normpass.environment import environment
 from normpass.report.plots import plot_frontier
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_NETWORKS = "networks"
-"""what is meant where the word behind `bench` is no command"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands below `normpass bench`."""
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    _add_networks(commands.add_parser(_NETWORKS, help="time, kept and peak bytes of whole networks (the default)"))
-    _add_kernels(commands.add_parser("kernels", help="batch norm and activation, and each op alone"))
-    words = "convolutions that have kernels on the CPU, beside the vendor's"
-    _add_convolutions(commands.add_parser("convolutions", help=words))
-    _add_frontier(commands.add_parser("frontier", help="time against memory over a sweep of budgets"))
-    _add_bytes(commands.add_parser("bytes", help="bytes that the norms of a step move on CUDA, without a GPU"))
-    _add_serialized(commands.add_parser("serialized", help="sub-batches around the size of the device's cache"))
+    for name, (add, words) in _benchmarks().items():
+        add(commands.add_parser(name, help=words))
 
 
 def with_benchmark(words: list[str]) -> list[str]:
     """`bench MODEL…` is `bench networks MODEL…`."""
-    known = (_NETWORKS, "kernels", "convolutions", "frontier", "bytes", "serialized", "-h", "--help")
-    return words if words[1:2] and words[1] in known else [words[0], _NETWORKS, *words[1:]]
+    known = (*_benchmarks(), "-h", "--help")
+    return words if words[1:2] and words[1] in known else [words[0], "networks", *words[1:]]
+
+
+def _benchmarks() -> dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]]:
+    """What stands behind `bench`: its arguments and what it does."""
+    return {
+        "networks": (_add_networks, "time, kept and peak bytes of whole networks (the default)"),
+        "kernels": (_add_kernels, "batch norm and activation, and each op alone"),
+        "convolutions": (_add_convolutions, "convolutions that have kernels on the CPU, beside the vendor's"),
+        "frontier": (_add_frontier, "time against memory over a sweep of budgets"),
+        "bytes": (_add_bytes, "bytes that the norms of a step move on CUDA, without a GPU"),
+        "serialized": (_add_serialized, "sub-batches around the size of the device's cache"),
+    }
 
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
