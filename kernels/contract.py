@@ -32,6 +32,27 @@ class Layout(NamedTuple):
     inner: int
 
 
+class Groups(NamedTuple):
+    """How the values of a dense (N, C, *) tensor lie whose channels are normalized in groups, sample by sample."""
+
+    samples: int
+    groups: int
+    channels: int
+    spatial: int
+    """values of one channel of one sample"""
+    is_rows: bool
+    """whether the channels lie side by side (channels_last, two-dimensional), not one behind the other"""
+
+
+class Rows(NamedTuple):
+    """How the values of a contiguous tensor lie whose last dimensions are normalized by themselves."""
+
+    rows: int
+    width: int
+    is_centred: bool
+    """whether a mean is subtracted; RMS norm has none: its mean is 0, and its variance the mean square"""
+
+
 class Running(NamedTuple):
     """Running statistics, (C,) in the statistics dtype, to be updated in place with one batch."""
 
@@ -134,6 +155,44 @@ class Depthwise(Protocol):
         dnorm_weight, dnorm_bias: (C,), of the norm's weight and bias. batch_statistics: mean and var are x's own, and
         dx goes through them.
         """
+
+
+class SampleNorms(Protocol):
+    """Norms whose statistics are a sample's own: `ops.group_norm_act` and `ops.row_norm_act`.
+
+    mean, var: (N, groups) or (rows,), contiguous, in the statistics dtype; computed where `is_given` is False. weight,
+    bias: (C,) or (width,). The activation-sized tensors lie as `Groups` or `Rows` say; all are of one dtype.
+    """
+
+    def group_norm_act(
+        self, z: Tensor, x: Tensor, residual: Tensor | None, norm: InputNorm, is_given: bool, groups: Groups
+    ) -> None: ...
+
+    def group_norm_act_backward(
+        self,
+        dx: Tensor | None,
+        dresidual: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        grad: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: InputNorm,
+        groups: Groups,
+    ) -> None: ...
+
+    def row_norm_act(self, z: Tensor, x: Tensor, norm: InputNorm, is_given: bool, rows: Rows) -> None: ...
+
+    def row_norm_act_backward(
+        self,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        grad: Tensor,
+        x: Tensor,
+        norm: InputNorm,
+        rows: Rows,
+    ) -> None: ...
 
 
 class Winograd(Protocol):
@@ -312,3 +371,7 @@ class Kernels(Protocol):
     @property
     def winograd(self) -> Winograd | None:
         """None where the vendor's convolutions are to run."""
+
+    @property
+    def sample_norms(self) -> SampleNorms | None:
+        """None where ATen's are to run."""

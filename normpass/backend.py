@@ -119,7 +119,7 @@ def compile_graph(
 def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> fx.GraphModule:
     """What the inner backend gets; the graph as it is where it cannot be rewritten."""
     plain = copy_graph(graph_module)
-    request = Request(winograd=settings.winograd)
+    request = Request(winograd=settings.winograd, is_compiled=settings.inner != "eager")
     try:
         found = rewrite(graph_module, inputs, request)
     except Exception as error:

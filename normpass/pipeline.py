@@ -47,6 +47,8 @@ class Request:
     """whether 3×3 convolutions may run as Winograd's on a CPU"""
     decisions: Decisions = DEFAULT
     serialize: SerializeMinibatch | SerializeNorms | None = None
+    is_compiled: bool = False
+    """whether a compiler takes over the graph: norms with a sample's own statistics it decomposes and fuses itself"""
 
 
 @dataclass
@@ -156,7 +158,8 @@ def _rewrite_sites(graph: fx.Graph, facts: Facts, inputs: Sequence[Any], request
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     values = dict(zip(placeholders, inputs, strict=True))
     sites = find_sites(graph, facts, values, NORM_NODES, needed_values(_possible(facts)))
-    choices = choose_rewrites(sites, passes.SITES, request.allow_lossy, request.decisions)
+    rewrites = [r for r in passes.SITES if r.of_batch_norms or not request.is_compiled]
+    choices = choose_rewrites(sites, rewrites, request.allow_lossy, request.decisions)
     by_name = {rewrite.name: rewrite for rewrite in passes.SITES}
     for choice in choices:
         if choice.match is not None:

@@ -25,12 +25,14 @@ from normpass.passes.sites.fuse_norm_act import FuseNormAct
 from normpass.passes.sites.inplace_abn import InplaceABN
 from normpass.passes.sites.share_statistics import ShareStatistics
 from normpass.passes.sites.split_bn import SplitBN
+from normpass.passes.sites.split_norm import SplitNorm
 from normpass.rewrite.contract import GraphPass, ModelChange, SiteRewrite
 
 SITES: tuple[SiteRewrite, ...] = (  # the first that matches a site is taken
     InplaceABN(),  # keeps one tensor and rebuilds nothing; lossy, so tried only when that is allowed
     ShareStatistics(),  # as SplitBN, without the concatenation and its moments
     SplitBN(),  # keeps one tensor exactly
+    SplitNorm(),  # the same for norms with a sample's own statistics
     FuseNormAct(),  # where z cannot be rebuilt: still one tensor fewer than separate layers keep
 )
 JOINS: tuple[GraphPass[set[str]], ...] = (  # of what runs: what is planned and reported is the graph before
@@ -65,6 +67,7 @@ __all__ = [
     "SparseSwitchable",
     "SpellPlainly",
     "SplitBN",
+    "SplitNorm",
     "TwoReaders",
     "WriteOutOfPlace",
 ]

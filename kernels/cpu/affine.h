@@ -9,11 +9,13 @@ namespace normpass {
 template <class A> struct Affine {
   Values<A> mean, scale, shift;
 
-  Affine(int64_t width, int64_t channels, const A* weight, const A* bias, const A* mean_of, const A* var, double eps)
+  // `group`: channels that have one mean and one variance.
+  Affine(int64_t width, int64_t channels, const A* weight, const A* bias, const A* mean_of, const A* var, double eps,
+         int64_t group = 1)
       : mean(width), scale(width), shift(width) {
     for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = mean_of[c];
-      scale[c] = (weight == nullptr ? A(1) : weight[c]) / std::sqrt(var[c] + static_cast<A>(eps));
+      mean[c] = mean_of[c / group];
+      scale[c] = (weight == nullptr ? A(1) : weight[c]) / std::sqrt(var[c / group] + static_cast<A>(eps));
       shift[c] = bias == nullptr ? A(0) : bias[c];
     }
     for (int64_t i = channels; i < width; ++i) {

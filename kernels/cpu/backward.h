@@ -227,9 +227,8 @@ NORMPASS_SHARED void combine(const Gradients& gradients, const Target<A>& dx, in
 }
 
 template <class S, class Walk, class Source>
-void apply(const Walk& walk, const Source& source, const Coefficients<Wide<S>>& c, S* dx, int threads) {
+void apply(const Walk& walk, const Source& source, const Coefficients<Wide<S>>& c, S* dx, bool streamed, int threads) {
   using A = Wide<S>;
-  const bool streamed = is_streamed<S>(walk.layout());
 #pragma omp parallel num_threads(threads)
   {
     TileBuffers<A> buffers;

@@ -115,7 +115,7 @@ void backward(const Walk& walk, const FromOutput<S>& source, S* dx, void* dweigh
       result.constant[c] = static_cast<A>(-slope * sums.dy[c] / count);
     }
     result.spread(layout.channels);
-    apply<S>(walk, source, result, dx, threads);
+    apply<S>(walk, source, result, dx, is_streamed<S>(walk.layout()), threads);
   }
   store_sums<A>(sums.dy_centred, dweight);
   store_sums<A>(sums.dy, dbias);

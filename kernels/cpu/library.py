@@ -17,6 +17,7 @@ from torch import Tensor
 from normpass.kernels import is_disabled
 from normpass.kernels.contract import ACTIVATIONS, Layout, Running
 from normpass.kernels.cpu.depthwise import CpuDepthwise
+from normpass.kernels.cpu.sample_norms import CpuSampleNorms
 from normpass.kernels.cpu.winograd import CpuWinograd
 
 INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
@@ -44,6 +45,10 @@ _SIGNATURES = {
     "depthwise_conv2d": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
     "depthwise_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 12, *[_INT] * 3),
     "norm_act_depthwise_backward": (*[_POINTER] * 11, _DOUBLE, _INT, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 2),
+    "group_norm_act": (*[_POINTER] * 7, _DOUBLE, *_ACTIVATION, _INT, *[_LONG] * 4, *[_INT] * 3),
+    "group_norm_act_backward": (*[_POINTER] * 11, _DOUBLE, *_ACTIVATION, *[_LONG] * 4, *[_INT] * 3),
+    "row_norm_act": (*[_POINTER] * 6, _DOUBLE, *_ACTIVATION, _INT, *[_LONG] * 2, *[_INT] * 3),
+    "row_norm_act_backward": (*[_POINTER] * 9, _DOUBLE, *_ACTIVATION, *[_LONG] * 2, *[_INT] * 3),
     "winograd_conv2d": (*[_POINTER] * 5, *[_LONG] * 10, *[_INT] * 5),
     "winograd_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 9, *[_INT] * 4),
 }
@@ -74,6 +79,15 @@ class CpuKernels:
             _function(library, "depthwise_conv2d"),
             _function(library, "depthwise_weight_gradient"),
             _function(library, "norm_act_depthwise_backward"),
+            _DTYPES,
+            _activation,
+            _threads,
+        )
+        self.sample_norms = CpuSampleNorms(
+            _function(library, "group_norm_act"),
+            _function(library, "group_norm_act_backward"),
+            _function(library, "row_norm_act"),
+            _function(library, "row_norm_act_backward"),
             _DTYPES,
             _activation,
             _threads,

@@ -35,7 +35,8 @@ void backward(const Walk& walk, FromInput<S> source, S* dx, void* dweight, void*
   else if (source.dresidual != nullptr) differentiate_only(walk, source, threads);
   if (dx != nullptr) {
     const Sums* through = batch_statistics ? &sums : nullptr;
-    apply<S>(walk, source, coefficients_of(source.affine, variance, eps, through, walk.layout()), dx, threads);
+    auto coefficients = coefficients_of(source.affine, variance, eps, through, walk.layout());
+    apply<S>(walk, source, coefficients, dx, is_streamed<S>(walk.layout()), threads);
   }
   if (sums_needed) {
     for (size_t c = 0; c < sums.dy.size(); ++c) sums.dy_centred[c] /= std::sqrt(static_cast<double>(variance[c]) + eps);

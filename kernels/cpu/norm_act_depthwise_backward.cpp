@@ -216,7 +216,7 @@ int backward(const Convolution& conv, const Results<A>& to, const A* grad, const
       const Rows walk(layout);
       const Affine<A> spread = norm.affine(walk.width(), channels);
       const FromInput<A> source{nullptr, x, nullptr, to.dx, spread, Activated<A>(activation), false};
-      apply<A>(walk, source, coefficients_of(spread, norm.var, norm.eps, sums, layout), to.dx, threads);
+      apply<A>(walk, source, coefficients_of(spread, norm.var, norm.eps, sums, layout), to.dx, is_streamed<A>(layout), threads);
     } else {
       const Coefficients<A> coefficients = coefficients_of(affine, norm.var, norm.eps, sums, layout);
       pass.share([&](int64_t begin, int64_t end, int) { pass.second(begin, end, coefficients, to.dx); });

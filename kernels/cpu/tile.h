@@ -233,11 +233,19 @@ template <int RUNS, class A, class F> NORMPASS_ALWAYS_INLINE void write_lines(in
   each_line<A>(n, [&](int64_t begin, auto count) { f(begin, count, Line<A>{target.values + begin, target.stride}); });
 }
 
-template <class A> NORMPASS_ALWAYS_INLINE A sum_of_line(const A* values) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < line<A>; ++i) sum += values[i];
-  return sum;
+// By halves, in registers: one addition after another, or through memory, each would wait for the one before.
+template <class A, int BYTES> NORMPASS_ALWAYS_INLINE A sum_of_vector(const A* values) {
+  if constexpr (BYTES == sizeof(A)) {
+    return *values;
+  } else {
+    typedef A Part __attribute__((vector_size(BYTES / 2)));
+    Part low, high;
+    std::memcpy(&low, values, BYTES / 2);
+    std::memcpy(&high, values + BYTES / 2 / sizeof(A), BYTES / 2);
+    low += high;
+    return sum_of_vector<A, BYTES / 2>(reinterpret_cast<const A*>(&low));
+  }
 }
+template <class A> NORMPASS_ALWAYS_INLINE A sum_of_line(const A* values) { return sum_of_vector<A, 64>(values); }
 
 }  // namespace normpass

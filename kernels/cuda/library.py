@@ -29,6 +29,7 @@ class GuardedKernels:
     """The `Kernels` of CUDA devices."""
 
     depthwise = None  # cuDNN's will do
+    sample_norms = None  # not written yet: ATen's run, made again as they are
     winograd = None  # cuDNN has its own
 
     def __init__(self, kernels: CudaKernels) -> None:

@@ -23,8 +23,16 @@ NORMPASS_DEVICE double logarithm_of_1_plus(double y) { return log1p(y); }
 NORMPASS_DEVICE float hyperbolic_tangent(float y) { return tanhf(y); }
 NORMPASS_DEVICE double hyperbolic_tangent(double y) { return tanh(y); }
 
-NORMPASS_DEVICE float error_function(float y) { return erff(y); }
-NORMPASS_DEVICE double error_function(double y) { return erf(y); }
+// The standard normal distribution at y, and exp(−y²/2).
+template <class T> struct Normal {
+  T distribution, bell;
+};
+NORMPASS_DEVICE Normal<float> normal_at(float y) {
+  return {0.5f * (1.f + erff(y * 0.70710678118654752440f)), exponential(-0.5f * y * y)};
+}
+NORMPASS_DEVICE Normal<double> normal_at(double y) {
+  return {0.5 * (1 + erf(y * 0.70710678118654752440)), exponential(-0.5 * y * y)};
+}
 
 // Spelled out, so that no kernel is contracted differently from another: y must not depend on who computes it.
 NORMPASS_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -9,7 +9,7 @@
 //   is_costly       whether gradient() takes longer on a CPU than one move of its result to memory and back
 //
 // T is float or double. The functions exponential, exponential_minus_1, logarithm_of_1_plus, hyperbolic_tangent
-// and error_function are given by the includer (cpu/math.h, cuda/math.cuh), before this file. All are written
+// and normal_at are given by the includer (cpu/math.h, cuda/math.cuh), before this file. All are written
 // without branches, so that a loop over them vectorises.
 #pragma once
 
@@ -132,13 +132,10 @@ template <class T> struct Silu {
 template <class T> struct Gelu {
   static constexpr bool is_costly = true;
   NORMPASS_INLINE explicit Gelu(double, double) {}
-  static NORMPASS_INLINE T distribution(T y) {
-    return T(0.5) * (T(1) + error_function(y * T(0.70710678118654752440)));
-  }
-  NORMPASS_INLINE T value(T y) const { return y * distribution(y); }
+  NORMPASS_INLINE T value(T y) const { return y * normal_at(y).distribution; }
   NORMPASS_INLINE T gradient(T g, T y) const {
-    T density = T(0.39894228040143267794) * exponential(T(-0.5) * y * y);
-    return g * (distribution(y) + y * density);
+    const auto normal = normal_at(y);
+    return g * (normal.distribution + y * (T(0.39894228040143267794) * normal.bell));
   }
   NORMPASS_INLINE T inverse(T z) const { return z; }
 };

@@ -25,6 +25,10 @@ from torch import fx
 from normpass.analysis.facts import Facts, Step
 from normpass.graph.operators import MOVES_STATISTICS, is_producer
 from normpass.runtime.functional import FunctionalBatchNorm
+from normpass.runtime.sample_norms import FunctionalGroupNorm, FunctionalRowNorm
+
+_NORM_CALLS = (FunctionalBatchNorm, FunctionalGroupNorm, FunctionalRowNorm)
+"""What the arguments of a norm are put in, its weight by name."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def _writes_one_argument(step: Step, facts: Facts) -> bool:
 def _weight_of(step: Step, facts: Facts) -> frozenset[int]:
     """Where the weight of a norm lies that is an input of the graph."""
     call = step.node.args[0] if step.node.args else None
-    if not isinstance(call, fx.Node) or call.target is not FunctionalBatchNorm:
+    if not isinstance(call, fx.Node) or call.target not in _NORM_CALLS:
         return frozenset()
     weight = call.kwargs.get("weight")
     return facts.storages.get(weight, frozenset()) & facts.state if isinstance(weight, fx.Node) else frozenset()

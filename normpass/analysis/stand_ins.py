@@ -15,11 +15,12 @@ from torch import Tensor
 
 from normpass.kernels import kernels_for
 from normpass.kernels.masks import bytes_of_mask
-from normpass.ops.layout import memory_format_of, new_result
+from normpass.ops.layout import memory_format_of, new_result, statistics_dtype
 from normpass.ops.norm_act import has_mask
 from normpass.ops.operands import layout_of
 from normpass.ops.pieces import are_pieces, channels_of, memory_format_of_pieces, new_concatenation
 from normpass.recipe.notes import copying
+from normpass.runtime import sample_norms
 from normpass.runtime.functional import (
     FunctionalBatchNorm,
     is_fusible,
@@ -27,6 +28,7 @@ from normpass.runtime.functional import (
     running_statistics_of,
     split_norm_act,
 )
+from normpass.runtime.sample_norms import SampleNorm
 from normpass.runtime.sharing import Producer, producer_statistics, shared_norm_act, whole_of
 
 StandIn = Callable[..., tuple[Any, Sequence[Tensor]] | None]
@@ -77,6 +79,24 @@ def _shared_norm_act(
         return _Keeps.apply([True] * len(tensors), result, *tensors), _moved(norm)
 
 
+def _sample_norm_act(
+    norm: SampleNorm,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    activation_args: Sequence[float] = (),
+    sum_into: str = "",
+) -> tuple[Tensor, Sequence[Tensor]] | None:
+    if not sample_norms.is_fusible(norm, x, residual, activation):
+        return None
+    rebuilds_y = activation != "identity"
+    moments = torch.empty(2 * norm.count_of_moments(x), dtype=statistics_dtype(x), device=x.device)
+    tensors = (x, residual, norm.weight, norm.bias, moments)
+    with copying(norm.bias):
+        result = functools.partial(norm.new_result, x, activation)
+        return _Keeps.apply((True, rebuilds_y, True, rebuilds_y, True), result, *tensors), norm.moved
+
+
 def _mask(x: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, ...]:
     """What backward reads in the place of the residual; nothing where it reads that."""
     if not has_mask(kernels_for(x.device.type), x, residual, activation):
@@ -90,8 +110,7 @@ def _statistics(norm: FunctionalBatchNorm, x: Tensor, channels: int) -> tuple[Te
     fixed = running_statistics_of(norm)
     if fixed is not None:
         return fixed.mean, fixed.var
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return (torch.empty(2 * channels, dtype=wide, device=x.device),)
+    return (torch.empty(2 * channels, dtype=statistics_dtype(x), device=x.device),)
 
 
 def _moved(norm: FunctionalBatchNorm) -> Sequence[Tensor]:
@@ -108,4 +127,5 @@ STAND_INS: dict[Any, StandIn] = {
     split_norm_act: _norm_act,
     shared_norm_act: _shared_norm_act,
     producer_statistics: _producer_statistics,
+    sample_norms.split_sample_norm_act: _sample_norm_act,
 }

@@ -78,7 +78,7 @@ def graph_rows(graph: Rewritten) -> Iterator[Row]:
 
 def _done(choice: Choice, rewrite: str | None, graph: Rewritten) -> str | None:
     """What ran: a norm whose result is kept all the same is fused, no more."""
-    is_kept = rewrite == "split_bn" and choice.site.path not in _again_keys(graph)
+    is_kept = rewrite in ("split_bn", "split_norm") and choice.site.path not in _again_keys(graph)
     return "fuse_norm_act" if is_kept else rewrite
 
 

@@ -62,6 +62,7 @@ def choose_rewrites(
 def _wanted(site: Site, allowed: Sequence[SiteRewrite], decisions: Decisions) -> Sequence[SiteRewrite]:
     if decisions.leaves_all:
         return ()
+    allowed = [r for r in allowed if r.of_batch_norms == site.is_batch_norm]
     if site.path not in decisions.rewrites:
         return allowed
     return [r for r in allowed if r.name == decisions.rewrites[site.path]]

@@ -22,6 +22,7 @@ from torch import fx, nn
 from normpass.analysis.facts import Facts
 from normpass.graph.nodes import bound, called, inherit
 from normpass.graph.operators import other_operand, sums_in_place
+from normpass.rewrite.sample_norms import sample_norm_call
 from normpass.rewrite.sites import Site, input_of
 from normpass.runtime.functional import FunctionalBatchNorm
 
@@ -66,6 +67,10 @@ class SiteRewrite(Protocol):
 
     @property
     def semantics(self) -> Semantics: ...
+
+    @property
+    def of_batch_norms(self) -> bool:
+        """Whether it is about norms over samples; else about those where each sample has its own statistics."""
 
     def match(self, site: Site) -> Match | Refusal:
         """Whether it applies; changes nothing."""
@@ -147,7 +152,11 @@ def _sum_into(site: Site) -> str:
 
 
 def norm_node(graph: fx.Graph, site: Site) -> fx.Node:
-    """The arguments of an `F.batch_norm` call as a value."""
+    """The arguments of a norm's call as a value."""
+    if not site.is_batch_norm:
+        call = sample_norm_call(site.norm)
+        assert not isinstance(call, str)  # a site has been made of it
+        return graph.call_function(call[0], (), call[1])
     arguments = bound(F.batch_norm, site.norm)
     assert arguments is not None  # a site has been made of it
     del arguments["input"]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normpass.analysis.facts import Facts
-from normpass.graph.concatenation import dissolved, pieces_of
+from normpass.graph.concatenation import NO_CONCATENATION, dissolved, pieces_of
 from normpass.graph.nodes import bound, called, module_of, name_of
 from normpass.graph.operators import (
     BATCH_NORM,
@@ -31,8 +31,12 @@ from normpass.graph.operators import (
 )
 from normpass.ops.activation import Activation
 from normpass.ops.layout import activated_format, memory_format_of
+from normpass.ops.sample_norm import sample_norms_of
+from normpass.rewrite.sample_norms import ALWAYS_CONTIGUOUS, ROW_NORMS, SAMPLE_NORMS, sample_norm_call
+from normpass.runtime.sample_norms import is_fusible
 
 IDENTITY = Activation("identity")
+_SITES = BATCH_NORM | SAMPLE_NORMS
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Site:
     """x and the concatenations in it that only norms read (see `normpass.graph.concatenation`); none if `not_shared`"""
     not_shared: str | None = None
     """why this norm cannot do with the pieces of a concatenation"""
+    is_batch_norm: bool = True
+    """whether the statistics are over samples: else each sample has its own"""
 
     @property
     def pattern(self) -> str:
@@ -115,6 +121,7 @@ class _Finder:
         start = Site(
             path=called(norm) or path, kind=label, norm=norm, x=x, producer=producer, activation=IDENTITY, out=norm
         )
+        start = replace(start, is_batch_norm=norm.target not in SAMPLE_NORMS)
         reason, at = self._refusal(norm, x)
         if reason is not None:
             return replace(start, refused=reason, refused_at=at)
@@ -124,8 +131,8 @@ class _Finder:
             add, residual = None, None
             activation, out = self._activation(norm, x)
         written = self.facts.writer_after(out, out)
-        arguments = bound(F.batch_norm, norm) or {}
-        weight = arguments.get("weight")
+        arguments = bound(F.batch_norm, norm) if start.is_batch_norm else None
+        weight = (arguments or {}).get("weight")
         gamma = self.values.get(weight) if isinstance(weight, fx.Node) else None
         return replace(start, residual=residual, add=add, activation=activation, out=out, written=written, gamma=gamma)
 
@@ -133,6 +140,8 @@ class _Finder:
         """The site with the concatenations that it can do without, `norms` being all that might."""
         if site.x is None or site.refused is not None:
             return site
+        if not site.is_batch_norm:
+            return replace(site, not_shared=NO_CONCATENATION)
         cats = dissolved(site.x, norms | {site.norm})
         if isinstance(cats, str):
             return replace(site, not_shared=cats)
@@ -153,21 +162,47 @@ class _Finder:
     def _refusal(self, norm: fx.Node, x: fx.Node | None) -> tuple[str | None, tuple[str, ...]]:
         if norm.target in self.layers:
             return self.layers[norm.target], ()
-        if norm.target not in BATCH_NORM:
-            return f"{NORMS[norm.target]} is not a batch norm", ()
+        if norm.target not in _SITES:
+            return f"{NORMS[norm.target]} is not rewritten", ()
         if x is None:
             return "it is not called with one tensor", ()
-        arguments = bound(F.batch_norm, norm)
-        if norm.target is not F.batch_norm or arguments is None:
-            return "it is not called as F.batch_norm is", ()
-        if not isinstance(arguments["training"], bool):
-            return "its `training` argument is computed", ()
-        if not all(self._is_number(arguments[name]) for name in ("eps", "momentum")):
-            return "its `eps` or `momentum` is computed", ()
+        reason = self._refusal_of_sample_norm(norm, x) if norm.target in SAMPLE_NORMS else self._refusal_of_batch(norm)
+        if reason is not None:
+            return reason, ()
         writer = self.facts.writer_after(x, norm)
         if writer is not None:
             return f"its input is changed in place later, by `{called(writer)}`", (called(writer),)
         return None, ()
+
+    def _refusal_of_batch(self, norm: fx.Node) -> str | None:
+        arguments = bound(F.batch_norm, norm)
+        if norm.target is not F.batch_norm or arguments is None:
+            return "it is not called as F.batch_norm is"
+        if not isinstance(arguments["training"], bool):
+            return "its `training` argument is computed"
+        if not all(self._is_number(arguments[name]) for name in ("eps", "momentum")):
+            return "its `eps` or `momentum` is computed"
+        return None
+
+    def _refusal_of_sample_norm(self, norm: fx.Node, x: fx.Node) -> str | None:
+        call = sample_norm_call(norm)
+        if isinstance(call, str):
+            return call
+        kind, arguments = call
+        given = self.facts.results.get(x)
+        if not isinstance(given, Tensor):
+            return "it is not called with one tensor"
+        if sample_norms_of(given.device.type) is None:
+            return f"there is no kernel for it on `{given.device.type}`"
+        for name in ("groups", "normalized_shape"):
+            if _is_computed(arguments.get(name)):
+                return f"its `{name}` is computed"
+        if not all(self._is_number(arguments.get(name) or 0.0) for name in ("eps", "momentum")):
+            return "its `eps` or `momentum` is computed"
+        values = {name: self.facts.results.get(a, a) if isinstance(a, fx.Node) else a for name, a in arguments.items()}
+        if not is_fusible(kind(**values), given, None, "identity"):
+            return "the kernels do not take these shapes or dtypes"
+        return None
 
     def _is_number(self, argument: Any) -> bool:
         """Whether it is a number, or one that has changed between two calls, which the graph reads at each."""
@@ -177,7 +212,7 @@ class _Finder:
 
     def _residual(self, norm: fx.Node, x: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None]:
         """The addition that alone uses the norm's result, and its other operand; or (None, None)."""
-        if len(norm.users) != 1:
+        if len(norm.users) != 1 or norm.target in ROW_NORMS:
             return None, None
         add = next(iter(norm.users))
         if not is_add(add):
@@ -190,7 +225,7 @@ class _Finder:
         if not isinstance(self.facts.results.get(residual), Tensor):
             return None, None
         into_residual = sums_in_place(add) and add.args[0] is not norm
-        if into_residual and not (residual.target in BATCH_NORM and len(residual.users) == 1):
+        if into_residual and not (residual.target in _SITES and len(residual.users) == 1):
             return None, None  # it is the other operand that is written, and somebody else may see it
         last = self._activation(add, x)[1] if into_residual else add  # what the site itself writes there is no more
         if self.facts.writer_after(residual, last) is not None:
@@ -204,7 +239,7 @@ class _Finder:
 
     def _is_norm_of_another_site(self, node: fx.Node, norm: fx.Node) -> bool:
         """Of two norms added to each other the later one takes the other as its residual."""
-        return node.target in BATCH_NORM and len(node.users) == 1 and norm < node
+        return node.target in _SITES and len(node.users) == 1 and norm < node
 
     def _activation(self, last: fx.Node, x: fx.Node | None) -> tuple[Activation, fx.Node]:
         """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
@@ -215,7 +250,8 @@ class _Finder:
         if not self.facts.are_in_one_mode(last, user):
             return IDENTITY, last
         given = None if x is None else self.facts.results.get(x)
-        if self.facts.writer_after(last, last) is user and not _is_activated_alike(given):
+        norm_is_contiguous = last.target in ALWAYS_CONTIGUOUS
+        if self.facts.writer_after(last, last) is user and not (norm_is_contiguous or _is_activated_alike(given)):
             return IDENTITY, last
         return activation, user
 
@@ -230,6 +266,11 @@ class _Finder:
 def _is_activated_alike(x: Any) -> bool:
     """Whether an activation behind a norm of `x` lies alike in place and out of place."""
     return not isinstance(x, Tensor) or (x.numel() > 0 and activated_format(x, "relu") is memory_format_of(x))
+
+
+def _is_computed(argument: Any) -> bool:
+    """Whether a number or some are nodes of the graph."""
+    return any(isinstance(a, fx.Node) for a in (argument if isinstance(argument, (tuple, list)) else (argument,)))
 
 
 def _input_of(norm: fx.Node) -> fx.Node | None:

@@ -13,6 +13,7 @@ op goes through the dispatcher, and the running statistics are written where the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -213,7 +214,8 @@ def is_fusible(norm: FunctionalBatchNorm, x: Any, residual: Tensor | None, activ
     """Whether the op takes these as they are now. x: a tensor, or what has the dtype, device and shape of one."""
     if under_other_derivatives() or is_exporting():
         return False  # an exported graph is to have standard operators
-    if x.dim() not in _DIMS or not _dtypes_fit(norm, x) or not norm.eps > 0:
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    if x.dim() not in _DIMS or not dtypes_fit(tensors, x) or not norm.eps > 0:
         return False
     if activation == "softplus" and torch.is_autocast_enabled(x.device.type):
         return False  # autocast may run softplus in float32
@@ -232,7 +234,7 @@ def is_fusible(norm: FunctionalBatchNorm, x: Any, residual: Tensor | None, activ
     return fits and sum_lies_as_norm(x, residual, sum_into)
 
 
-def _dtypes_fit(norm: FunctionalBatchNorm, x: Any) -> bool:
+def dtypes_fit(tensors: Iterable[Tensor | None], x: Any) -> bool:
+    """Whether a norm of x may have parameters and buffers of these dtypes."""
     allowed = _PARAMETER_DTYPES.get(x.dtype, ())
-    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
     return bool(allowed) and all([t is None or t.dtype in allowed for t in tensors])

@@ -39,6 +39,7 @@ from normpass.runtime.functional import (
     running_statistics_of,
     split_norm_act,
 )
+from normpass.runtime.sample_norms import fused_sample_norm_act, split_sample_norm_act
 
 
 class Producer(NamedTuple):
@@ -100,6 +101,7 @@ def kept_shared_norm_act(norm: Any, activation: str, activation_args: Sequence[f
 WITHOUT_RECIPE: dict[Any, Callable[..., Tensor]] = {
     split_norm_act: fused_norm_act,
     shared_norm_act: kept_shared_norm_act,
+    split_sample_norm_act: fused_sample_norm_act,
 }
 """What rebuilds its result -> the same that keeps it."""
 

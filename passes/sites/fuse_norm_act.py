@@ -24,6 +24,7 @@ from normpass.runtime.functional import fused_norm_act
 class FuseNormAct:
     name: str = "fuse_norm_act"
     semantics: Semantics = Semantics.EXACT
+    of_batch_norms: bool = True
 
     def match(self, site: Site) -> Match | Refusal:
         if site.refused is not None:

@@ -29,6 +29,7 @@ class InplaceABN:
     """refuse a norm that has a channel with |gamma| below this when the plan is made"""
     name: str = "inplace_abn"
     semantics: Semantics = Semantics.LOSSY
+    of_batch_norms: bool = True
 
     def match(self, site: Site) -> Match | Refusal:
         if site.refused is not None:

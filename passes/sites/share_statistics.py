@@ -33,6 +33,7 @@ from normpass.runtime.sharing import producer_statistics, shared_norm_act
 class ShareStatistics:
     name: str = "share_statistics"
     semantics: Semantics = Semantics.EXACT
+    of_batch_norms: bool = True
 
     def match(self, site: Site) -> Match | Refusal:
         if site.refused is not None:

@@ -27,6 +27,7 @@ from normpass.runtime.functional import split_norm_act
 class SplitBN:
     name: str = "split_bn"
     semantics: Semantics = Semantics.EXACT
+    of_batch_norms: bool = True
 
     def match(self, site: Site) -> Match | Refusal:
         if site.refused is not None:

@@ -271,10 +271,16 @@ def test_batch_norm_as_a_function() -> None:
     assert site.gamma is not None and site.gamma.shape == (4,)
 
 
+def test_instance_norm_with_running_statistics_is_refused() -> None:
+    site = only_site(Functional(lambda m, y: F.instance_norm(y, m.mean, m.var, use_input_stats=False)))
+    assert site.refused == "it is not called with its input's own statistics"
+
+
 OTHERS: dict[str, tuple[nn.Module, str | None]] = {
-    "group": (nn.GroupNorm(2, 4), "group_norm is not a batch norm"),
-    "instance": (nn.InstanceNorm2d(4), "instance_norm is not a batch norm"),
-    "layer": (nn.LayerNorm((4, 5, 5)), "layer_norm is not a batch norm"),
+    "group": (nn.GroupNorm(2, 4), None),
+    "instance": (nn.InstanceNorm2d(4), None),
+    "layer": (nn.LayerNorm((4, 5, 5)), None),
+    "local response": (nn.LocalResponseNorm(2), "local_response_norm is not rewritten"),
     "subclass": (type("Mine", (nn.BatchNorm2d,), {})(4), None),
 }
 

@@ -16,7 +16,7 @@ class PlainKernels:
 
     most_pieces = 64
     failures = ()
-    depthwise = winograd = None
+    depthwise = winograd = sample_norms = None
 
     def __init__(self) -> None:
         self.adds_gradients = self.normalizes_residuals = True

@@ -1,0 +1,203 @@
+"""Group norm, and instance norm, with the activation behind it; keeps its input for backward.
+
+Per group k of the channels of one sample, with m values and r = 1/sqrt(var + eps):
+
+    x̂ = (x − mean)·r      y = weight·x̂ + bias      z = act(y + residual)
+
+Backward from g = dL/dz, with dy = g·act'(y + residual), which is the residual's gradient too:
+
+    S1 = Σ weight·dy      S2 = Σ weight·dy·x̂      (over the group)      dx = r·(weight·dy − S1/m − x̂·S2/m)
+    dweight = Σ dy·x̂      dbias = Σ dy            (per channel, over the samples)
+
+(Wu and He 2018; Ulyanov, Vedaldi and Lempitsky 2016.) Autograd keeps x and the moments, and the residual where act'
+needs it; y is made again by the code of forward, bit for bit. Moments are merged by Chan's formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normpass.kernels.contract import Groups, SampleNorms
+
+from .activation import activate
+from .eager import eager_device, no_gradients
+from .layout import is_dense_in_both, statistics_dtype, suggested_format
+from .operands import dense, in_dtype_of, new_like, new_per_channel
+from .sample_norm import differentiable_gradients, keep, kept, norm_of, sample_norms_of
+
+
+class GroupNormOptions(NamedTuple):
+    """What belongs to the call and is no tensor."""
+
+    groups: int
+    """of the channels of a sample; as many as there are channels for an instance norm"""
+    eps: float
+    activation: str
+    activation_args: Sequence[float]
+    is_instance_norm: bool
+    """whether the result is contiguous, as ATen's instance norm gives it, whatever x is"""
+
+
+def group_norm_act_on(
+    kernels: SampleNorms,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: tuple[Tensor, Tensor] | None,
+    options: GroupNormOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """act(norm(x) + residual), and the mean and biased variance of each group, (N, groups), which have no gradient.
+
+    Args:
+        kernels: of x's device.
+        x: (N, C, *), floating, not empty, a plain tensor.
+        residual: None, or like x.
+        weight, bias: None or (C,).
+        moments: those of x, where they are known: z is made again.
+    """
+    mean, var = (None, None) if moments is None else moments
+    if torch.is_grad_enabled():
+        z, mean, var = GroupNormAct.apply(x, residual, weight, bias, mean, var, kernels, options)
+        return z, mean, var
+    return _computed(kernels, x, residual, weight, bias, mean, var, options)
+
+
+def rebuild_group_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    options: GroupNormOptions,
+) -> Tensor:
+    """z again, bit for bit: what a recipe calls."""
+    kernels = sample_norms_of(eager_device(x, residual))
+    if kernels is None:  # switched off meanwhile
+        return _formula(options, x, residual, weight, bias)
+    return group_norm_act_on(kernels, x, residual, weight, bias, (mean, var), options)[0]
+
+
+def format_of(x: Tensor, options: GroupNormOptions) -> torch.memory_format:
+    """The memory format in which ATen on the CPU gives the norm's result."""
+    return torch.contiguous_format if options.is_instance_norm else suggested_format(x)
+
+
+def result_format(x: Tensor, options: GroupNormOptions) -> torch.memory_format:
+    """That of the activation's result: a pointwise function gives what is dense in both formats as contiguous."""
+    if options.activation != "identity" and is_dense_in_both(x.shape):
+        return torch.contiguous_format
+    return format_of(x, options)
+
+
+def _groups_of(x: Tensor, groups: int, memory_format: torch.memory_format) -> Groups:
+    samples, channels = x.shape[:2]
+    spatial = x.numel() // (samples * channels)
+    return Groups(samples, groups, channels, spatial, memory_format is not torch.contiguous_format or spatial == 1)
+
+
+def _computed(
+    kernels: SampleNorms,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    options: GroupNormOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    is_given = mean is not None
+    if mean is None or var is None:
+        mean = x.new_empty((x.shape[0], options.groups), dtype=statistics_dtype(x))
+        var = torch.empty_like(mean)
+    memory_format = format_of(x, options)
+    z = torch.empty_like(x, memory_format=result_format(x, options))
+    norm = norm_of(weight, bias, mean, var, options.eps, options.activation, options.activation_args)
+    groups = _groups_of(x, options.groups, memory_format)
+    kernels.group_norm_act(z, dense(x, memory_format), dense(residual, memory_format), norm, is_given, groups)
+    return z, mean, var
+
+
+class GroupNormAct(torch.autograd.Function):
+    """z and the moments of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        kernels: SampleNorms,
+        options: GroupNormOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        is_given = mean is not None
+        z, mean, var = _computed(kernels, x, residual, weight, bias, mean, var, options)
+        ctx.kernels, ctx.options, ctx.bias_shape = kernels, options, (x.shape[1],)
+        keep(ctx, options.activation, x, residual, weight, bias, mean, var)
+        if is_given:
+            mean, var = mean.view_as(mean), var.view_as(var)
+        ctx.mark_non_differentiable(mean, var)
+        return z, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return no_gradients(ctx)
+        needs, options, tensors = ctx.needs_input_grad[:4], ctx.options, kept(ctx)
+        if torch.is_grad_enabled():
+            if tensors[1] is None and needs[1]:  # the identity does not need it: any value will do
+                tensors[1] = torch.zeros_like(tensors[0])
+            found = differentiable_gradients(lambda *t: _formula(options, *t), tensors[:4], grad, needs)
+            return *found, *[None] * 4
+        is_sum = needs[1] and options.activation == "identity"  # then the residual's gradient is `grad` itself
+        found = _gradients(ctx.kernels, grad, *tensors, options, (needs[0], needs[1] and not is_sum, *needs[2:]))
+        return found[0], grad if is_sum else found[1], *found[2:], *[None] * 4
+
+
+def _gradients(
+    kernels: SampleNorms,
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    options: GroupNormOptions,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of x, residual, weight and bias; None for what is not needed."""
+    memory_format = format_of(x, options)
+    dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
+    dweight, dbias = new_per_channel(weight, x, needs[2]), new_per_channel(bias, x, needs[3])
+    kernels.group_norm_act_backward(
+        dx,
+        dresidual,
+        dweight,
+        dbias,
+        dense(grad, memory_format),
+        dense(x, memory_format),
+        dense(residual, memory_format),
+        norm_of(weight, bias, mean, var, options.eps, options.activation, options.activation_args),
+        _groups_of(x, options.groups, memory_format),
+    )
+    return [dx, dresidual, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)]
+
+
+def _formula(
+    options: GroupNormOptions, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """z in ATen's operators."""
+    y = F.group_norm(x, options.groups, weight, bias, options.eps)
+    y = y if residual is None else y + residual
+    return activate(y, options.activation, options.activation_args)
