@@ -61,15 +61,16 @@ class Running(NamedTuple):
     momentum: float
 
 
-class InputNorm(NamedTuple):
-    """z = act((x − mean)·rsqrt(var + eps)·weight + bias), computed while x is read: z itself is never written.
+class Norm(NamedTuple):
+    """A norm and its activation: z = act((x − mean)·rsqrt(var + eps)·weight + bias).
 
     weight, bias, mean, var: contiguous, (C,), in the statistics dtype.
     """
 
     weight: Tensor | None
     bias: Tensor | None
-    mean: Tensor
+    mean: Tensor | None
+    """None for `inplace_abn_backward` alone, which has x̂ from z, weight and bias, and reads neither x nor its mean"""
     var: Tensor
     eps: float
     activation: str
@@ -112,9 +113,12 @@ class Depthwise(Protocol):
         stride: Sequence[int],
         padding: Sequence[int],
         transposed: bool = False,
-        norm: InputNorm | None = None,
+        norm: Norm | None = None,
     ) -> None:
-        """y from x, or from z. `transposed`: x is the gradient of the result and y that of the input."""
+        """y from x; with `norm` from z, which is computed while x is read and never written.
+
+        `transposed`: x is the gradient of the result and y that of the input.
+        """
 
     def has_weight_gradient(
         self,
@@ -145,7 +149,7 @@ class Depthwise(Protocol):
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
-        norm: InputNorm,
+        norm: Norm,
         batch_statistics: bool,
         stride: Sequence[int],
         padding: Sequence[int],
@@ -259,16 +263,10 @@ class Kernels(Protocol):
         z: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
         mask: Tensor | None = None,
-        of_residual: InputNorm | None = None,
+        of_residual: Norm | None = None,
     ) -> None:
         """`mask` for an activation in `masks`, with a residual: memory for it (`masks.bytes_of_mask`), from `x` and
         `residual` whose addresses 16 divides.
@@ -286,14 +284,8 @@ class Kernels(Protocol):
         grad: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
+        norm: Norm,
         batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
         layout: Layout,
         other: Tensor | None = None,
         mask: Tensor | None = None,
@@ -307,13 +299,7 @@ class Kernels(Protocol):
         self,
         z: Tensor,
         xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
     ) -> None:
         """`norm_act` of the concatenation of `xs`, each dense for itself; `layout` is the concatenation's."""
@@ -327,13 +313,7 @@ class Kernels(Protocol):
         dbias: Tensor | None,
         grad: Tensor,
         xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
     ) -> None:
         """a·dy to each of `dxs`, or added to it. What goes through the batch's statistics is added to `totals`.
@@ -352,13 +332,8 @@ class Kernels(Protocol):
         dbias: Tensor | None,
         grad: Tensor,
         z: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        var: Tensor,
-        eps: float,
+        norm: Norm,
         batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
         layout: Layout,
     ) -> None: ...
 

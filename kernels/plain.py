@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normpass.kernels.activations import RULES
-from normpass.kernels.contract import InputNorm, Layout, Running
+from normpass.kernels.contract import Layout, Norm, Running
 from normpass.kernels.masks import gradient_by_mask, packed, unpacked
 
 
@@ -34,28 +34,21 @@ def norm_act(
     z: Tensor,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
-    activation_args: Sequence[float],
+    norm: Norm,
     layout: Layout,
     mask: Tensor | None = None,
-    of_residual: InputNorm | None = None,
+    of_residual: Norm | None = None,
 ) -> None:
-    y = _y(_wide(x, layout), _scale(weight, var, eps), bias, mean)
+    y = _y(_wide(x, layout), norm)
     if residual is not None:
         added = _wide(residual, layout)
         if of_residual is not None:
-            other = of_residual
-            added = _y(added, _scale(other.weight, other.var, other.eps), other.bias, other.mean)
+            added = _y(added, of_residual)
         y = y + added.to(x.dtype)
-    slopes = RULES[activation].two_slopes
-    if mask is not None and slopes is not None:
-        mask.copy_(packed(slopes.passes(y, *activation_args), x.element_size()))
-    _view(z, layout).copy_(RULES[activation].forward(y, *activation_args))
+    rule = RULES[norm.activation]
+    if mask is not None and rule.two_slopes is not None:
+        mask.copy_(packed(rule.two_slopes.passes(y, *norm.activation_args), x.element_size()))
+    _view(z, layout).copy_(rule.forward(y, *norm.activation_args))
 
 
 def norm_act_backward(
@@ -66,49 +59,37 @@ def norm_act_backward(
     grad: Tensor,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     batch_statistics: bool,
-    activation: str,
-    activation_args: Sequence[float],
     layout: Layout,
     other: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    scale, wide = _scale(weight, var, eps), _wide(x, layout)
+    wide = _wide(x, layout)
     if other is not None:
         grad = _view(grad, layout) + _view(other, layout)
     if mask is not None:
         passes = unpacked(mask, layout, x.element_size())
-        dy = gradient_by_mask(_wide(grad, layout), passes, activation, activation_args)
+        dy = gradient_by_mask(_wide(grad, layout), passes, norm.activation, norm.activation_args)
     else:
-        y = _y(wide, scale, bias, mean)
+        y = _y(wide, norm)
         if residual is not None:
             y = y + _wide(residual, layout)
-        dy = _dy(_wide(grad, layout), y, activation, activation_args)
+        dy = _dy(_wide(grad, layout), y, norm)
     if dresidual is not None:
         _view(dresidual, layout).copy_(dy)
-    normalized = (wide - mean[:, None]) * torch.rsqrt(var + eps)[:, None]
-    _write_gradients(dx, dweight, dbias, dy, normalized, scale, batch_statistics, layout)
+    normalized = (wide - _mean(norm)) * _rstd(norm)[:, None]
+    _write_gradients(dx, dweight, dbias, dy, normalized, _scale(norm), batch_statistics, layout)
 
 
 def cat_norm_act(
     z: Tensor,
     xs: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
-    activation_args: Sequence[float],
+    norm: Norm,
     layout: Layout,
 ) -> None:
-    y = _y(_concatenated(xs, layout), _scale(weight, var, eps), bias, mean)
-    _view(z, layout).copy_(RULES[activation].forward(y, *activation_args))
+    y = _y(_concatenated(xs, layout), norm)
+    _view(z, layout).copy_(RULES[norm.activation].forward(y, *norm.activation_args))
 
 
 def cat_norm_act_backward(
@@ -119,19 +100,12 @@ def cat_norm_act_backward(
     dbias: Tensor | None,
     grad: Tensor,
     xs: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
-    activation_args: Sequence[float],
+    norm: Norm,
     layout: Layout,
 ) -> None:
-    scale, wide = _scale(weight, var, eps), _concatenated(xs, layout)
-    rstd = torch.rsqrt(var + eps)
-    dy = _dy(_wide(grad, layout), _y(wide, scale, bias, mean), activation, activation_args)
-    s1, s2 = dy.sum((0, 2)), (dy * (wide - mean[:, None]) * rstd[:, None]).sum((0, 2))
+    wide, scale, rstd = _concatenated(xs, layout), _scale(norm), _rstd(norm)
+    dy = _dy(_wide(grad, layout), _y(wide, norm), norm)
+    s1, s2 = dy.sum((0, 2)), (dy * (wide - _mean(norm)) * rstd[:, None]).sum((0, 2))
     if dweight is not None:
         dweight.copy_(s2)
     if dbias is not None:
@@ -161,24 +135,19 @@ def inplace_abn_backward(
     dbias: Tensor | None,
     grad: Tensor,
     z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    var: Tensor,
-    eps: float,
+    norm: Norm,
     batch_statistics: bool,
-    activation: str,
-    activation_args: Sequence[float],
     layout: Layout,
 ) -> None:
-    inverse = RULES[activation].inverse
+    inverse, weight, bias = RULES[norm.activation].inverse, norm.weight, norm.bias
     assert inverse is not None
-    y = inverse(_wide(z, layout), *activation_args)
-    dy = _dy(_wide(grad, layout), y, activation, activation_args)
+    y = inverse(_wide(z, layout), *norm.activation_args)
+    dy = _dy(_wide(grad, layout), y, norm)
     normalized = y if bias is None else y - bias[:, None]
     if weight is not None:
         magnitude = weight.abs().clamp(min=torch.finfo(weight.dtype).eps)
         normalized = normalized / torch.where(weight < 0, -magnitude, magnitude)[:, None]
-    _write_gradients(dx, dweight, dbias, dy, normalized, _scale(weight, var, eps), batch_statistics, layout)
+    _write_gradients(dx, dweight, dbias, dy, normalized, _scale(norm), batch_statistics, layout)
 
 
 def _view(t: Tensor, layout: Layout) -> Tensor:
@@ -199,18 +168,26 @@ def _concatenated(xs: Sequence[Tensor], layout: Layout) -> Tensor:
     return torch.cat([_wide(x, _of_piece(x, layout)) for x in xs], 1)
 
 
-def _scale(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
-    rstd = torch.rsqrt(var + eps)
-    return rstd if weight is None else weight * rstd
+def _mean(norm: Norm) -> Tensor:
+    assert norm.mean is not None
+    return norm.mean[:, None]
 
 
-def _y(x: Tensor, scale: Tensor, bias: Tensor | None, mean: Tensor) -> Tensor:
-    y = (x - mean[:, None]) * scale[:, None]
-    return y if bias is None else y + bias[:, None]
+def _rstd(norm: Norm) -> Tensor:
+    return torch.rsqrt(norm.var + norm.eps)
 
 
-def _dy(grad: Tensor, y: Tensor, activation: str, args: Sequence[float]) -> Tensor:
-    rule = RULES[activation]
+def _scale(norm: Norm) -> Tensor:
+    return _rstd(norm) if norm.weight is None else norm.weight * _rstd(norm)
+
+
+def _y(x: Tensor, norm: Norm) -> Tensor:
+    y = (x - _mean(norm)) * _scale(norm)[:, None]
+    return y if norm.bias is None else y + norm.bias[:, None]
+
+
+def _dy(grad: Tensor, y: Tensor, norm: Norm) -> Tensor:
+    rule, args = RULES[norm.activation], norm.activation_args
     return rule.backward(grad, rule.forward(y, *args) if rule.backward_reads_output else y, *args)
 
 

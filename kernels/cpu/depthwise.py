@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from normpass.kernels.contract import DEPTHWISE_STRIDES, DEPTHWISE_WIDTHS, InputNorm
+from normpass.kernels.contract import DEPTHWISE_STRIDES, DEPTHWISE_WIDTHS, Norm
 
 """of the kernels, and from column to column: for these there are loops"""
 _STREAMED_BYTES = 1 << 23
 """of a result that is written past the caches (`streamed_from` in `cpu/tile.h`)"""
 _WIDE_TYPES = (torch.float32, torch.float64)
+_NO_NORM = None, None, None, None, 0.0, 0, 0.0, 0.0
 
 
 class CpuDepthwise:
@@ -24,11 +25,11 @@ class CpuDepthwise:
         weight_gradient: Callable[..., int],
         norm_act_backward: Callable[..., int],
         dtypes: Mapping[torch.dtype, int],
-        activation: Callable[[str, Sequence[float]], tuple[int, float, float]],
+        norm: Callable[[Norm], tuple[int | float | None, ...]],
         threads: Callable[[Tensor], int],
     ):
         self._convolve, self._weight_gradient, self._backward = convolve, weight_gradient, norm_act_backward
-        self._dtypes, self._activation, self._threads = dtypes, activation, threads
+        self._dtypes, self._norm, self._threads = dtypes, norm, threads
 
     def convolves(
         self,
@@ -63,14 +64,14 @@ class CpuDepthwise:
         stride: Sequence[int],
         padding: Sequence[int],
         transposed: bool = False,
-        norm: InputNorm | None = None,
+        norm: Norm | None = None,
     ) -> None:
         status = self._convolve(
             y.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            *self._norm(norm),
+            *(_NO_NORM if norm is None else self._norm(norm)),
             *x.shape,
             *y.shape[2:],
             *weight.shape[2:],
@@ -126,22 +127,21 @@ class CpuDepthwise:
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
-        norm: InputNorm,
+        norm: Norm,
         batch_statistics: bool,
         stride: Sequence[int],
         padding: Sequence[int],
     ) -> None:
-        *pointers, eps, activation, first, second = self._norm(norm)
+        *values, code, first, second = self._norm(norm)
         results = (None if t is None else t.data_ptr() for t in (dx, dnorm_weight, dnorm_bias, dweight))
         status = self._backward(
             *results,
             grad.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
-            *pointers,
-            eps,
+            *values,
             batch_statistics,
-            activation,
+            code,
             first,
             second,
             *x.shape,
@@ -153,10 +153,3 @@ class CpuDepthwise:
             self._threads(x),
         )
         assert status == 0, f"no loop for a kernel of {tuple(weight.shape[2:])} with a stride of {tuple(stride)}"
-
-    def _norm(self, norm: InputNorm | None) -> tuple[int | float | None, ...]:
-        if norm is None:
-            return None, None, None, None, 0.0, 0, 0.0, 0.0
-        values = (norm.weight, norm.bias, norm.mean, norm.var)
-        pointers = (None if t is None else t.data_ptr() for t in values)
-        return *pointers, norm.eps, *self._activation(norm.activation, norm.activation_args)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import is_disabled
-from normpass.kernels.contract import ACTIVATIONS, Layout, Running
+from normpass.kernels.contract import ACTIVATIONS, Layout, Norm, Running
 from normpass.kernels.cpu.depthwise import CpuDepthwise
 from normpass.kernels.cpu.sample_norms import CpuSampleNorms
 from normpass.kernels.cpu.winograd import CpuWinograd
@@ -80,7 +80,7 @@ class CpuKernels:
             _function(library, "depthwise_weight_gradient"),
             _function(library, "norm_act_depthwise_backward"),
             _DTYPES,
-            _activation,
+            _norm,
             _threads,
         )
         self.sample_norms = CpuSampleNorms(
@@ -114,25 +114,14 @@ class CpuKernels:
         z: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
     ) -> None:
         self._norm_act(
             z.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_activation(activation, activation_args),
+            *_norm(norm),
             *_end(x, layout),
         )
 
@@ -145,16 +134,11 @@ class CpuKernels:
         grad: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
+        norm: Norm,
         batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
         layout: Layout,
     ) -> None:
+        *values, code, first, second = _norm(norm)
         self._norm_act_backward(
             _pointer(dx),
             _pointer(dresidual),
@@ -163,13 +147,11 @@ class CpuKernels:
             grad.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
+            *values,
             batch_statistics,
-            *_activation(activation, activation_args),
+            code,
+            first,
+            second,
             *_end(x, layout),
         )
 
@@ -177,13 +159,7 @@ class CpuKernels:
         self,
         z: Tensor,
         xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
     ) -> None:
         self._cat_norm_act(
@@ -191,12 +167,7 @@ class CpuKernels:
             _pointers(xs),
             _channels(xs),
             len(xs),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_activation(activation, activation_args),
+            *_norm(norm),
             *_end(z, layout),
         )
 
@@ -209,13 +180,7 @@ class CpuKernels:
         dbias: Tensor | None,
         grad: Tensor,
         xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
     ) -> None:
         self._cat_norm_act_backward(
@@ -228,12 +193,7 @@ class CpuKernels:
             _pointers(xs),
             _channels(xs),
             len(xs),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_activation(activation, activation_args),
+            *_norm(norm),
             *_end(grad, layout),
         )
 
@@ -247,13 +207,8 @@ class CpuKernels:
         dbias: Tensor | None,
         grad: Tensor,
         z: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        var: Tensor,
-        eps: float,
+        norm: Norm,
         batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
         layout: Layout,
     ) -> None:
         self._inplace_abn_backward(
@@ -262,12 +217,12 @@ class CpuKernels:
             _pointer(dbias),
             grad.data_ptr(),
             z.data_ptr(),
-            _pointer(weight),
-            _pointer(bias),
-            var.data_ptr(),
-            eps,
+            _pointer(norm.weight),
+            _pointer(norm.bias),
+            norm.var.data_ptr(),
+            norm.eps,
             batch_statistics,
-            *_activation(activation, activation_args),
+            *_activation(norm.activation, norm.activation_args),
             *_end(z, layout),
         )
 
@@ -328,6 +283,17 @@ def _channels(xs: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
     return (_LONG * len(xs))(*[x.shape[1] for x in xs])
 
 
+NormArguments = tuple["int | None", "int | None", int, int, float, int, float, float]
+"""Addresses of weight, bias, mean and var, eps, the activation's code and two arguments."""
+
+
+def _norm(norm: Norm) -> NormArguments:
+    weight, bias, mean, var, eps, activation, args = norm
+    assert mean is not None  # it would be read at address 0
+    scale, shift = None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr()
+    return scale, shift, mean.data_ptr(), var.data_ptr(), eps, *_activation(activation, args)
+
+
 def _activation(name: str, args: Sequence[float]) -> tuple[int, float, float]:
     padded = (*args, 0.0, 0.0)
     return _CODES[name], padded[0], padded[1]
@@ -338,4 +304,5 @@ def _end(x: Tensor, layout: Layout) -> tuple[int, int, int, int, int]:
 
 
 def _threads(x: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), x.numel() // FEWEST_PER_THREAD))
+    useful = x.numel() // FEWEST_PER_THREAD
+    return 1 if useful < 2 else min(torch.get_num_threads(), useful)

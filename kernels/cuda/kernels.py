@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from normpass.kernels.activations import RULES
-from normpass.kernels.contract import InputNorm, Layout, Running
+from normpass.kernels.contract import Layout, Norm, Running
 from normpass.kernels.cuda.plans import ALONE, STORAGE, Device, Join, Plans
 
 PIECES = (16, 64)
@@ -56,32 +56,21 @@ class CudaKernels:
         z: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
         mask: Tensor | None = None,
-        of_residual: InputNorm | None = None,
+        of_residual: Norm | None = None,
     ) -> None:
         to, source, added = z.data_ptr(), x.data_ptr(), 0 if residual is None else residual.data_ptr()
         join = ALONE if residual is None else _JOINS[mask is not None, of_residual is not None]
-        plan = self._plans.find("norm_act", "norm_act", x, layout, to | source | added, activation, join)
+        plan = self._plans.find("norm_act", "norm_act", x, layout, to | source | added, norm.activation, join)
         plan.launch(
             to,
             source,
             added,
             _pointer(mask),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_two(activation_args),
-            *_parameters(of_residual),
+            *_site(norm),
+            *(_NO_NORM if of_residual is None else _site(of_residual)[:5]),
             *plan.grid,
         )
 
@@ -94,51 +83,31 @@ class CudaKernels:
         grad: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
+        norm: Norm,
         batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
         layout: Layout,
         other: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        if activation == "identity":
+        if norm.activation == "identity":
             residual = None  # it has no part in act'
         if mask is not None:  # is read by the vectors that it was written by
             grad, x, other = _aligned(grad), _aligned(x), other if other is None else _aligned(other)
-        site = _pointer(weight), _pointer(bias), mean.data_ptr(), var.data_ptr(), eps, *_two(activation_args)
         outputs, through_sums = (dx, dresidual, dweight, dbias), batch_statistics and dx is not None
-        self._backward(
-            "norm_act_backward", outputs, grad, other, x, residual, mask, var, site, through_sums, activation, layout
-        )
+        self._backward("norm_act_backward", outputs, grad, other, x, residual, mask, norm, through_sums, layout)
 
     def cat_norm_act(
         self,
         z: Tensor,
         xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
     ) -> None:
         pieces, addresses = _pieces(xs), _addresses_of_pieces(xs, layout, z)
-        plan = self._plans.find("cat_norm_act", "cat_norm_act", z, layout, addresses, activation, pieces=pieces)
+        plan = self._plans.find("cat_norm_act", "cat_norm_act", z, layout, addresses, norm.activation, pieces=pieces)
         plan.launch(
             z.data_ptr(),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_two(activation_args),
+            *_site(norm),
             *_ends(xs, pieces),
             *_pointers(xs, pieces),
             *plan.grid,
@@ -153,29 +122,18 @@ class CudaKernels:
         dbias: Tensor | None,
         grad: Tensor,
         xs: Sequence[Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        activation_args: Sequence[float],
+        norm: Norm,
         layout: Layout,
     ) -> None:
         op, pieces, addresses = "cat_norm_act_backward", _pieces(xs), _addresses_of_pieces(xs, layout, grad, *dxs)
-        plan = self._plans.find(op, op, grad, layout, addresses, activation, pieces=pieces)
-        scratch, arrivals = self._plans.scratch(plan, var, SUMS_FIELDS)
+        plan = self._plans.find(op, op, grad, layout, addresses, norm.activation, pieces=pieces)
+        scratch, arrivals = self._plans.scratch(plan, norm.var, SUMS_FIELDS)
         bits = sum([1 << p for p, add in enumerate(adds) if add])
         plan.launch(
             grad.data_ptr(),
             _pointer(dweight),
             _pointer(dbias),
-            _pointer(weight),
-            _pointer(bias),
-            mean.data_ptr(),
-            var.data_ptr(),
-            eps,
-            *_two(activation_args),
+            *_site(norm),
             bits - (1 << 64) if bits >> 63 else bits,  # as a signed number
             *_ends(xs, pieces),
             *_pointers(xs, pieces),
@@ -200,20 +158,12 @@ class CudaKernels:
         dbias: Tensor | None,
         grad: Tensor,
         z: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        var: Tensor,
-        eps: float,
+        norm: Norm,
         batch_statistics: bool,
-        activation: str,
-        activation_args: Sequence[float],
         layout: Layout,
     ) -> None:
-        site = _pointer(weight), _pointer(bias), 0, var.data_ptr(), eps, *_two(activation_args)
         outputs, through_sums = (dx, None, dweight, dbias), batch_statistics and dx is not None
-        self._backward(
-            "inplace_abn_backward", outputs, grad, None, z, None, None, var, site, through_sums, activation, layout
-        )
+        self._backward("inplace_abn_backward", outputs, grad, None, z, None, None, norm, through_sums, layout)
 
     def running_stats(self, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
         plan = self._plans.of_vectors("running_stats", mean)
@@ -229,24 +179,22 @@ class CudaKernels:
         kept: Tensor,
         residual: Tensor | None,
         mask: Tensor | None,
-        var: Tensor,
-        site: tuple[float, ...],
+        norm: Norm,
         through_sums: bool,
-        activation: str,
         layout: Layout,
     ) -> None:
         """One pass where dx needs no sums over the batch or no sums are needed at all, otherwise two.
 
-        `outputs`: dx, dresidual, dweight, dbias. `site` ends the kernels' pointers and begins their numbers.
+        `outputs`: dx, dresidual, dweight, dbias.
         """
         read = [0 if t is None else t.data_ptr() for t in (grad, other, kept, residual, mask)]
         dx, dresidual, dweight, dbias = [0 if t is None else t.data_ptr() for t in outputs]
         addresses = dx | dresidual | read[0] | read[1] | read[2] | read[3]
         join = ALONE if residual is None and mask is None else Join(residual is not None, mask is not None)
-        parts, coefficients = 1 if other is None else 2, 0
+        parts, coefficients, activation, site = 1 if other is None else 2, 0, norm.activation, _site(norm)
         if through_sums or dweight or dbias:
             plan = self._plans.find(op, "reduce", kept, layout, addresses, activation, join, parts=parts)
-            scratch, arrivals = self._plans.scratch(plan, var, SUMS_FIELDS, 2 if through_sums else 0)
+            scratch, arrivals = self._plans.scratch(plan, norm.var, SUMS_FIELDS, 2 if through_sums else 0)
             partials = scratch.data_ptr()
             if through_sums:
                 coefficients, partials = partials, partials + 2 * layout.channels * scratch.element_size()
@@ -265,10 +213,14 @@ class CudaKernels:
 _JOINS = {(masked, normed): Join(True, masked, normed) for masked in (False, True) for normed in (False, True)}
 
 
-def _parameters(norm: InputNorm | None) -> tuple[float, ...]:
-    if norm is None:
-        return 0, 0, 0, 0, 0.0
-    return _pointer(norm.weight), _pointer(norm.bias), norm.mean.data_ptr(), norm.var.data_ptr(), norm.eps
+_NO_NORM = 0, 0, 0, 0, 0.0
+
+
+def _site(norm: Norm) -> tuple[float, ...]:
+    """Ends the kernels' pointers and begins their numbers."""
+    weight, bias, mean, var, eps, _, args = norm
+    scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    return scale, shift, 0 if mean is None else mean.data_ptr(), var.data_ptr(), eps, *_two(args)
 
 
 def _aligned(t: Tensor) -> Tensor:

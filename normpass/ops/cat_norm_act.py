@@ -24,7 +24,7 @@ from .library import declare
 from .norm_act import _reference as _norm_act_reference
 from .norm_act_backward import _norm_act_backward
 from .normalize import check_site, refuse_statistics_gradient
-from .operands import dense, layout_of, per_channel_operands
+from .operands import Options, Values, dense, layout_of, norm_operand
 from .pieces import (
     can_run_pieces,
     check_pieces,
@@ -100,31 +100,23 @@ def cat_norm_act_by(
     activation_args: Sequence[float],
 ) -> Tensor:
     """The op by `kernels`, by the reference where they are None or cannot; not differentiable."""
-    values = weight, bias, mean, var
+    values, options = (weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
     if kernels is None or not can_run_pieces(kernels, xs, values, activation, activation_args):
-        return _reference(xs, *values, eps, batch_statistics, activation, activation_args)
-    memory_format, dtype = memory_format_of_pieces(xs), statistics_dtype(xs[0])
-    dense_xs = [dense(x, memory_format) for x in xs]
-    in_dtype = per_channel_operands(values, dtype)
-    return run_cat_norm_act(kernels, dense_xs, memory_format, *in_dtype, eps, activation, activation_args)
+        return _reference(xs, *values, *options)
+    memory_format = memory_format_of_pieces(xs)
+    return run_cat_norm_act(kernels, [dense(x, memory_format) for x in xs], memory_format, values, options)
 
 
 def run_cat_norm_act(
     kernels: Kernels,
     xs: Sequence[Tensor],
     memory_format: torch.memory_format,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: str,
-    activation_args: Sequence[float],
+    values: Values,
+    options: Options,
 ) -> Tensor:
-    """The op by `kernels` on what they can take: `xs` dense in `memory_format`, the others in the statistics dtype."""
+    """The op by `kernels`, of pieces that are known to be dense in `memory_format`; not differentiable."""
     z = new_concatenation(xs, memory_format)
-    layout = layout_of(z, memory_format)
-    kernels.cat_norm_act(z, xs, weight, bias, mean, var, eps, activation, activation_args, layout)
+    kernels.cat_norm_act(z, xs, norm_operand(values, options, statistics_dtype(z)), layout_of(z, memory_format))
     return z
 
 

@@ -23,7 +23,7 @@ from .layout import check_like, or_empty, statistics_dtype
 from .library import declare
 from .norm_act_backward import _reference_gradients
 from .normalize import check_site
-from .operands import Values, dense, in_dtype_of, layout_of, new_per_channel, per_channel_operand, per_channel_operands
+from .operands import Options, Values, dense, in_dtype_of, layout_of, new_per_channel, norm_operand, per_channel_operand
 from .pieces import can_run_pieces, channels_of, check_pieces, concatenated, memory_format_of_pieces
 
 Gradients = tuple[list[Tensor | None], Tensor | None, Tensor | None]
@@ -99,9 +99,7 @@ def accumulate(
     adds: Sequence[bool],
     totals: Sequence[Tensor | None],
     values: Values,
-    eps: float,
-    activation: str,
-    activation_args: Sequence[float],
+    options: Options,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The first pass by `kernels`, which can run it: `Kernels.cat_norm_act_backward`. Returns dweight and dbias.
@@ -109,9 +107,8 @@ def accumulate(
     `xs` and `dxs` are dense in `memory_format`; `values` are weight, bias, mean and var; `needs` says whether weight
     and bias need their gradients.
     """
-    first, (weight, bias, *_) = xs[0], values
-    dtype = statistics_dtype(first)
-    dweight, dbias = new_per_channel(weight, first, needs[0]), new_per_channel(bias, first, needs[1])
+    dtype, (weight, bias, *_) = statistics_dtype(xs[0]), values
+    dweight, dbias = new_per_channel(weight, dtype, needs[0]), new_per_channel(bias, dtype, needs[1])
     grad = dense(grad, memory_format)
     kernels.cat_norm_act_backward(
         dxs,
@@ -121,10 +118,7 @@ def accumulate(
         dbias,
         grad,
         xs,
-        *per_channel_operands(values, dtype),
-        eps,
-        activation,
-        activation_args,
+        norm_operand(values, options, dtype),
         layout_of(grad, memory_format),
     )
     return in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)
@@ -150,9 +144,9 @@ def cat_norm_act_gradients(
     needs: Sequence[bool],
 ) -> Gradients:
     """What `cat_norm_act_backward` returns, with None for what is not needed or absent."""
-    values, options = (weight, bias, mean, var), (activation, activation_args)
-    if kernels is None or not can_run_gradient(kernels, grad, xs, values, *options):
-        dxs, dweight, dbias = _reference(grad, xs, *values, eps, batch_statistics, *options, needs)
+    values, options = (weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
+    if kernels is None or not can_run_gradient(kernels, grad, xs, values, activation, activation_args):
+        dxs, dweight, dbias = _reference(grad, xs, *values, *options, needs)
         some = [dx if n else None for dx, n in zip(dxs, needs, strict=False)]
         there = (needs[-2] and weight is not None, needs[-1] and bias is not None)
         return some, dweight if there[0] else None, dbias if there[1] else None
@@ -163,7 +157,7 @@ def cat_norm_act_gradients(
     totals = [new_total(x) if n and batch_statistics else None for x, n in zip(xs, needed, strict=True)]
     targets = results, [False] * len(xs), totals
     parameters = of_weight, of_bias
-    of_parameters = accumulate(kernels, grad, xs, memory_format, *targets, values, eps, *options, parameters)
+    of_parameters = accumulate(kernels, grad, xs, memory_format, *targets, values, options, parameters)
     first = 0
     for x, dx, total in zip(xs, results, totals, strict=True):
         if dx is not None and total is not None:

@@ -30,7 +30,7 @@ from .inplace_abn_backward import _inplace_abn_backward, can_invert, check_inver
 from .layout import activated_format, dense_in, memory_format_of, new_result, statistics_dtype
 from .library import declare
 from .normalize import check_has_values, normalize, refuse_statistics_gradient
-from .operands import Options, dense, layout_of, per_channel_operand
+from .operands import Options, dense, layout_of, norm_operand
 
 
 def inplace_abn(
@@ -105,22 +105,16 @@ def _kernel(
     activation: str,
     activation_args: Sequence[float],
 ) -> Tensor:
-    values = weight, bias, mean, var
+    values, options = (weight, bias, mean, var), (eps, batch_statistics, activation, activation_args)
     if kernels is None or not can_invert(kernels, x, (), values, activation, activation_args):
-        return _reference(x, *values, eps, batch_statistics, activation, activation_args)
-    memory_format, dtype = memory_format_of(x), statistics_dtype(x)
+        return _reference(x, *values, *options)
+    memory_format = memory_format_of(x)
     z = new_result(x, activation)
     kernels.norm_act(
         z,
         dense(x, memory_format),
         None,
-        per_channel_operand(weight, dtype),
-        per_channel_operand(bias, dtype),
-        per_channel_operand(mean, dtype),
-        per_channel_operand(var, dtype),
-        eps,
-        activation,
-        activation_args,
+        norm_operand(values, options, statistics_dtype(x)),
         layout_of(x, memory_format),
     )
     return z

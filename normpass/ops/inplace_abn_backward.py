@@ -22,7 +22,7 @@ from .activation import RULES, Activation, activation_backward, deactivate, is_i
 from .layout import check_like, memory_format_of, or_empty, statistics_dtype
 from .library import declare
 from .normalize import check_has_values, check_site
-from .operands import can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
+from .operands import can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, norm_operand
 
 aten = torch.ops.aten
 
@@ -192,17 +192,15 @@ def inplace_abn_gradients(
         return _reference_gradients(grad, z, weight, bias, var, *options, needs)
     memory_format, dtype = memory_format_of(z), statistics_dtype(z)
     dx = new_like(z, memory_format, needs[0])
-    dweight, dbias = new_per_channel(weight, z, needs[1]), new_per_channel(bias, z, needs[2])
+    dweight, dbias = new_per_channel(weight, dtype, needs[1]), new_per_channel(bias, dtype, needs[2])
     kernels.inplace_abn_backward(
         dx,
         dweight,
         dbias,
         dense(grad, memory_format),
         dense(z, memory_format),
-        per_channel_operand(weight, dtype),
-        per_channel_operand(bias, dtype),
-        per_channel_operand(var, dtype),
-        *options,
+        norm_operand((weight, bias, None, var), options, dtype),
+        batch_statistics,
         layout_of(z, memory_format),
     )
     return dx, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)

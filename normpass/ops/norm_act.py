@@ -38,7 +38,7 @@ from .layout import activated_format, check_like, dense_in, memory_format_of, ne
 from .library import declare
 from .norm_act_backward import _norm_act_backward, norm_act_gradients, unmasked
 from .normalize import check_has_values, check_site, normalize, refuse_statistics_gradient
-from .operands import Options, Values, can_run, dense, layout_of, per_channel_operand
+from .operands import Options, Values, can_run, dense, layout_of, norm_operand
 from .vectors import Vectors
 
 
@@ -110,8 +110,17 @@ def _reference(
     return activate_(normalize(x, residual, weight, bias, mean, var, eps), activation, activation_args)
 
 
-def _kernel(kernels: Kernels | None, *args: Any) -> Tensor:
-    return _computed(kernels, False, *args)[0]
+def _kernel(
+    kernels: Kernels | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *options: Any,
+) -> Tensor:
+    return _computed(kernels, False, x, residual, (weight, bias, mean, var), options)[0]
 
 
 def _computed(
@@ -119,20 +128,14 @@ def _computed(
     wants_mask: bool,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    batch_statistics: bool,
-    activation: str,
-    activation_args: Sequence[float],
+    values: Values,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """z, and the mask that backward reads in the place of the residual, where one is wanted and there can be one."""
-    values = weight, bias, mean, var
-    if kernels is None or not can_run(kernels, x, (residual,), values, activation, activation_args):
-        return _reference(x, residual, *values, eps, batch_statistics, activation, activation_args), None
-    memory_format, dtype = memory_format_of(x), statistics_dtype(x)
+    activation = options[2]
+    if kernels is None or not can_run(kernels, x, (residual,), values, activation, options[3]):
+        return _reference(x, residual, *values, *options), None
+    memory_format = memory_format_of(x)
     z, layout = new_result(x, activation), layout_of(x, memory_format)
     given, added = dense(x, memory_format), dense(residual, memory_format)
     mask = new_mask(kernels, given, added, activation, layout) if wants_mask and added is not None else None
@@ -140,13 +143,7 @@ def _computed(
         z,
         given,
         added,
-        per_channel_operand(weight, dtype),
-        per_channel_operand(bias, dtype),
-        per_channel_operand(mean, dtype),
-        per_channel_operand(var, dtype),
-        eps,
-        activation,
-        activation_args,
+        norm_operand(values, options, statistics_dtype(x)),
         layout,
         *((mask,) if mask is not None else ()),
     )
@@ -219,7 +216,7 @@ def _forward(
     """z, with what backward reads kept."""
     ctx.options = options
     wants_mask = residual is not None and any(ctx.needs_input_grad[:4])
-    z, mask = _computed(kernels_for(device), wants_mask, x, residual, weight, bias, mean, var, *options)
+    z, mask = _computed(kernels_for(device), wants_mask, x, residual, (weight, bias, mean, var), options)
     _save(ctx, options[2], x, residual, weight, bias, mean, var, mask, vectors)
     return z
 

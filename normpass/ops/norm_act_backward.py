@@ -33,7 +33,7 @@ from .layout import (
 )
 from .library import declare
 from .normalize import check_has_values, check_site, normalize, refuse_statistics_gradient
-from .operands import Options, can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, per_channel_operand
+from .operands import Options, can_run, dense, in_dtype_of, layout_of, new_like, new_per_channel, norm_operand
 
 aten = torch.ops.aten
 
@@ -182,7 +182,7 @@ def norm_act_gradients(
         return _reference_gradients(grad, x, residual, *values, *options, needs)
     memory_format, dtype = memory_format_of(x), statistics_dtype(x)
     dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
-    dweight, dbias = new_per_channel(weight, x, needs[2]), new_per_channel(bias, x, needs[3])
+    dweight, dbias = new_per_channel(weight, dtype, needs[2]), new_per_channel(bias, dtype, needs[3])
     if not any(needs):
         return None, None, None, None
     kernels.norm_act_backward(
@@ -193,11 +193,8 @@ def norm_act_gradients(
         dense(grad, memory_format),
         dense(x, memory_format),
         dense(residual, memory_format),
-        per_channel_operand(weight, dtype),
-        per_channel_operand(bias, dtype),
-        per_channel_operand(mean, dtype),
-        per_channel_operand(var, dtype),
-        *options,
+        norm_operand(values, options, dtype),
+        batch_statistics,
         layout_of(x, memory_format),
         *_more(dense(other, memory_format), mask),
     )

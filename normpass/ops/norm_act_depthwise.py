@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import kernels_for
-from normpass.kernels.contract import Depthwise, InputNorm, Kernels
+from normpass.kernels.contract import Depthwise, Kernels
 
 from .depthwise_conv2d import (
     _depthwise_weight_gradient,
@@ -29,7 +29,7 @@ from .eager import eager_device, no_gradients
 from .layout import memory_format_of, statistics_dtype
 from .norm_act import norm_act
 from .norm_act_backward import _norm_act_backward
-from .operands import Options, Values, can_run, dense, new_like, new_per_channel, per_channel_operands
+from .operands import Options, Values, can_run, dense, new_like, new_per_channel, norm_operand
 
 Pair = Sequence[int]
 
@@ -90,11 +90,6 @@ def _runner(
     return depthwise if min(output_size(x.shape[2:], kernel_size, stride, padding)) > 0 else None
 
 
-def _input_norm(x: Tensor, values: Values, options: Options) -> InputNorm:
-    eps, _, activation, activation_args = options
-    return InputNorm(*per_channel_operands(values, statistics_dtype(x)), eps, activation, activation_args)
-
-
 def _forward(
     kernels: Kernels,
     x: Tensor,
@@ -110,7 +105,7 @@ def _forward(
     shape = (*x.shape[:2], *output_size(x.shape[2:], weight.shape[2:], stride, padding))
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     operands = x, weight.contiguous(), None if bias is None else bias.contiguous()
-    depthwise.convolve(y, *operands, stride, padding, norm=_input_norm(x, values, options))
+    depthwise.convolve(y, *operands, stride, padding, norm=norm_operand(values, options, statistics_dtype(x)))
     return y
 
 
@@ -175,9 +170,9 @@ def _gradients(
         return _gradients_by_ops(grad, x, values, options, weight, stride, padding, needs)
     memory_format, dtype = memory_format_of(x), statistics_dtype(x)
     dx = new_like(x, memory_format, needs[0])
-    dnorm_weight, dnorm_bias = new_per_channel(values[0], x, needs[1]), new_per_channel(values[1], x, needs[2])
+    dnorm_weight, dnorm_bias = new_per_channel(values[0], dtype, needs[1]), new_per_channel(values[1], dtype, needs[2])
     dweight = new_weight(x, weight.shape[2:], dtype) if needs[3] else None
-    operands = dense(grad, memory_format), x, weight.contiguous(), _input_norm(x, values, options)
+    operands = dense(grad, memory_format), x, weight.contiguous(), norm_operand(values, options, dtype)
     depthwise.norm_act_backward(dx, dnorm_weight, dnorm_bias, dweight, *operands, options[1], stride, padding)
     return dx, dnorm_weight, dnorm_bias, dweight
 

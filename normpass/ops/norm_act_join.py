@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import kernels_for
-from normpass.kernels.contract import InputNorm, Kernels
+from normpass.kernels.contract import Kernels
 
 from .eager import eager_device
 from .layout import memory_format_of, new_result, statistics_dtype
 from .norm_act import _gradients_by_op, new_mask, norm_act_on
 from .norm_act_backward import norm_act_gradients
-from .operands import can_run, layout_of, per_channel_operand
+from .operands import can_run, layout_of, norm_operand
 
 Half = tuple[Any, ...]
 """The arguments of `norm_act`, without a residual: x, None, weight, bias, mean, var, eps, batch_statistics, …"""
@@ -78,10 +78,8 @@ def _computed(kernels: Kernels | None, wants_mask: bool, own: Half, other: Half)
     z, layout = new_result(x, own[8]), layout_of(x, memory_format_of(x))
     assert kernels is not None
     mask = new_mask(kernels, x, residual, own[8], layout) if wants_mask else None
-    values = [per_channel_operand(t, dtype) for t in own[2:6]]
-    weight, bias, mean, var = (per_channel_operand(t, dtype) for t in other[2:6])
-    of_residual = InputNorm(weight, bias, mean, var, other[6], "identity", ())
-    kernels.norm_act(z, x, residual, *values, own[6], own[8], own[9], layout, mask, of_residual)  # type: ignore
+    norm, of_residual = (norm_operand(half[2:6], half[6:], dtype) for half in (own, other))
+    kernels.norm_act(z, x, residual, norm, layout, mask, of_residual)
     return z, mask
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normpass.kernels.contract import Kernels, Layout
+from normpass.kernels.contract import Kernels, Layout, Norm
 
 from .activation import RULES
-from .layout import statistics_dtype
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
@@ -55,7 +54,7 @@ def can_run(
 
 def layout_of(x: Tensor, memory_format: torch.memory_format) -> Layout:
     """How `x` (N, C, *) lies in memory once it is dense in `memory_format`."""
-    batch, channels = x.shape[:2]
+    batch, channels, *_ = x.shape
     values = x.numel() // channels
     if memory_format is torch.contiguous_format:
         return Layout(batch, channels, values // batch)
@@ -73,14 +72,23 @@ Values = tuple["Tensor | None", "Tensor | None", Tensor, Tensor]
 """weight, bias, mean and var of a norm, each (C,)."""
 
 
-def per_channel_operands(values: Values, dtype: torch.dtype) -> Values:
-    """The per-channel tensors of a norm as kernels read them."""
+def norm_operand(
+    values: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor], options: Options, dtype: torch.dtype
+) -> Norm:
+    """A norm as kernels read it, in the statistics dtype `dtype`."""
     weight, bias, mean, var = values
-    return (
-        per_channel_operand(weight, dtype),
-        per_channel_operand(bias, dtype),
-        per_channel_operand(mean, dtype),
-        per_channel_operand(var, dtype),
+    eps, _, activation, activation_args = options
+    return tuple.__new__(  # in half the time of `Norm(…)`
+        Norm,
+        (
+            per_channel_operand(weight, dtype),
+            per_channel_operand(bias, dtype),
+            per_channel_operand(mean, dtype),
+            per_channel_operand(var, dtype),
+            eps,
+            activation,
+            activation_args,
+        ),
     )
 
 
@@ -94,11 +102,10 @@ def new_like(x: Tensor, memory_format: torch.memory_format, needed: bool) -> Ten
     return torch.empty_like(x, memory_format=memory_format) if needed else None
 
 
-def new_per_channel(like: Tensor | None, x: Tensor, needed: bool) -> Tensor | None:
-    """Memory for the gradient of the per-channel tensor `like` of `x`, in the statistics dtype; None if not needed."""
+def new_per_channel(like: Tensor | None, dtype: torch.dtype, needed: bool) -> Tensor | None:
+    """Memory for the gradient of the per-channel tensor `like`, in the statistics dtype; None if it is not needed."""
     if like is None or not needed:
         return None
-    dtype = statistics_dtype(x)
     return torch.empty_like(like) if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
 
 

@@ -23,8 +23,7 @@ from normpass.kernels.contract import Kernels
 from .cat_norm_act import gradients_by_op, run_cat_norm_act
 from .cat_norm_act_backward import accumulate, new_total
 from .eager import eager_device, no_gradients
-from .layout import statistics_dtype
-from .operands import Options, dense, layout_of, per_channel_operands
+from .operands import Options, dense, layout_of
 
 _running_backward = torch._C._current_graph_task_id
 
@@ -110,7 +109,7 @@ class CatNormAct(torch.autograd.Function):
         ctx.memory_format, ctx.options = memory_format, options
         kept = [x for x, needed in zip(xs, ctx.needs_input_grad[7:], strict=True) if not needed]
         ctx.save_for_backward(weight, bias, mean, var, *kept)
-        return cat_norm_act_of(kernels, xs, memory_format, weight, bias, mean, var, options)
+        return run_cat_norm_act(kernels, xs, memory_format, (weight, bias, mean, var), options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -128,29 +127,10 @@ class CatNormAct(torch.autograd.Function):
             xs = [_read(r, task) if n else next(others) for r, n in zip(readers, needs, strict=True)]
             dxs, dweight, dbias = gradients_by_op(grad, xs, values, options, (*needs, *wanted))
             return dweight, dbias, None, None, None, None, None, *dxs
-        eps, batch_statistics, activation, args = options
-        xs, dxs, adds, totals = _targets(readers, needs, kept, mean if batch_statistics else None)
+        xs, dxs, adds, totals = _targets(readers, needs, kept, mean if options[1] else None)
         targets = dxs, adds, totals
-        dweight, dbias = accumulate(
-            kernels, grad, xs, ctx.memory_format, *targets, values, eps, activation, args, wanted
-        )
+        dweight, dbias = accumulate(kernels, grad, xs, ctx.memory_format, *targets, values, options, wanted)
         return dweight, dbias, *[None] * (5 + count)
-
-
-def cat_norm_act_of(
-    kernels: Kernels,
-    xs: Sequence[Tensor],
-    memory_format: torch.memory_format,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    options: Options,
-) -> Tensor:
-    """z by `kernels`, of pieces that are known to be dense in `memory_format`; not differentiable."""
-    values = per_channel_operands((weight, bias, mean, var), statistics_dtype(xs[0]))
-    eps, _, activation, activation_args = options
-    return run_cat_norm_act(kernels, xs, memory_format, *values, eps, activation, activation_args)
 
 
 def _targets(

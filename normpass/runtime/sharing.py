@@ -20,14 +20,14 @@ from normpass.kernels import kernels_for
 from normpass.kernels.contract import Kernels
 from normpass.onlookers import is_exporting, under_other_derivatives
 from normpass.ops.activation import RULES
-from normpass.ops.cat_norm_act import cat_norm_act
+from normpass.ops.cat_norm_act import cat_norm_act, run_cat_norm_act
 from normpass.ops.eager import eager_device
 from normpass.ops.layout import suggested_format
 from normpass.ops.moments import moments_with_update
 from normpass.ops.operands import can_run
 from normpass.ops.pieces import are_pieces, channels_of
 from normpass.ops.running_stats import move_running_stats, update_running_stats
-from normpass.ops.shared_gradient import CatNormAct, Reader, cat_norm_act_of
+from normpass.ops.shared_gradient import CatNormAct, Reader
 from normpass.recipe.notes import copied, copying, is_recording, notes_now, tag
 from normpass.recipe.recipes import Kept
 from normpass.runtime.functional import (
@@ -130,7 +130,7 @@ def _run(prepared: tuple, producers: Sequence[Producer], is_rebuilt: bool) -> Te
     if torch.is_grad_enabled():
         z = CatNormAct.apply(*values, kernels, memory_format, tuple(options), *xs)
     else:
-        z = cat_norm_act_of(kernels, xs, memory_format, *values, tuple(options))
+        z = run_cat_norm_act(kernels, xs, memory_format, values, tuple(options))
     if is_rebuilt and is_recording():
         values = values if z.requires_grad else tuple(map(copied, values))
         pieces = [x if p.kept is None else p.kept for x, p in zip(xs, producers, strict=True)]
@@ -152,11 +152,10 @@ def finish_shared_norm_act(prepared: tuple | Tensor) -> Tensor:
 
 def _rebuild(xs: Sequence[Tensor], memory_format: torch.memory_format, *others: Any) -> Tensor:
     """z again, by the kernels that have made it."""
-    kernels = kernels_for(xs[0].device.type)
+    kernels, (weight, bias, mean, var, options) = kernels_for(xs[0].device.type), others
     if kernels is None:  # switched off meanwhile
-        *values, options = others
-        return cat_norm_act(xs, *values, *options)
-    return cat_norm_act_of(kernels, xs, memory_format, *others)
+        return cat_norm_act(xs, weight, bias, mean, var, *options)
+    return run_cat_norm_act(kernels, xs, memory_format, (weight, bias, mean, var), options)
 
 
 def _without_dispatcher(prepared: tuple, producers: Sequence[Producer]) -> tuple[Kernels, torch.memory_format] | None:

@@ -16,7 +16,7 @@ from normpass.bench.norm_bytes import ByteRow, byte_rows
 from normpass.bench.tables import byte_table
 from normpass.cli import main as cli
 from normpass.errors import InfeasibleBudgetError, InvalidInputError
-from normpass.kernels.contract import Layout
+from normpass.kernels.contract import Layout, Norm
 from normpass.kernels.cuda.counting import CountingDevice
 from normpass.kernels.cuda.kernels import CudaKernels
 from normpass.kernels.cuda.library import GuardedKernels
@@ -119,19 +119,20 @@ def counted(call: Callable[[CudaKernels], None]) -> list[tuple[str, str, int]]:
 def test_each_launch_is_counted(layout):
     x, residual, grad, other, out, more = (torch.zeros(256 * 8 if layout.inner == 1 else 2048) for _ in range(6))
     size, values = x.nbytes, [torch.ones(8) for _ in range(4)]
-    common = (*values, 1e-5, True, "relu", (), layout)
+    norm = Norm(*values, 1e-5, "relu", ())
+    common = (norm, True, layout)
     backward = CudaKernels.norm_act_backward
 
     def join(k: CudaKernels, *parts: Tensor) -> None:
         backward(k, out, more, None, None, grad, x, residual, *common, *parts)
 
     assert counted(lambda k: k.moments(*values[:2], x, layout)) == [("moments", "moments", size)]
-    found = counted(lambda k: k.norm_act(out, x, residual, *values, 1e-5, "relu", (), layout))
+    found = counted(lambda k: k.norm_act(out, x, residual, norm, layout))
     assert [moved[2] for moved in found] == [3 * size]
     assert [moved[2] for moved in counted(join)] == [4 * size, 3 * size]
     assert [moved[2] for moved in counted(lambda k: join(k, other))] == [5 * size, 3 * size]
     mask = torch.zeros(size // 32, dtype=torch.uint8)
-    found = counted(lambda k: k.norm_act(out, x, residual, *values, 1e-5, "relu", (), layout, mask))
+    found = counted(lambda k: k.norm_act(out, x, residual, norm, layout, mask))
     assert [moved[2] for moved in found] == [3 * size + mask.nbytes]
     found = counted(lambda k: backward(k, out, more, None, None, grad, x, None, *common, None, mask))
     assert [moved[2] for moved in found] == [3 * size + mask.nbytes, 3 * size]
@@ -139,12 +140,12 @@ def test_each_launch_is_counted(layout):
     assert [moved[2] for moved in found] == [2 * size + mask.nbytes, 3 * size + mask.nbytes]
     alone = counted(lambda k: backward(k, out, None, None, None, grad, x, None, *common))
     assert [moved[1:] for moved in alone] == [("reduce", 2 * size), ("apply", 3 * size)]
-    frozen = (*values, 1e-5, False, "identity", (), layout)
+    frozen = (norm._replace(activation="identity"), False, layout)
     assert [m[2] for m in counted(lambda k: backward(k, out, None, None, None, grad, x, None, *frozen))] == [2 * size]
 
 
 def test_pieces_of_a_concatenation_are_counted():
-    layout, values = Layout(64, 8, 1), [torch.ones(8) for _ in range(4)]
+    layout, norm = Layout(64, 8, 1), Norm(*[torch.ones(8) for _ in range(4)], 1e-5, "relu", ())
     grad = torch.zeros(64, 8)
     xs, dxs = ([torch.zeros(64, n) for n in (6, 2)] for _ in range(2))
     one = grad.nbytes
@@ -156,7 +157,7 @@ def test_pieces_of_a_concatenation_are_counted():
         totals = [
             None if d is None else torch.zeros(2, n, dtype=torch.float64) for d, n in zip(dx, (6, 2), strict=True)
         ]
-        call = (dx, adds, totals, None, None, grad, xs, *values, 1e-5, "relu", (), layout)
+        call = (dx, adds, totals, None, None, grad, xs, norm, layout)
         assert [m[2] for m in counted(lambda k, call=call: k.cat_norm_act_backward(*call))] == [moved]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cuda_checks import Site
 
-from normpass.kernels.contract import ACTIVATIONS, Layout, Running
+from normpass.kernels.contract import ACTIVATIONS, Layout, Norm, Running
 from normpass.kernels.cuda import library as cuda_library
 from normpass.kernels.cuda.library import GuardedKernels
 
@@ -131,7 +131,7 @@ def test_every_16_bit_value_is_converted_as_torch_does(kernels):
         added = x.flatten()[torch.randperm(x.numel(), device="cuda")].view_as(x)
         layout, zeros, ones = Layout(*x.shape), torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
         z = torch.empty_like(x)
-        kernels.norm_act(z, x, added, None, None, zeros, ones, 0.0, "identity", (), layout)
+        kernels.norm_act(z, x, added, Norm(None, None, zeros, ones, 0.0, "identity", ()), layout)
         torch.testing.assert_close(z, (x.float() + added.float()).to(dtype), rtol=0, atol=0)
 
 
@@ -140,11 +140,10 @@ def step(kernels: GuardedKernels, site: Site) -> list[torch.Tensor]:
     mean, var, z = torch.empty_like(site.mean), torch.empty_like(site.var), torch.empty_like(site.x)
     results = [torch.empty_like(site.x), torch.empty_like(site.mean), torch.empty_like(site.mean)]
     dx, dweight, dbias = results
-    norm = (site.weight, site.bias, mean, var, checks.EPS)
+    norm = site.norm._replace(mean=mean, var=var, activation="relu", activation_args=())
     kernels.moments(mean, var, site.x, site.layout)
-    kernels.norm_act(z, site.x, None, *norm, "relu", (), site.layout)
-    backward = (dx, None, dweight, dbias, site.grad, site.x, None)
-    kernels.norm_act_backward(*backward, *norm, True, "relu", (), site.layout)
+    kernels.norm_act(z, site.x, None, norm, site.layout)
+    kernels.norm_act_backward(dx, None, dweight, dbias, site.grad, site.x, None, norm, True, site.layout)
     return [mean, var, z, *results]
 
 
@@ -168,9 +167,8 @@ def test_a_kernel_may_be_compiled_inside_a_capture(kernels):
     fresh, _ = cuda_library.load()
     z = torch.empty_like(site.x)
     graph = torch.cuda.CUDAGraph()
-    norm = (site.weight, site.bias, site.mean, site.var, checks.EPS)
     with torch.cuda.graph(graph):
-        fresh.norm_act(z, site.x, None, *norm, "mish", (), site.layout)
+        fresh.norm_act(z, site.x, None, site.norm, site.layout)
     graph.replay()
     checks.assert_close("z", z, site.z(), site.dtype)
 
@@ -266,7 +264,7 @@ def test_more_values_than_32_bits_count(kernels, layout):
     mean, var, z = torch.empty(channels, device="cuda"), torch.empty(channels, device="cuda"), torch.empty_like(x)
     kernels.moments(mean, var, x, layout)
     torch.testing.assert_close(mean, x.mean((0, 2), dtype=torch.float32), rtol=1e-3, atol=1e-3)
-    kernels.norm_act(z, x, None, None, None, mean, var, 0.0, "identity", (), layout)
+    kernels.norm_act(z, x, None, Norm(None, None, mean, var, 0.0, "identity", ()), layout)
     ends = (slice(0, 2), slice(None), slice(0, 8)), (slice(-2, None), slice(None), slice(-8, None))
     for end in ends:
         want = (x[end].float() - mean[:, None]) * var.rsqrt()[:, None]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normpass.kernels.activations import RULES
-from normpass.kernels.contract import InputNorm, Kernels, Layout, Running
+from normpass.kernels.contract import Kernels, Layout, Norm, Running
 from normpass.kernels.masks import bytes_of_mask, packed, unpacked
 
 EPS = 1e-5
@@ -118,6 +118,10 @@ class Site:
         self.weight = self.weight + self.weight.sign() * 0.5
         return self
 
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.weight, self.bias, self.mean, self.var, EPS, self.activation, self.args)
+
     def scale(self) -> Tensor:
         r = (self.var.double() + EPS).rsqrt()
         return r if self.weight is None else r * self.weight.double()
@@ -170,25 +174,20 @@ def check_moments(kernels: Kernels, x: Tensor, layout: Layout, *, tolerance: flo
 
 def check_norm_act(kernels: Kernels, site: Site) -> Tensor:
     z = torch.empty_like(site.x)
-    kernels.norm_act(
-        z, site.x, site.added, site.weight, site.bias, site.mean, site.var, EPS, site.activation, site.args, site.layout
-    )
+    kernels.norm_act(z, site.x, site.added, site.norm, site.layout)
     assert_close("z", z, site.z(), site.dtype)
     return z
 
 
 def check_norm_act_backward(kernels: Kernels, site: Site, needs: Sequence[bool] = (True, True, True, True)) -> None:
-    dx, dresidual, dweight, dbias = results = outputs(site, needs)
-    kernels.norm_act_backward(
-        *(dx, dresidual, dweight, dbias, site.grad, site.x, site.added, site.weight, site.bias, site.mean, site.var),
-        *(EPS, site.batch_statistics, site.activation, site.args, site.layout),
-    )
+    results = outputs(site, needs)
+    kernels.norm_act_backward(*results, site.grad, site.x, site.added, site.norm, site.batch_statistics, site.layout)
     dy = site.dy(site.y())
     r = (site.var.double() + EPS).rsqrt()
     centred = (site.x.double() - site.mean.double()[:, None]) * r[:, None]
     want_dx, want_dweight, want_dbias = gradients(dy, centred, site.scale(), site.batch_statistics)
     wanted = want_dx, dy, want_dweight, want_dbias
-    compare(site, results, wanted, dy, slack=3 if dresidual is not None else 1)
+    compare(site, results, wanted, dy, slack=3 if results[1] is not None else 1)
 
 
 def check_gradient_in_two_parts(kernels: Kernels, site: Site, needs: Sequence[bool] = (True, True, True, True)) -> None:
@@ -198,8 +197,7 @@ def check_gradient_in_two_parts(kernels: Kernels, site: Site, needs: Sequence[bo
     for grad, *other in (parts, (parts[0] + parts[1],)):
         results = outputs(site, needs)
         kernels.norm_act_backward(
-            *(*results, grad, site.x, site.added, site.weight, site.bias, site.mean, site.var, EPS),
-            *(site.batch_statistics, site.activation, site.args, site.layout, *other),
+            *results, grad, site.x, site.added, site.norm, site.batch_statistics, site.layout, *other
         )
         found.append(results)
     for name, apart, whole in zip(("dx", "dresidual", "dweight", "dbias"), *found, strict=True):
@@ -208,12 +206,11 @@ def check_gradient_in_two_parts(kernels: Kernels, site: Site, needs: Sequence[bo
 
 def check_mask(kernels: Kernels, site: Site) -> None:
     """Forward writes the mask as the plain formula lays it out, and every gradient is that of the residual."""
-    values = site.weight, site.bias, site.mean, site.var, EPS
-    options, size = (site.activation, site.args, site.layout), site.x.element_size()
+    norm, size = site.norm, site.x.element_size()
     z, plain_z = torch.empty_like(site.x), torch.empty_like(site.x)
     mask = torch.full((bytes_of_mask(site.layout, size),), 0xAA, dtype=torch.uint8, device=site.x.device)
-    kernels.norm_act(plain_z, site.x, site.added, *values, *options)
-    kernels.norm_act(z, site.x, site.added, *values, *options, mask)
+    kernels.norm_act(plain_z, site.x, site.added, norm, site.layout)
+    kernels.norm_act(z, site.x, site.added, norm, site.layout, mask)
     assert torch.equal(z, plain_z)
     slopes, y = RULES[site.activation].two_slopes, site.y()
     assert slopes is not None
@@ -224,12 +221,9 @@ def check_mask(kernels: Kernels, site: Site) -> None:
     for needs in ((True,) * 4, (True, False, True, True), (False, True, False, False)):
         for other in (None, site.grad.flip(0) * 0.37):
             found = [outputs(site, needs), outputs(site, needs)]
-            for results, given in zip(
-                found, ((site.added, *options, other), (None, *options, other, mask)), strict=True
-            ):
-                residual, *more = given
+            for results, (residual, *more) in zip(found, ((site.added, other), (None, other, mask)), strict=True):
                 kernels.norm_act_backward(
-                    *(*results, site.grad, site.x, residual, *values, site.batch_statistics, *more)
+                    *results, site.grad, site.x, residual, norm, site.batch_statistics, site.layout, *more
                 )
             for name, by_residual, by_mask in zip(("dx", "dresidual", "dweight", "dbias"), *found, strict=True):
                 assert by_residual is None or torch.equal(by_residual, by_mask), f"{name} of {needs}"
@@ -237,16 +231,15 @@ def check_mask(kernels: Kernels, site: Site) -> None:
 
 def check_normalized_residual(kernels: Kernels, site: Site) -> None:
     """The bits, of the mask too, that a residual gives which the kernels have stored."""
-    of_residual = InputNorm(site.bias, site.weight, site.mean + 0.25, site.var * 2, 1e-3, "identity", ())
+    of_residual = Norm(site.bias, site.weight, site.mean + 0.25, site.var * 2, 1e-3, "identity", ())
     stored, *found = (torch.empty_like(site.x) for _ in range(3))
     masks = [torch.zeros(bytes_of_mask(site.layout, site.x.element_size()), dtype=torch.uint8) for _ in range(2)]
     masks = [mask.to(site.x.device) for mask in masks]
-    kernels.norm_act(stored, site.added, None, *of_residual[:5], "identity", (), site.layout)
-    values, options = (site.weight, site.bias, site.mean, site.var, EPS), (site.activation, site.args, site.layout)
-    kernels.norm_act(found[0], site.x, stored, *values, *options, masks[0])
-    kernels.norm_act(found[1], site.x, site.added, *values, *options, masks[1], of_residual)
+    kernels.norm_act(stored, site.added, None, of_residual, site.layout)
+    kernels.norm_act(found[0], site.x, stored, site.norm, site.layout, masks[0])
+    kernels.norm_act(found[1], site.x, site.added, site.norm, site.layout, masks[1], of_residual)
     assert torch.equal(*found) and torch.equal(*masks)
-    kernels.norm_act(found[1].fill_(torch.nan), site.x, site.added, *values, *options, None, of_residual)
+    kernels.norm_act(found[1].fill_(torch.nan), site.x, site.added, site.norm, site.layout, None, of_residual)
     assert torch.equal(*found), "made again, without a mask"
 
 
@@ -257,8 +250,7 @@ def split(site: Site, t: Tensor, channels: Sequence[int]) -> list[Tensor]:
 
 def check_cat_norm_act(kernels: Kernels, site: Site, channels: Sequence[int]) -> Tensor:
     z, xs = torch.full_like(site.x, torch.nan), split(site, site.x, channels)
-    options = site.activation, site.args, site.layout
-    kernels.cat_norm_act(z, xs, site.weight, site.bias, site.mean, site.var, EPS, *options)
+    kernels.cat_norm_act(z, xs, site.norm, site.layout)
     assert_close("z", z, site.z(), site.dtype)
     return z
 
@@ -273,10 +265,7 @@ def check_cat_norm_act_backward(
     dxs = [torch.full_like(x, 0.25 if add else torch.nan) for x, add in zip(xs, adds, strict=True)]
     totals = [torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device) for x in xs]
     dweight, dbias = (torch.full_like(site.mean, torch.nan) for _ in range(2))
-    values = site.weight, site.bias, site.mean, site.var, EPS
-    kernels.cat_norm_act_backward(
-        dxs, adds, totals, dweight, dbias, site.grad, xs, *values, site.activation, site.args, site.layout
-    )
+    kernels.cat_norm_act_backward(dxs, adds, totals, dweight, dbias, site.grad, xs, site.norm, site.layout)
     means = site.mean.split(list(channels))
     for dx, x, mean, total in zip(dxs, xs, means, totals, strict=True):
         layout = Layout(site.layout.outer, x.shape[1], site.layout.inner)
@@ -292,10 +281,8 @@ def check_cat_norm_act_backward(
 def check_inplace_abn_backward(kernels: Kernels, site: Site, needs: Sequence[bool] = (True, True, True)) -> None:
     z = site.z().clamp(min=-0.6 if site.activation == "elu" else None, max=4).to(site.dtype)
     dx, _, dweight, dbias = results = outputs(site, (needs[0], False, *needs[1:]))
-    kernels.inplace_abn_backward(
-        *(dx, dweight, dbias, site.grad, z, site.weight, site.bias, site.var, EPS),
-        *(site.batch_statistics, site.activation, site.args, site.layout),
-    )
+    norm = site.norm._replace(mean=None)
+    kernels.inplace_abn_backward(dx, dweight, dbias, site.grad, z, norm, site.batch_statistics, site.layout)
     y = inverse(z.double(), site.activation, site.args)
     weight = torch.ones_like(site.var) if site.weight is None else site.weight
     smallest = torch.finfo(weight.dtype).eps

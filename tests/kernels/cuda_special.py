@@ -49,10 +49,7 @@ def check_norm_act_backward(kernels: Kernels, layout: Layout, activation: str, d
         wanted = {"dx": dx, "dweight": dweight, "dbias": dbias, "dresidual": dresidual[0] if residual else dx}
         for needs in ((True, residual, True, True), (True, residual, False, False), (True, False, False, True)):
             results = checks.outputs(site, needs)
-            kernels.norm_act_backward(
-                *(*results, site.grad, site.x, site.added, site.weight, site.bias, site.mean, site.var, checks.EPS),
-                *(False, activation, site.args, layout),
-            )
+            kernels.norm_act_backward(*results, site.grad, site.x, site.added, site.norm, False, layout)
             names = ("dx", "dresidual", "dweight", "dbias")
             assert_same(dict(zip(names, results, strict=True)), wanted, (residual, place, value, needs))
 
@@ -64,10 +61,7 @@ def check_cat_norm_act_backward(kernels: Kernels, layout: Layout, device: str = 
         _, (dx, dweight, dbias) = gradients_of_plain(site)
         xs = checks.split(site, site.x, pieces)
         dxs, found = [torch.full_like(x, torch.nan) for x in xs], [torch.full_like(site.mean, 7.0) for _ in range(2)]
-        values = site.weight, site.bias, site.mean, site.var, checks.EPS
-        kernels.cat_norm_act_backward(
-            dxs, [False] * 2, [None] * 2, *found, site.grad, xs, *values, "relu", site.args, layout
-        )
+        kernels.cat_norm_act_backward(dxs, [False] * 2, [None] * 2, *found, site.grad, xs, site.norm, layout)
         results = {"dx": torch.cat(dxs, 1), "dweight": found[0], "dbias": found[1]}
         assert_same(results, {"dx": dx, "dweight": dweight, "dbias": dbias}, (place, value))
 
@@ -78,9 +72,7 @@ def check_inplace_abn_backward(kernels: Kernels, layout: Layout, activation: str
         z, (dx, dweight, dbias) = gradients_of_plain(site)
         for needs in ((True, True, True), (True, False, False)):
             got_dx, _, *found = checks.outputs(site, (needs[0], False, *needs[1:]))
-            kernels.inplace_abn_backward(
-                *(got_dx, *found, site.grad, z, site.weight, site.bias, site.var, checks.EPS),
-                *(False, activation, site.args, layout),
-            )
+            norm = site.norm._replace(mean=None)
+            kernels.inplace_abn_backward(got_dx, *found, site.grad, z, norm, False, layout)
             results = {"dx": got_dx, "dweight": found[0], "dbias": found[1]}
             assert_same(results, {"dx": dx, "dweight": dweight, "dbias": dbias}, (place, value, needs))

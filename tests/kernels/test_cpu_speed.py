@@ -5,13 +5,14 @@ it. So each op is timed with each activation, in one run and on data that lies i
 identity: the best of several times, for noise is not there each time.
 """
 
+import functools
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from normpass.kernels.contract import ACTIVATIONS, Layout
+from normpass.kernels.contract import ACTIVATIONS, Layout, Norm
 from normpass.kernels.cpu import library as cpu_library
 from normpass.ops.activation import is_invertible
 
@@ -48,26 +49,26 @@ def calls(kernels, memory_format):
     layout = Layout(SHAPE[0] * inner, channels, 1) if is_last else Layout(SHAPE[0], channels, inner)
     weight, bias, mean, var = torch.rand(4, channels) + 0.5
     dweight, dbias, totals = torch.empty(channels), torch.empty(channels), torch.zeros(2, channels).double()
-    sums, statistics = (dweight, dbias), (weight, bias, mean, var, 1e-5)
+    sums = dweight, dbias
 
-    def norm_act(*end):
-        kernels.norm_act(result, x, None, *statistics, *end)
+    def norm_act(norm):
+        kernels.norm_act(result, x, None, norm, layout)
 
-    def norm_act_backward(*end):
-        kernels.norm_act_backward(result, None, *sums, grad, x, None, *statistics, True, *end)
+    def norm_act_backward(norm):
+        kernels.norm_act_backward(result, None, *sums, grad, x, None, norm, True, layout)
 
-    def norm_act_backward_of_frozen(*end):
-        kernels.norm_act_backward(result, None, None, None, grad, x, None, *statistics, False, *end)
+    def norm_act_backward_of_frozen(norm):
+        kernels.norm_act_backward(result, None, None, None, grad, x, None, norm, False, layout)
 
-    def cat_norm_act_backward(*end):
-        kernels.cat_norm_act_backward([result], [False], [totals], *sums, grad, [x], *statistics, *end)
+    def cat_norm_act_backward(norm):
+        kernels.cat_norm_act_backward([result], [False], [totals], *sums, grad, [x], norm, layout)
 
-    def inplace_abn_backward(*end):
-        kernels.inplace_abn_backward(result, *sums, grad, x, weight, bias, var, 1e-5, True, *end)
+    def inplace_abn_backward(norm):
+        kernels.inplace_abn_backward(result, *sums, grad, x, norm._replace(mean=None), True, layout)
 
     every = (norm_act, norm_act_backward, norm_act_backward_of_frozen, cat_norm_act_backward, inplace_abn_backward)
     return {
-        (op.__name__, name): lambda op=op, name=name: op(name, ARGUMENTS.get(name, ()), layout)
+        (op.__name__, name): functools.partial(op, Norm(weight, bias, mean, var, 1e-5, name, ARGUMENTS.get(name, ())))
         for op in every
         for name in ACTIVATIONS
         if op is not inplace_abn_backward or is_invertible(name, ARGUMENTS.get(name, ()))

@@ -17,7 +17,7 @@ import cuda_special as special
 from cuda_checks import Site
 from cuda_emulated import COMPILER, EmulatedDevice
 
-from normpass.kernels.contract import ACTIVATIONS, Layout, Running
+from normpass.kernels.contract import ACTIVATIONS, Layout, Norm, Running
 from normpass.kernels.cuda.calls import CudaError
 from normpass.kernels.cuda.kernels import CudaKernels
 from normpass.kernels.masks import bytes_of_mask
@@ -112,11 +112,10 @@ def test_a_mask_is_refused_where_vectors_would_be_others(kernels):
     site, layout = Site(ROWS[0], torch.float32, "relu", residual=True), ROWS[0]
     z = torch.empty(site.x.numel() + 1)[1:].view(site.x.shape)
     mask = torch.empty(bytes_of_mask(layout, 4), dtype=torch.uint8)
-    values = site.weight, site.bias, site.mean, site.var, checks.EPS
     with pytest.raises(
         CudaError, match="norm_act: a mask is of vectors of 16 bytes, and a tensor lies at a multiple of 4"
     ):
-        kernels.norm_act(z, site.x, site.added, *values, "relu", (), layout, mask)
+        kernels.norm_act(z, site.x, site.added, site.norm, layout, mask)
 
 
 @pytest.mark.parametrize("dtype, layout", [MASKED[0], MASKED[3], MASKED[5], MASKED[8]], ids=str)
@@ -134,14 +133,13 @@ def test_masks_of_other_activations(kernels, activation):
 def test_a_mask_is_read_whatever_the_gradients_begin_with(kernels):
     """Autograd may hand over a part of something: an address that no vector may be read at."""
     site = Site(ROWS[0], torch.bfloat16, "relu", residual=True)
-    values, options = (site.weight, site.bias, site.mean, site.var, checks.EPS), ("relu", (), site.layout)
     mask = torch.empty(bytes_of_mask(site.layout, 2), dtype=torch.uint8)
-    kernels.norm_act(torch.empty_like(site.x), site.x, site.added, *values, *options, mask)
+    kernels.norm_act(torch.empty_like(site.x), site.x, site.added, site.norm, site.layout, mask)
     elsewhere = torch.cat([torch.zeros(1, dtype=site.dtype), site.grad.flatten()])[1:].view(site.grad.shape)
     assert elsewhere.data_ptr() % 16
     found = [checks.outputs(site, (True,) * 4) for _ in range(2)]
     for results, grad in zip(found, (site.grad, elsewhere), strict=True):
-        kernels.norm_act_backward(*results, grad, site.x, None, *values, True, *options, grad, mask)
+        kernels.norm_act_backward(*results, grad, site.x, None, site.norm, True, site.layout, grad, mask)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -188,9 +186,7 @@ def test_what_is_not_wanted_of_pieces(kernels):
     site = Site(layout, torch.float32)
     xs = checks.split(site, site.x, (16, 8))
     dxs, totals = [None, torch.full_like(xs[1], torch.nan)], [None, None]
-    values = site.weight, site.bias, site.mean, site.var, checks.EPS
-    args = site.grad, xs, *values, site.activation, site.args, layout
-    kernels.cat_norm_act_backward(dxs, [False, False], totals, None, None, *args)
+    kernels.cat_norm_act_backward(dxs, [False, False], totals, None, None, site.grad, xs, site.norm, layout)
     want = (site.scale()[:, None] * site.dy(site.y()))[:, 16:]
     checks.assert_close("dx", dxs[1], want, torch.float32)
 
@@ -274,8 +270,8 @@ def test_inplace_abn_backward_is_finite_at_the_floor(kernels):
     z = torch.full(layout, -1.0)
     dx, dweight, dbias = torch.full(layout, torch.nan), torch.empty(4), torch.empty(4)
     weight, bias, var = torch.tensor([1.0, 0.0, -1.0, 1e-20]), torch.ones(4), torch.ones(4)
-    args = (weight, bias, var, 1e-5, True, "elu", (1.0,), layout)
-    kernels.inplace_abn_backward(dx, dweight, dbias, torch.ones(layout), z, *args)
+    norm = Norm(weight, bias, None, var, 1e-5, "elu", (1.0,))
+    kernels.inplace_abn_backward(dx, dweight, dbias, torch.ones(layout), z, norm, True, layout)
     assert all(t.isfinite().all() for t in (dx, dweight, dbias))
     assert (dx[:, 1] == 0).all()
 
@@ -293,9 +289,9 @@ def test_relu_mask_is_that_of_forward(kernels):
     weight, bias = torch.rand(8), torch.zeros(8)
     bias = -(x[0, :, 0] - mean) * weight * (var + checks.EPS).rsqrt()
     z, dx = torch.empty_like(x), torch.empty_like(x)
-    site = (weight, bias, mean, var, checks.EPS)
-    kernels.norm_act(z, x, None, *site, "relu", (), layout)
-    kernels.norm_act_backward(dx, None, None, None, torch.ones_like(x), x, None, *site, False, "relu", (), layout)
+    norm = Norm(weight, bias, mean, var, checks.EPS, "relu", ())
+    kernels.norm_act(z, x, None, norm, layout)
+    kernels.norm_act_backward(dx, None, None, None, torch.ones_like(x), x, None, norm, False, layout)
     assert torch.equal(z > 0, dx != 0)
 
 
@@ -304,10 +300,9 @@ def test_a_mask_lets_nan_through(kernels):
     x, residual, grad = torch.zeros(layout), torch.zeros(layout), torch.ones(layout)
     residual[3], residual[4], residual[5], residual[6] = torch.nan, torch.inf, -torch.inf, -0.0
     z, dx, mask = torch.empty_like(x), torch.empty_like(x), torch.empty(16, dtype=torch.uint8)
-    site = (None, None, torch.zeros(8), torch.ones(8), 0.0)
-    kernels.norm_act(z, x, residual, *site, "relu", (), layout, mask)
-    more = (False, "relu", (), layout, None, mask)
-    kernels.norm_act_backward(dx, None, None, None, grad, x, None, *site, *more)
+    norm = Norm(None, None, torch.zeros(8), torch.ones(8), 0.0, "relu", ())
+    kernels.norm_act(z, x, residual, norm, layout, mask)
+    kernels.norm_act_backward(dx, None, None, None, grad, x, None, norm, False, layout, None, mask)
     assert dx[:, 0, 0].tolist() == [0, 0, 0, 1, 1, *[0] * 11]
 
 
@@ -316,7 +311,7 @@ def test_relu_lets_nan_through(kernels):
     x = torch.zeros(layout)
     x[3] = torch.nan
     z = torch.empty_like(x)
-    kernels.norm_act(z, x, None, None, None, torch.zeros(8), torch.ones(8), 0.0, "relu", (), layout)
+    kernels.norm_act(z, x, None, Norm(None, None, torch.zeros(8), torch.ones(8), 0.0, "relu", ()), layout)
     assert z[3].isnan().all() and not z[:3].isnan().any()
 
 
@@ -346,10 +341,7 @@ def test_blocks_may_come_in_any_order(kernels, device, layout):
         mean, var = torch.empty(layout.channels), torch.empty(layout.channels)
         kernels.moments(mean, var, site.x, layout)
         results = checks.outputs(site, (True, False, True, True))
-        kernels.norm_act_backward(
-            *(*results, site.grad, site.x, None, site.weight, site.bias, site.mean, site.var, checks.EPS),
-            *(True, "relu", (), layout),
-        )
+        kernels.norm_act_backward(*results, site.grad, site.x, None, site.norm, True, layout)
         found.append([mean, var, *(t for t in results if t is not None)])
     assert max(slabs for _, _, (_, slabs) in device.launches) > 1
     for others in found[1:]:

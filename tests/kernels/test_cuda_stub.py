@@ -216,8 +216,8 @@ def test_without_user_objects_a_block_stays_with_its_graph(stubs, name):
 def test_whole_numbers_as_arguments(stubs):
     """`BatchNorm2d(3, eps=1)`: an int that is read as a double would be a tiny number."""
     kernels, z = loaded(), torch.empty(SITE.layout)
-    options = 1, "leaky_relu", (2,), SITE.layout
-    kernels.norm_act(z, SITE.x, None, SITE.weight, SITE.bias, SITE.mean, SITE.var, *options)
+    norm = SITE.norm._replace(eps=1, activation="leaky_relu", activation_args=(2,))
+    kernels.norm_act(z, SITE.x, None, norm, SITE.layout)
     y = (SITE.x - SITE.mean[:, None]) * (SITE.weight / (SITE.var + 1).sqrt())[:, None] + SITE.bias[:, None]
     torch.testing.assert_close(z, torch.where(y > 0, y, 2 * y))
 

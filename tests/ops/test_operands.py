@@ -63,30 +63,32 @@ class CheckedKernels:
         running.mean.data.copy_(new[0])
         running.var.data.copy_(new[1])
 
-    def norm_act(self, z, x, residual, weight, bias, mean, var, eps, activation, activation_args, layout):
-        self._note("norm_act", layout, (z,), (x, residual), (weight, bias, mean, var))
+    def norm_act(self, z, x, residual, norm, layout):
+        values, (eps, *activation) = norm[:4], norm[4:]
+        self._note("norm_act", layout, (z,), (x, residual), values)
         with kernels.disabled(), torch.no_grad():
-            z.copy_(ops.norm_act(x, residual, weight, bias, mean, var, eps, False, activation, activation_args))
+            z.copy_(ops.norm_act(x, residual, *values, eps, False, *activation))
 
-    def norm_act_backward(self, dx, dresidual, dweight, dbias, grad, x, residual, weight, bias, *rest):
-        mean, var, *options, layout = rest
-        self._note("backward", layout, (dx, dresidual), (grad, x, residual), (dweight, dbias, weight, bias, mean, var))
+    def norm_act_backward(self, dx, dresidual, dweight, dbias, grad, x, residual, norm, batch_statistics, layout):
+        values, (eps, *activation) = norm[:4], norm[4:]
+        self._note("backward", layout, (dx, dresidual), (grad, x, residual), (dweight, dbias, *values))
         results = (dx, dresidual, dweight, dbias)
         needs = [t is not None for t in results]
         with kernels.disabled(), torch.no_grad():
-            values = norm_act_backward_op(grad, x, residual, weight, bias, mean, var, *options, needs)
-        for result, value in zip(results, values, strict=True):
+            found = norm_act_backward_op(grad, x, residual, *values, eps, batch_statistics, *activation, needs)
+        for result, value in zip(results, found, strict=True):
             if result is not None:
                 result.copy_(value)
 
-    def inplace_abn_backward(self, dx, dweight, dbias, grad, z, weight, bias, var, *rest):
-        *options, layout = rest
+    def inplace_abn_backward(self, dx, dweight, dbias, grad, z, norm, batch_statistics, layout):
+        weight, bias, mean, var, eps, *activation = norm
+        assert mean is None
         self._note("inplace_abn_backward", layout, (dx,), (grad, z), (dweight, dbias, weight, bias, var))
         results = (dx, dweight, dbias)
         needs = [t is not None for t in results]
         with kernels.disabled(), torch.no_grad():
-            values = ops.inplace_abn_backward(grad, z, weight, bias, var, *options, needs)
-        for result, value in zip(results, values, strict=True):
+            found = ops.inplace_abn_backward(grad, z, weight, bias, var, eps, batch_statistics, *activation, needs)
+        for result, value in zip(results, found, strict=True):
             if result is not None:
                 result.copy_(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from normpass.kernels.cuda.kernels import CudaKernels
 
 
 class PlainKernels:
-    """May add gradients as they read them and write masks; `calls`: names, and which arguments were there."""
+    """May add gradients as they read them and write masks; `calls`: names, and the arguments that were there."""
 
     most_pieces = 64
     failures = ()
@@ -21,25 +22,27 @@ class PlainKernels:
     def __init__(self) -> None:
         self.adds_gradients = self.normalizes_residuals = True
         self.masks = CudaKernels.masks
-        self.calls: list[tuple[str, list[bool]]] = []
+        self.calls: list[tuple[str, set[str]]] = []
 
     @property
     def parts(self) -> list[int]:
         """In how many parts each backward of a norm was given its gradient."""
-        return [2 if any(there[16:17]) else 1 for name, there in self.calls if name == "norm_act_backward"]
+        return [2 if "other" in there else 1 for name, there in self.calls if name == "norm_act_backward"]
 
     def masked(self, name: str) -> int:
         """How many calls of `name` wrote or read a mask."""
-        position = {"norm_act": 11, "norm_act_backward": 17}[name]
-        return sum(any(there[position : position + 1]) for called, there in self.calls if called == name)
+        return sum("mask" in there for called, there in self.calls if called == name)
 
     def supports(self, dtype: torch.dtype) -> bool:
         return True
 
     def __getattr__(self, name: str) -> Callable:
+        function = getattr(plain, name)
+
         def run(*args: Any) -> None:
-            self.calls.append((name, [arg is not None for arg in args]))
+            given = inspect.signature(function).bind(*args).arguments
+            self.calls.append((name, {argument for argument, value in given.items() if value is not None}))
             with torch.no_grad():
-                getattr(plain, name)(*args)
+                function(*args)
 
         return run
