@@ -239,7 +239,8 @@ def test_another_gpu_than_the_current(kernels):
 def test_processes_share_compiled_kernels(kernels, tmp_path):
     script = (
         "import sys, torch\n"
-        "from normpass.kernels import Layout, cuda_compiler, cuda_library\n"
+        "from normpass.kernels.contract import Layout\n"
+        "from normpass.kernels.cuda import compiler as cuda_compiler, library as cuda_library\n"
         "calls, compiled = [], cuda_compiler.compile_variant\n"
         "cuda_compiler.compile_variant = lambda *args, **more: calls.append(args) or compiled(*args, **more)\n"
         "kernels, _ = cuda_library.load()\n"
