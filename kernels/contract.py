@@ -169,7 +169,7 @@ class SampleNorms(Protocol):
     """
 
     def group_norm_act(
-        self, z: Tensor, x: Tensor, residual: Tensor | None, norm: InputNorm, is_given: bool, groups: Groups
+        self, z: Tensor, x: Tensor, residual: Tensor | None, norm: Norm, is_given: bool, groups: Groups
     ) -> None: ...
 
     def group_norm_act_backward(
@@ -181,11 +181,11 @@ class SampleNorms(Protocol):
         grad: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        norm: InputNorm,
+        norm: Norm,
         groups: Groups,
     ) -> None: ...
 
-    def row_norm_act(self, z: Tensor, x: Tensor, norm: InputNorm, is_given: bool, rows: Rows) -> None: ...
+    def row_norm_act(self, z: Tensor, x: Tensor, norm: Norm, is_given: bool, rows: Rows) -> None: ...
 
     def row_norm_act_backward(
         self,
@@ -194,7 +194,7 @@ class SampleNorms(Protocol):
         dbias: Tensor | None,
         grad: Tensor,
         x: Tensor,
-        norm: InputNorm,
+        norm: Norm,
         rows: Rows,
     ) -> None: ...
 

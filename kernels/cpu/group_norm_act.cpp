@@ -46,8 +46,8 @@ void group_norm_act(const Groups& all, const Tensors<S>& tensors, Wide<S>* mean,
 }  // namespace
 }  // namespace normpass
 
-NORMPASS_EXPORT int normpass_group_norm_act(void* z, void* mean, void* var, const void* x, const void* residual,
-                                            const void* weight, const void* bias, double eps, int activation,
+NORMPASS_EXPORT int normpass_group_norm_act(void* z, const void* x, const void* residual, const void* weight,
+                                            const void* bias, void* mean, void* var, double eps, int activation,
                                             double arg0, double arg1, int is_given, int64_t samples, int64_t groups,
                                             int64_t channels, int64_t spatial, int is_rows, int dtype, int threads) {
   using namespace normpass;

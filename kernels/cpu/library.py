@@ -89,7 +89,7 @@ class CpuKernels:
             _function(library, "row_norm_act"),
             _function(library, "row_norm_act_backward"),
             _DTYPES,
-            _activation,
+            _norm,
             _threads,
         )
         convolve = _function(library, "winograd_conv2d")

@@ -40,8 +40,8 @@ void row_norm_act(const RowNorm& norm, S* z, Wide<S>* mean, Wide<S>* var, const 
 }  // namespace
 }  // namespace normpass
 
-NORMPASS_EXPORT int normpass_row_norm_act(void* z, void* mean, void* var, const void* x, const void* weight,
-                                          const void* bias, double eps, int activation, double arg0, double arg1,
+NORMPASS_EXPORT int normpass_row_norm_act(void* z, const void* x, const void* weight, const void* bias, void* mean,
+                                          void* var, double eps, int activation, double arg0, double arg1,
                                           int is_given, int64_t rows, int64_t width, int is_centred, int dtype,
                                           int threads) {
   using namespace normpass;

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from normpass.kernels.contract import Groups, InputNorm, Rows
+from normpass.kernels.contract import Groups, Norm, Rows
 
 
 class CpuSampleNorms:
@@ -20,26 +20,21 @@ class CpuSampleNorms:
         row_norm_act: Callable[..., int],
         row_norm_act_backward: Callable[..., int],
         dtypes: Mapping[torch.dtype, int],
-        activation: Callable[..., tuple[int, float, float]],
+        norm: Callable[[Norm], tuple[int | float | None, ...]],
         threads: Callable[[Tensor], int],
     ):
         self._group_norm_act, self._group_norm_act_backward = group_norm_act, group_norm_act_backward
         self._row_norm_act, self._row_norm_act_backward = row_norm_act, row_norm_act_backward
-        self._dtypes, self._activation, self._threads = dtypes, activation, threads
+        self._dtypes, self._norm, self._threads = dtypes, norm, threads
 
     def group_norm_act(
-        self, z: Tensor, x: Tensor, residual: Tensor | None, norm: InputNorm, is_given: bool, groups: Groups
+        self, z: Tensor, x: Tensor, residual: Tensor | None, norm: Norm, is_given: bool, groups: Groups
     ) -> None:
         self._group_norm_act(
             z.data_ptr(),
-            norm.mean.data_ptr(),
-            norm.var.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
-            _pointer(norm.weight),
-            _pointer(norm.bias),
-            norm.eps,
-            *self._activation(norm.activation, norm.activation_args),
+            *self._norm(norm),
             is_given,
             *groups,
             *self._end(x),
@@ -54,7 +49,7 @@ class CpuSampleNorms:
         grad: Tensor,
         x: Tensor,
         residual: Tensor | None,
-        norm: InputNorm,
+        norm: Norm,
         groups: Groups,
     ) -> None:
         self._group_norm_act_backward(
@@ -65,26 +60,16 @@ class CpuSampleNorms:
             grad.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
-            _pointer(norm.weight),
-            _pointer(norm.bias),
-            norm.mean.data_ptr(),
-            norm.var.data_ptr(),
-            norm.eps,
-            *self._activation(norm.activation, norm.activation_args),
+            *self._norm(norm),
             *groups,
             *self._end(x),
         )
 
-    def row_norm_act(self, z: Tensor, x: Tensor, norm: InputNorm, is_given: bool, rows: Rows) -> None:
+    def row_norm_act(self, z: Tensor, x: Tensor, norm: Norm, is_given: bool, rows: Rows) -> None:
         self._row_norm_act(
             z.data_ptr(),
-            norm.mean.data_ptr(),
-            norm.var.data_ptr(),
             x.data_ptr(),
-            _pointer(norm.weight),
-            _pointer(norm.bias),
-            norm.eps,
-            *self._activation(norm.activation, norm.activation_args),
+            *self._norm(norm),
             is_given,
             *rows,
             *self._end(x),
@@ -97,7 +82,7 @@ class CpuSampleNorms:
         dbias: Tensor | None,
         grad: Tensor,
         x: Tensor,
-        norm: InputNorm,
+        norm: Norm,
         rows: Rows,
     ) -> None:
         self._row_norm_act_backward(
@@ -106,12 +91,7 @@ class CpuSampleNorms:
             _pointer(dbias),
             grad.data_ptr(),
             x.data_ptr(),
-            _pointer(norm.weight),
-            _pointer(norm.bias),
-            norm.mean.data_ptr(),
-            norm.var.data_ptr(),
-            norm.eps,
-            *self._activation(norm.activation, norm.activation_args),
+            *self._norm(norm),
             *rows,
             *self._end(x),
         )

@@ -156,7 +156,7 @@ class GroupNormAct(torch.autograd.Function):
         needs, options, tensors = ctx.needs_input_grad[:4], ctx.options, kept(ctx)
         if torch.is_grad_enabled():
             if tensors[1] is None and needs[1]:  # the identity does not need it: any value will do
-                tensors[1] = torch.zeros_like(tensors[0])
+                tensors[1] = torch.zeros_like(tensors[0]).requires_grad_()
             found = differentiable_gradients(lambda *t: _formula(options, *t), tensors[:4], grad, needs)
             return *found, *[None] * 4
         is_sum = needs[1] and options.activation == "identity"  # then the residual's gradient is `grad` itself
@@ -179,7 +179,7 @@ def _gradients(
     """Of x, residual, weight and bias; None for what is not needed."""
     memory_format = format_of(x, options)
     dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
-    dweight, dbias = new_per_channel(weight, x, needs[2]), new_per_channel(bias, x, needs[3])
+    dweight, dbias = new_per_channel(weight, mean.dtype, needs[2]), new_per_channel(bias, mean.dtype, needs[3])
     kernels.group_norm_act_backward(
         dx,
         dresidual,

@@ -152,7 +152,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Of x, weight and bias; None for what is not needed."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-    dweight, dbias = new_per_channel(weight, x, needs[1]), new_per_channel(bias, x, needs[2])
+    dweight, dbias = new_per_channel(weight, mean.dtype, needs[1]), new_per_channel(bias, mean.dtype, needs[2])
     norm = norm_of(weight, bias, mean, var, options.eps, options.activation, options.activation_args)
     kernels.row_norm_act_backward(dx, dweight, dbias, grad.contiguous(), x.contiguous(), norm, _rows_of(x, options))
     return [dx, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)]

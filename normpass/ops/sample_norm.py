@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from normpass.kernels import kernels_for
-from normpass.kernels.contract import InputNorm, SampleNorms
+from normpass.kernels.contract import Norm, SampleNorms
 
-from .operands import PLAIN_TYPES, per_channel_operand
+from .operands import PLAIN_TYPES, norm_operand
 
 Differentiable = Callable[..., Tensor]
 """x, residual, weight, bias -> z, in ATen's operators."""
@@ -44,11 +44,9 @@ def norm_of(
     eps: float,
     activation: str,
     activation_args: Sequence[float],
-) -> InputNorm:
+) -> Norm:
     """A norm as kernels read it."""
-    dtype = mean.dtype
-    operands = per_channel_operand(weight, dtype), per_channel_operand(bias, dtype)
-    return InputNorm(*operands, mean, var, float(eps), activation, activation_args)
+    return norm_operand((weight, bias, mean, var), (eps, True, activation, activation_args), mean.dtype)
 
 
 def differentiable_gradients(
@@ -81,5 +79,5 @@ def kept(ctx: Any) -> list[Any]:
     """x, residual, weight, bias, mean, var; for a bias that was not kept zeros, of which the gradient is the same."""
     x, residual, weight, bias, mean, var = ctx.saved_tensors
     if ctx.bias_dtype is not None:
-        bias = x.new_zeros(ctx.bias_shape, dtype=ctx.bias_dtype)
+        bias = x.new_zeros(ctx.bias_shape, dtype=ctx.bias_dtype).requires_grad_()
     return [x, residual, weight, bias, mean, var]
