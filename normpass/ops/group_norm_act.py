@@ -160,7 +160,9 @@ class GroupNormAct(torch.autograd.Function):
             found = differentiable_gradients(lambda *t: _formula(options, *t), tensors[:4], grad, needs)
             return *found, *[None] * 4
         is_sum = needs[1] and options.activation == "identity"  # then the residual's gradient is `grad` itself
-        found = _gradients(ctx.kernels, grad, *tensors, options, (needs[0], needs[1] and not is_sum, *needs[2:]))
+        x, residual, weight, bias, mean, var = tensors
+        needs = needs[0], needs[1] and not is_sum, *needs[2:]
+        found = _gradients(ctx.kernels, grad, x, residual, weight, bias, mean, var, options, needs)
         return found[0], grad if is_sum else found[1], *found[2:], *[None] * 4
 
 
