@@ -7,14 +7,19 @@
 namespace normpass {
 namespace {
 
-// Biased variance; the channels of a group are of one size.
-template <class A>
-void store_moments(const std::vector<Moments<double>>& channels, int64_t per_group, A* mean, A* var) {
-  for (size_t first = 0; first < channels.size(); first += per_group) {
+// The mean and the biased variance of every group of a unit. In planes a group is one run of values; in rows it is some
+// channels, all of one size.
+template <class S>
+void store_moments(const Groups& all, const Unit& unit, const S* x, Wide<S>* mean, Wide<S>* var, int threads) {
+  const int64_t per_group = all.is_rows ? all.channels_of_group() : 1;
+  const Layout groups{1, unit.groups, all.values_of_group()};
+  const std::vector<Moments<double>> found =
+      all.is_rows ? moments_of(Rows(unit.layout), x, threads) : moments_of(Planes(groups), x, threads);
+  for (int64_t g = 0; g < unit.groups; ++g) {
     Moments<double> group;
-    for (int64_t c = 0; c < per_group; ++c) group.merge(channels[first + c]);
-    *mean++ = static_cast<A>(group.mean);
-    *var++ = static_cast<A>(group.variance());
+    for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) group.merge(found[c]);
+    mean[g] = static_cast<Wide<S>>(group.mean);
+    var[g] = static_cast<Wide<S>>(group.variance());
   }
 }
 
@@ -32,10 +37,7 @@ void group_norm_act(const Groups& all, const Tensors<S>& tensors, Wide<S>* mean,
   each_unit(all, threads, [&](const Unit& unit, int of_unit) {
     with_layout(unit.layout, [&](const auto& walk) {
       const S *x = tensors.x + unit.offset, *residual = tensors.residual;
-      if (!is_given)
-        store_moments(moments_of(walk, x, of_unit), all.channels_of_group(), mean + unit.first_group,
-                      var + unit.first_group);
-      if (tensors.z == nullptr) return;
+      if (!is_given) store_moments(all, unit, x, mean + unit.first_group, var + unit.first_group, of_unit);
       const Affine<A> affine = affine_of(all, unit, walk.width(), weight, bias, mean, var, eps);
       norm_act<S>(walk, tensors.z + unit.offset, x, residual == nullptr ? nullptr : residual + unit.offset, affine,
                   activated, streamed, of_unit);

@@ -21,7 +21,6 @@ void row_norm_act(const RowNorm& norm, S* z, Wide<S>* mean, Wide<S>* var, const 
         const MomentsOfRow<A> moments = moments_of_row(norm, values);
         mean[row] = moments.mean, var[row] = moments.var;
       }
-      if (z == nullptr) continue;
       const A rstd = 1 / std::sqrt(var[row] + static_cast<A>(eps));
       S* const to = z + row * width;
       A* result = buffers.result.data();

@@ -14,12 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
+from normpass.bench import sample_norms
 from normpass.bench.convolutions import CASES, bench_convolution
 from normpass.bench.layers import Case, bench_layer, shape_text
 from normpass.bench.networks import Setting, bench_network, check_contenders
 from normpass.bench.ops import bench_kernels
 from normpass.bench.overhead import call_overhead
-from normpass.bench.tables import convolution_table, kernel_table, layer_table, network_table
+from normpass.bench.tables import convolution_table, kernel_table, layer_table, network_table, sample_norm_table
 from normpass.files import write_json
 
 
@@ -127,6 +128,23 @@ def run_convolutions(layout: str, rounds: int, record: Record, console: Console)
         record.add("convolutions", found)
         rows += found
     console.print(convolution_table(rows, record.title))
+
+
+def run_sample_norms(layout: str, rounds: int, record: Record, console: Console) -> None:
+    """Bench norms with a sample's own statistics, in one table.
+
+    Raises:
+        OSError: the record cannot be written.
+    """
+    record.write()
+    rows = []
+    for layer, shapes in sample_norms.CASES.items():
+        for shape in shapes:
+            own = "contiguous" if len(shape) == 3 or layer.startswith("LayerNorm") else layout
+            with Console(stderr=True).status(f"bench norms {shape_text(shape)}"):
+                rows.append(sample_norms.bench_sample_norm(layer, shape, own, rounds))
+            record.add("sample_norms", rows[-1:])
+    console.print(sample_norm_table(rows, record.title))
 
 
 def _run_overhead(rounds: int, record: Record, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from normpass.bench.layers import COPY, LayerRow, shape_text
 from normpass.bench.networks import Row
 from normpass.bench.norm_bytes import ByteRow
 from normpass.bench.ops import KernelRow
+from normpass.bench.sample_norms import SampleNormRow
 from normpass.measure import Ratio, format_bytes
 from normpass.report.plots import Point
 
@@ -116,6 +118,21 @@ def convolution_table(rows: Sequence[ConvolutionRow], title: str) -> Table:
         shapes = f"{shape_text(row.shape)} to {row.channels}"
         times = seconds_text(row.vendor_seconds), seconds_text(row.seconds)
         table.add_row(row.convolution, shapes, row.computes, *times, _ratio(row.ratio))
+    return table
+
+
+def sample_norm_table(rows: Sequence[SampleNormRow], title: str) -> Table:
+    """A line for each norm and shape, forward and backward together, and the geometric means of the ratios."""
+    heads = ("layer", "of", "layout", "eager", "ours", "ours / eager", "result kept / eager")
+    table = Table(*heads, title=f"norms, float32: {title}")
+    for layer in dict.fromkeys(row.layer for row in rows):
+        of_layer = [row for row in rows if row.layer == layer]
+        for row in of_layer:
+            times = seconds_text(row.eager_seconds), seconds_text(row.seconds)
+            compared = _ratio(row.ratio), _ratio(row.kept_ratio)
+            table.add_row(layer, shape_text(row.shape), row.layout, *times, *compared)
+        means = (geometric_mean([getattr(row, name).median for row in of_layer]) for name in ("ratio", "kept_ratio"))
+        table.add_row(layer, "geometric mean", "", "", "", *(f"{mean:.2f}" for mean in means), end_section=True)
     return table
 
 

@@ -43,6 +43,7 @@ def _benchmarks() -> dict[str, tuple[Callable[[argparse.ArgumentParser], None], 
         "networks": (_add_networks, "time, kept and peak bytes of whole networks (the default)"),
         "kernels": (_add_kernels, "batch norm and activation, and each op alone"),
         "convolutions": (_add_convolutions, "convolutions that have kernels on the CPU, beside the vendor's"),
+        "norms": (_add_norms, "group, instance and layer norm with an activation, on the CPU"),
         "frontier": (_add_frontier, "time against memory over a sweep of budgets"),
         "bytes": (_add_bytes, "bytes that the norms of a step move on CUDA, without a GPU"),
         "serialized": (_add_serialized, "sub-batches around the size of the device's cache"),
@@ -93,6 +94,13 @@ def _add_convolutions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=arguments.count, default=10, help="samples of each (default: %(default)s)")
     parser.add_argument("--json", type=arguments.output, metavar="FILE", help="write the figures here as well")
     parser.set_defaults(run=_convolutions)
+
+
+def _add_norms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="contiguous", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=arguments.count, default=10, help="samples of each (default: %(default)s)")
+    parser.add_argument("--json", type=arguments.output, metavar="FILE", help="write the figures here as well")
+    parser.set_defaults(run=_norms)
 
 
 def _add_bytes(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +193,15 @@ def _convolutions(options: argparse.Namespace) -> int:
     record = bench.Record(options.json, environment("cpu", options.given))
     try:
         bench.run_convolutions(options.layout, options.rounds, record, console())
+    except OSError as error:
+        return cannot_write(options.json, error, "--json")
+    return 0
+
+
+def _norms(options: argparse.Namespace) -> int:
+    record = bench.Record(options.json, environment("cpu", options.given))
+    try:
+        bench.run_sample_norms(options.layout, options.rounds, record, console())
     except OSError as error:
         return cannot_write(options.json, error, "--json")
     return 0

@@ -16,7 +16,8 @@ needs it; y is made again by the code of forward, bit for bit. Moments are merge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ from .operands import dense, in_dtype_of, new_like, new_per_channel
 from .sample_norm import differentiable_gradients, keep, kept, norm_of, sample_norms_of
 
 
-class GroupNormOptions(NamedTuple):
+@dataclass(slots=True)  # no tuple: recipes look for tensors in those
+class GroupNormOptions:
     """What belongs to the call and is no tensor."""
 
     groups: int

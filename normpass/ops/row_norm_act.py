@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ from .operands import in_dtype_of, new_per_channel
 from .sample_norm import differentiable_gradients, keep, kept, norm_of, sample_norms_of
 
 
-class RowNormOptions(NamedTuple):
+@dataclass(slots=True)  # no tuple: recipes look for tensors in those
+class RowNormOptions:
     """What belongs to the call and is no tensor."""
 
     normalized_shape: tuple[int, ...]
