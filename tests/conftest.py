@@ -20,15 +20,19 @@ whole/test_random_graphs.py
 kernels/test_cuda_emulated.py
 kernels/test_cuda_compile.py
 passes/test_share_statistics.py
-passes/test_sparse_switchable.py
-passes/test_kalman.py
-whole/test_bad_input.py
-whole/test_doors.py
-cli/test_cli.py
-whole/test_behaviour.py
 whole/test_backend.py
+passes/test_join_norms.py
+passes/test_kalman.py
+whole/test_odd_norms.py
+passes/test_sparse_switchable.py
 conversion/test_convert.py
+cli/test_cli.py
+budget/test_budget.py
+nn/test_export.py
 nn/test_nodes.py
+whole/test_odd_batches.py
+whole/test_doors.py
+whole/test_writes_around_a_norm.py
 """.split()
 """The files that take longest. They begin, so that no process is alone with one of them at the end."""
 
@@ -105,3 +109,10 @@ def rewriting_errors_are_raised() -> Iterator[None]:
     """No test passes because a graph that could not be rewritten ran as it was."""
     with raising():
         yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

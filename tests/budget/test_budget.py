@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from exactness import compare
 from networks import NETWORKS
 from torch import nn
+from training import captures_of
 
 import normpass
 from normpass.budget import tune
@@ -158,8 +159,7 @@ def test_a_plan_may_be_edited():
     data = planned(0.4).to_json()
     data["decisions"]["rewrites"]["stem.1"] = None
     optimized = normpass.optimize(model(), plan=data)
-    found = []
-    state_of(optimized).observers.append(lambda rewritten, inputs: found.append(rewritten))
+    found = captures_of(optimized)
     optimized(X)
     (stem,) = (choice for choice in found[0].choices if choice.site.path == "stem.1")
     assert stem.match is None

@@ -1,21 +1,19 @@
-"""The copy shares what it may, leads to its own modules everywhere, computes and trains as the model, which stays."""
+"""The copy shares what it may, computes and trains as the model, which stays as it was."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import random
 import threading
 import types
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
+from shared_copies import Net, assert_independent, assert_same_numbers, checked_copy, image, numbers, snapshot
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -23,88 +21,6 @@ from normpass.copies.shared_copy import shared_copy
 from normpass.errors import InvalidModelError
 
 OLD_NORMS = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-
-
-class Net(nn.Module):
-    """A convolution and a norm; tests put more on it."""
-
-    def __init__(self, **attributes: Any) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-def image(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (2, 3, 8, 8)), generator=torch.Generator().manual_seed(0)).double()
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """All that a copy might disturb, by identity."""
-    return [
-        (type(m), vars(type(m)).get("forward"), m.training, [(n, id(v), contents(v)) for n, v in vars(m).items()])
-        for m in model.modules()
-    ]
-
-
-def contents(value: Any) -> Any:
-    if isinstance(value, dict):
-        return [(id(key), id(item)) for key, item in dict.items(value)]
-    return [id(item) for item in list.__iter__(value)] if isinstance(value, list) else None
-
-
-def checked_copy(model: nn.Module) -> Any:
-    """The copy, with what holds for every model."""
-    before = snapshot(model)
-    copied = shared_copy(model)
-    assert snapshot(model) == before
-    pairs = list(zip(model.named_modules(), copied.named_modules(), strict=True))
-    for (name, old), (same_name, new) in pairs:
-        assert name == same_name and new is not old and old.training == new.training
-        assert type(new).__name__ == type(old).__name__ and isinstance(new, type(old).__mro__[1])
-        assert list(vars(new)) == [key for key in vars(old) if key != "_compiled_call_impl"]
-        for key in vars(nn.Module()):
-            if isinstance(vars(old).get(key), (dict, set)):
-                assert vars(new)[key] is not vars(old)[key] and type(vars(new)[key]) is type(vars(old)[key])
-                assert len(vars(new)[key]) == len(vars(old)[key])
-    expected, found = model.state_dict(keep_vars=True), copied.state_dict(keep_vars=True)
-    assert list(found) == list(expected)
-    olds, news = [*model.parameters(), *model.buffers()], [*copied.parameters(), *copied.buffers()]
-    assert all(a is b for a, b in zip(olds, news, strict=True))
-    return copied
-
-
-def numbers(model: nn.Module, *inputs: Any) -> list[Any]:
-    """One step of a plain model: results, gradients; buffers as they were before it are put back."""
-    buffers = [b.clone() for b in model.buffers()]
-    model.zero_grad()
-    torch.manual_seed(0)
-    outputs = torch.utils._pytree.tree_leaves(model(*inputs))
-    sum(t.square().sum() for t in outputs if t.requires_grad).backward()
-    after = [b.clone() for b in model.buffers()]
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
-    return [*outputs, *(p.grad for p in model.parameters()), *after]
-
-
-def assert_same_numbers(model: nn.Module, copied: nn.Module, *inputs: Any) -> None:
-    torch.testing.assert_close(numbers(copied, *inputs), numbers(model, *inputs), rtol=0, atol=0)
-
-
-def assert_independent(model: nn.Module, copied: nn.Module) -> None:
-    """Flags, hooks, children and buffers of the copy are its own."""
-    before = snapshot(model)
-    copied.train(not model.training)
-    for module in list(copied.modules()):
-        module.register_forward_hook(lambda *_: None)
-        module.register_full_backward_hook(lambda *_: None)
-        module.register_buffer("another", torch.zeros(1), persistent=False)
-        module.add_module("child", nn.ReLU())
-    assert snapshot(model) == before
 
 
 # --- real networks --------------------------------------------------------------------------------
@@ -279,191 +195,6 @@ def test_a_loose_module_that_leads_to_a_registered_one_is_copied() -> None:
     model.owner = [nn.Sequential(model.conv, nn.ReLU())]
     copied = checked_copy(model)
     assert copied.owner[0][0] is copied.conv and model.owner[0][0] is model.conv
-
-
-# --- what leads to a module -----------------------------------------------------------------------
-
-Two = namedtuple("Two", "module number")
-
-
-@dataclass(frozen=True)
-class Frozen:
-    module: nn.Module
-    number: int = 1
-
-
-class Slotted:
-    __slots__ = ("module", "unset", "__weakref__")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-
-class Strict:
-    """Sets, reads, copies and compares in its own way."""
-
-    def __init__(self, module: nn.Module) -> None:
-        object.__setattr__(self, "module", module)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(name)
-
-    def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(name)
-
-    def __deepcopy__(self, memo: dict) -> Strict:
-        raise TypeError("no")
-
-    def __hash__(self) -> int:
-        return hash(self.module)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is Strict and other.module is self.module
-
-
-class OwnList(list):
-    def append(self, item: Any) -> None:
-        raise TypeError("no")
-
-    extend = __iter__ = append  # type: ignore[assignment]
-
-
-class OwnDict(OrderedDict):
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError("no")
-
-
-def own_dict(module: nn.Module) -> OwnDict:
-    new = OwnDict()
-    OrderedDict.__setitem__(new, "a", module)
-    return new
-
-
-HOLDERS = {
-    "list": (lambda m: [m], lambda h: h[0]),
-    "tuple": (lambda m: (1, (m,)), lambda h: h[1][0]),
-    "namedtuple": (lambda m: Two(m, 1), lambda h: h.module),
-    "dict": (lambda m: {"a": {"b": m}}, lambda h: h["a"]["b"]),
-    "key": (lambda m: {m: 1}, lambda h: next(k for k in h if h[k] == 1)),
-    "ordered": (lambda m: OrderedDict(a=m), lambda h: h["a"]),
-    "defaultdict": (lambda m: defaultdict(list, a=[m]), lambda h: h["a"][0]),
-    "counter": (lambda m: Counter({m: 2}), lambda h: next(k for k in h if h[k] == 2)),
-    "set": (lambda m: {m}, lambda h: next(m for m in h if m in h)),
-    "frozenset": (lambda m: frozenset({m}), lambda h: next(m for m in h if m in h)),
-    "deque": (lambda m: deque([m], 3), lambda h: h[0] if h.maxlen == 3 else None),
-    "frozen_dataclass": (Frozen, lambda h: h.module),
-    "slots": (Slotted, lambda h: h.module),
-    "strict": (Strict, lambda h: h.module),
-    "strict_key": (lambda m: {Strict(m): 1}, lambda h: next(k for k in h if h[k] == 1).module),
-    "own_list": (lambda m: OwnList([m]), lambda h: h[0]),
-    "own_dict": (own_dict, lambda h: h["a"]),
-    "namespace": (lambda m: types.SimpleNamespace(m=m), lambda h: h.m),
-    "partial": (lambda m: functools.partial(isinstance, m), lambda h: h.args[0]),
-    "partial_keyword": (lambda m: functools.partial(dict, m=m), lambda h: h()["m"]),
-    "method": (lambda m: m.forward, lambda h: h.__self__),
-    "method_of_c": (lambda m: [m].copy, lambda h: h()[0]),
-    "closure": (lambda m: lambda: m, lambda h: h()),
-    "default": (lambda m: types.FunctionType((lambda m: m).__code__, {}, "f", (m,)), lambda h: h()),
-    "keyword_default": (lambda m: (lambda f: f)(lambda *, given=m: given), lambda h: h()),
-    "function_attribute": (lambda m: with_attribute(m), lambda h: h.module),
-    "cached": (lambda m: functools.lru_cache(lambda: m), lambda h: h()),
-    "weakref": (weakref.ref, lambda h: h()),
-    "weak_method": (lambda m: weakref.WeakMethod(m.forward), lambda h: h().__self__),
-    "proxy": (lambda m: {"p": weakref.proxy(m)}, lambda h: h["p"].forward.__self__),
-    "weak_keys": (lambda m: weakref.WeakKeyDictionary({m: 1}), lambda h: next(k for k in h if h[k] == 1)),
-    "weak_values": (lambda m: weakref.WeakValueDictionary(a=m), lambda h: h["a"]),
-    "weak_set": (lambda m: weakref.WeakSet([m]), lambda h: next(m for m in h if m in h)),
-}
-
-
-def with_attribute(module: nn.Module) -> Any:
-    def function() -> None:
-        """What it says."""
-
-    function.module = module  # type: ignore[attr-defined]
-    return function
-
-
-@pytest.mark.parametrize("name", HOLDERS)
-def test_what_leads_to_a_module_leads_to_its_copy(name: str) -> None:
-    make, read = HOLDERS[name]
-    model = Net()
-    model.holder = make(model.norm)
-    copied = checked_copy(model)
-    assert type(copied.holder) is type(model.holder) and copied.holder is not model.holder
-    assert read(copied.holder) is copied.norm
-    assert read(model.holder) is model.norm
-    assert not isinstance(model.holder, types.FunctionType) or model.holder.__doc__ == copied.holder.__doc__
-
-
-def test_cycles_and_one_object_twice() -> None:
-    model = Net()
-    model.__dict__["parent"] = model
-    model.ring = [model.norm]
-    model.ring += [model.ring, (model.ring,)]
-    model.conv.same = model.ring
-    first, second = shared_closures(model)
-    model.first, model.second = first, second
-    copied = checked_copy(model)
-    assert copied.parent is copied and copied.ring[1] is copied.ring is copied.conv.same is copied.ring[2][0]
-    assert copied.ring[0] is copied.norm
-    copied.first()
-    assert copied.second() == (copied, 1) and model.second() == (model, 1)
-
-
-def shared_closures(module: nn.Module) -> tuple[Any, Any]:
-    count = 0
-
-    def add() -> nn.Module:
-        nonlocal count
-        count += 1
-        return module
-
-    return add, lambda: (module, count)
-
-
-def test_hooks_and_their_handles() -> None:
-    model, calls = Net().double(), []
-    model.watch = types.MethodType(lambda self, module, *_: calls.append((self, module)), model)
-    model.handle = model.norm.register_forward_hook(model.watch)
-    model.other = model.conv.register_forward_pre_hook(lambda module, *_: calls.append((model, module)))
-    copied = checked_copy(model)
-    copied(image())
-    assert calls == [(copied, copied.conv), (copied, copied.norm)]
-    copied.handle.remove()
-    copied.other.remove()
-    assert not copied.norm._forward_hooks and not copied.conv._forward_pre_hooks
-    assert model.norm._forward_hooks and model.conv._forward_pre_hooks
-
-
-def test_hooks_of_state_dicts() -> None:
-    model, seen = Net(), []
-    model.note = seen
-    model.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
-    model.register_state_dict_post_hook(lambda module, *_: seen.append(module))
-    copied = checked_copy(model)
-    seen.clear()
-    copied.load_state_dict(copied.state_dict())
-    assert [module is copied for module in seen] == [True, True]
-
-
-def test_forward_wrapped_on_the_instance() -> None:
-    model = Net().double()
-    original = model.forward
-    model.forward = lambda *arguments: original(*arguments)
-    copied = checked_copy(model)
-    assert_same_numbers(model, copied, image())
-    copied.norm = nn.Identity()
-    assert not torch.equal(model(image()), copied(image()))
-
-
-def test_a_trainer_that_knows_the_model() -> None:
-    trainer = types.SimpleNamespace(log=[], settings=object())
-    model = Net(trainer=trainer)
-    trainer.model = model
-    copied = checked_copy(model)
-    assert copied.trainer is not trainer and copied.trainer.model is copied
-    assert copied.trainer.log is trainer.log and copied.trainer.settings is trainer.settings
 
 
 # --- classes of modules ---------------------------------------------------------------------------

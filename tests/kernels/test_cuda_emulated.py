@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parent))
 
 import cuda_checks as checks
 import cuda_special as special
+import pytest
+import torch
 from cuda_checks import Site
 from cuda_emulated import COMPILER, EmulatedDevice
 
@@ -34,11 +29,6 @@ CASES = [
     for layout in {torch.float32: [*ROWS, *PLANES], torch.bfloat16: FEWER}.get(dtype, FEWEST)
 ]
 EACH_CASE = pytest.mark.parametrize("dtype, layout", CASES)
-
-
-@pytest.fixture(scope="session")
-def device(tmp_path_factory: pytest.TempPathFactory) -> EmulatedDevice:
-    return EmulatedDevice(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.fixture

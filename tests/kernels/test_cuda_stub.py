@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import warnings
 import weakref
-from pathlib import Path
-
-import pytest
-import torch
-from torch import nn
-
-sys.path.append(str(Path(__file__).parent))
 
 import cuda_checks as checks
+import pytest
+import torch
 from cuda_checks import Site
-from cuda_emulated import COMPILER, EmulatedDevice
+from cuda_emulated import COMPILER
 from cuda_stub import Code, Stubs
+from torch import nn
 
 import normpass
 from normpass import kernels as normpass_kernels
@@ -32,11 +27,6 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run CUDA 
 
 SITE = Site(Layout(700, 24, 1), torch.float32, residual=True)
 LOST = RuntimeError("Function cuSomething not found")
-
-
-@pytest.fixture(scope="session")
-def device(tmp_path_factory):
-    return EmulatedDevice(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.fixture

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parent))
-
 import cuda_checks as checks
 import cuda_special as special
+import pytest
+import torch
 from cuda_checks import Site
 
 from normpass.kernels import plain

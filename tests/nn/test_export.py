@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from switchable import choose
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -67,13 +68,6 @@ def assert_exports(model, x):
     with torch.no_grad():
         assert (output - model(x)).abs().max() < 1e-4
     return types
-
-
-def choose(layer, mean_of, var_of):
-    with torch.no_grad():
-        layer.radius.fill_(1.0)
-        layer.mean_logits[NORMS.index(mean_of)] += 1
-        layer.var_logits[NORMS.index(var_of)] += 1
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from training import image as values
 
 from normpass.errors import InvalidInputError
 from normpass.nn import Estimate, KalmanNorm1d, KalmanNorm2d, KalmanNorm3d
@@ -18,10 +19,6 @@ LAYERS = [
     (KalmanNorm2d, nn.BatchNorm2d, (6, 4, 1, 1)),
     (KalmanNorm3d, nn.BatchNorm3d, (6, 4, 2, 3, 2)),
 ]
-
-
-def values(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def layer(kind=KalmanNorm2d, channels=4, **options):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import image as values
 
 from normpass.measure import kept_bytes
 from normpass.nn import (
@@ -28,10 +29,6 @@ LAYERS = [
     (SparseSwitchableNorm3d, nn.BatchNorm3d, (6, 4, 2, 3, 2)),
 ]
 PAIRS = list(itertools.product(NORMS, repeat=2))
-
-
-def values(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def layer(kind=SparseSwitchableNorm2d, radius=0.3, channels=4, **options):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normpass import kernels as library
 from normpass import ops
+from normpass.kernels.cpu import winograd as cpu_winograd
 from normpass.ops import Activation
 from normpass.ops.eager import eager_device
 from normpass.ops.inplace_abn import inplace_abn_on
@@ -99,6 +100,9 @@ class Site:
     def inputs(self):
         """What has a gradient, without what is absent."""
         return [t for t in (self.x, self.residual, self.weight, self.bias) if t is not None]
+
+    def value_and_gradients(self, z):
+        return [z, *torch.autograd.grad(z, self.inputs, self.grad)]
 
     def in_double(self):
         """The same site in float64, with leaves of its own."""
@@ -321,3 +325,9 @@ def saved_sizes():
         return result, kept
 
     return run
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Winograd's convolutions run whether they pay or not."""
+    monkeypatch.setattr(cpu_winograd.CpuWinograd, "pays", lambda *args: True)

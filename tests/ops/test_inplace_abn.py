@@ -10,14 +10,10 @@ pytestmark = pytest.mark.usefixtures("kernels")
 LEAKY = Activation("leaky_relu", (0.1,))
 
 
-def value_and_gradients(z, site):
-    return [z, *torch.autograd.grad(z, site.inputs, site.grad)]
-
-
 def assert_equals_plain(inplace_abn, site, plain_formula, error, tolerance=1e-10):
-    got = value_and_gradients(inplace_abn(*site.inplace_abn_args), site)
+    got = site.value_and_gradients(inplace_abn(*site.inplace_abn_args))
     wide = site.in_double()
-    expected = value_and_gradients(plain_formula(wide), wide)
+    expected = wide.value_and_gradients(plain_formula(wide))
     for a, b in zip(got, expected, strict=True):
         assert error(a, b) < tolerance
     return got
@@ -79,7 +75,7 @@ def test_vanishing_gamma_is_finite(
 ):
     site = make_site(dtype=dtype, residual=False, batch_statistics=batch_statistics, activation=invertible_activation)
     site = replace(site, weight=torch.full_like(site.weight, gamma).requires_grad_())
-    z, dx, dweight, dbias = value_and_gradients(inplace_abn(*site.inplace_abn_args), site)
+    z, dx, dweight, dbias = site.value_and_gradients(inplace_abn(*site.inplace_abn_args))
     assert all(t.isfinite().all() for t in (z, dx, dweight, dbias))
     assert dx.abs().max() <= 1e-20
     exact = torch.autograd.grad(norm_act(*site.norm_act_args), site.bias, site.grad)[0]
@@ -125,7 +121,7 @@ def test_one_value_per_channel_and_an_empty_batch(make_site, plain_formula, erro
     site = make_site((1, 3), residual=False, batch_statistics=False, activation=LEAKY)
     assert_equals_plain(inplace_abn, site, plain_formula, error)
     site = make_site((0, 3, 4, 4), residual=False, batch_statistics=False, activation=LEAKY)
-    z, dx, dweight, dbias = value_and_gradients(inplace_abn(*site.inplace_abn_args), site)
+    z, dx, dweight, dbias = site.value_and_gradients(inplace_abn(*site.inplace_abn_args))
     assert z.shape == dx.shape == (0, 3, 4, 4)
     assert torch.equal(dweight, torch.zeros(3).double()) and torch.equal(dbias, torch.zeros(3).double())
     with pytest.raises(ValueError, match="inplace_abn: with batch_statistics=True `x` must hold"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_kernels import PlainKernels
+from plain_kernels import install
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -29,9 +29,7 @@ SHAPES = [(3, 8, 4, 4), (2, 5, 7, 7), (2, 3, 1, 1), (6, 4), (2, 12, 3, 2, 2)]
 
 @pytest.fixture(autouse=True)
 def masking(monkeypatch):
-    found = PlainKernels()
-    monkeypatch.setitem(kernels._loaded, "cpu", (found, "plain"))
-    return found
+    return install(monkeypatch)
 
 
 def case(shape, dtype=torch.float32, channels_last=False, frozen=False) -> list[Tensor]:

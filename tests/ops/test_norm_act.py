@@ -14,14 +14,10 @@ SHAPES = [(6, 3), (4, 3, 7), (4, 3, 5, 6), (2, 3, 3, 4, 2)]
 RELU = Activation("relu")
 
 
-def value_and_gradients(z, site):
-    return [z, *torch.autograd.grad(z, site.inputs, site.grad)]
-
-
 def assert_equals_plain(norm_act, site, plain_formula, error, tolerance=1e-12):
-    got = value_and_gradients(norm_act(*site.norm_act_args), site)
+    got = site.value_and_gradients(norm_act(*site.norm_act_args))
     wide = site.in_double()
-    expected = value_and_gradients(plain_formula(wide), wide)
+    expected = wide.value_and_gradients(plain_formula(wide))
     for name, a, b in zip(("z", "x", "residual/weight", "weight/bias", "bias"), got, expected, strict=False):
         assert error(a, b) < tolerance, name
     return got
@@ -149,7 +145,7 @@ def test_one_value_per_channel(make_site, plain_formula, error, norm_act):
 def test_an_empty_batch(make_site, norm_act):
     for shape in ((0, 3, 4, 4), (2, 3, 0, 4), (0, 3)):
         site = make_site(shape, batch_statistics=False)
-        z, dx, dresidual, dweight, dbias = value_and_gradients(norm_act(*site.norm_act_args), site)
+        z, dx, dresidual, dweight, dbias = site.value_and_gradients(norm_act(*site.norm_act_args))
         assert z.shape == dx.shape == dresidual.shape == shape
         assert torch.equal(dweight, torch.zeros(3).double())
         assert torch.equal(dbias, torch.zeros(3).double())
@@ -185,12 +181,12 @@ def test_as_accurate_as_eager_far_from_zero(layout, make_site, plain_formula, er
     # Many channels: how far the mean of one is rounded to float32 is a matter of luck.
     site = make_site((9, 96, 12, 12), dtype=torch.float32, layout=layout, residual=False, offset=1500.0)
     z = nn.functional.batch_norm(site.x, None, None, site.weight, site.bias, True, 0.0, site.eps).relu()
-    eager = value_and_gradients(z, site)
+    eager = site.value_and_gradients(z)
     with torch.no_grad():
         mean, var = moments(site.x)
-    got = value_and_gradients(norm_act(*replace(site, mean=mean, var=var).norm_act_args), site)
+    got = site.value_and_gradients(norm_act(*replace(site, mean=mean, var=var).norm_act_args))
     wide = site.in_double()
-    expected = value_and_gradients(plain_formula(wide), wide)
+    expected = wide.value_and_gradients(plain_formula(wide))
     for a, e, b in zip(got, eager, expected, strict=True):
         assert (a.double() - b).norm() <= 1.1 * (e.double() - b).norm() + 1e-6 * b.norm()
 
@@ -222,12 +218,12 @@ def test_opcheck_where_layouts_coincide(shape, make_site, opcheck):
 def test_autocast_leaves_every_dtype_alone(activation, make_site, norm_act):
     for dtype in (torch.bfloat16, torch.float32):
         site = make_site(dtype=dtype, activation=activation)
-        expected = value_and_gradients(norm_act(*site.norm_act_args), site)
+        expected = site.value_and_gradients(norm_act(*site.norm_act_args))
         with torch.autocast("cpu", torch.bfloat16):
             z = norm_act(*site.norm_act_args)
             mean, var = moments(site.x.detach())
         assert mean.dtype == var.dtype == torch.float32
-        got = value_and_gradients(z, site)
+        got = site.value_and_gradients(z)
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
         assert z.dtype == dtype

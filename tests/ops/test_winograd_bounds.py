@@ -5,19 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from normpass import kernels as library
-from normpass.kernels.cpu import winograd as cpu_winograd
 from normpass.ops import winograd_conv2d, winograd_weight_gradient
 
-pytestmark = pytest.mark.skipif(library.kernels_for("cpu") is None, reason="the vendor's convolutions run")
+pytestmark = [
+    pytest.mark.skipif(library.kernels_for("cpu") is None, reason="the vendor's convolutions run"),
+    pytest.mark.usefixtures("always"),
+]
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 N, C, SIZE = 8, 32, 20
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch):
-    """The kernels run whether they pay or not."""
-    monkeypatch.setattr(cpu_winograd.CpuWinograd, "pays", lambda *args: True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 
 from normpass import kernels as library
-from normpass.kernels.cpu import winograd as cpu_winograd
 from normpass.ops import winograd_conv2d, winograd_weight_gradient
 from normpass.ops.winograd_conv2d import WinogradConv2d, pays
 
@@ -22,12 +21,6 @@ SHAPES = [
     (1, 5, 3, (40, 70), (2, 2)),  # a row of tiles is longer than what is worked on at a time
     (2, 1, 1, (4, 5), (1, 1)),
 ]
-
-
-@pytest.fixture
-def always(monkeypatch):
-    """The kernels run whether they pay or not."""
-    monkeypatch.setattr(cpu_winograd.CpuWinograd, "pays", lambda *args: True)
 
 
 def case(shape, memory_format=torch.contiguous_format, dtype=torch.float64, weight_format=None):

@@ -2,6 +2,7 @@
 
 import copy
 
+import convolutions
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,21 +20,8 @@ pytestmark = pytest.mark.skipif(library.kernels_for("cpu") is None, reason="ther
 LAST = torch.channels_last
 
 
-class Inverted(nn.Module):
-    """expand, depthwise, project: the block of the mobile networks."""
-
-    def __init__(self, channels=8, **options):
-        super().__init__()
-        options = {"kernel_size": 3, "padding": 1, "groups": channels, "bias": False, **options}
-        self.expand = nn.Conv2d(3, channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        self.depthwise = nn.Conv2d(channels, channels, **options)
-        self.last = nn.BatchNorm2d(channels)
-        self.project = nn.Conv2d(channels, 2, 1)
-
-    def forward(self, x):
-        x = F.relu6(self.norm(self.expand(x)))
-        return self.project(F.relu6(self.last(self.depthwise(x))))
+class Inverted(convolutions.Inverted):
+    channels, kernel_size, activation = 8, 3, staticmethod(F.relu6)
 
 
 class Twice(Inverted):
@@ -56,10 +44,7 @@ class Joined(Inverted):
 @pytest.fixture
 def runs(monkeypatch):
     """How often both ran as one."""
-    counted = []
-    apply = NormActDepthwise.apply
-    monkeypatch.setattr(NormActDepthwise, "apply", lambda *args: counted.append(1) or apply(*args))
-    return counted
+    return convolutions.count_runs(monkeypatch, NormActDepthwise)
 
 
 def images(samples=4, size=(9, 7), dtype=torch.float64, **options):
@@ -68,9 +53,7 @@ def images(samples=4, size=(9, 7), dtype=torch.float64, **options):
 
 
 def pair(kind=Inverted, **options):
-    torch.manual_seed(0)
-    plain = kind(**options).double().to(memory_format=LAST)
-    return plain, normpass.optimize(copy.deepcopy(plain))
+    return convolutions.pair(kind, LAST, **options)
 
 
 @pytest.mark.parametrize("size, stride, bias", [(3, 1, False), (3, 2, True), (5, 1, True), (5, 2, False), (7, 2, True)])
@@ -125,20 +108,8 @@ def freeze_norm(model):
     model.norm.eval()
 
 
-def freeze_weight(model):
-    model.depthwise.weight.requires_grad_(False)
-
-
-def evaluate(model):
-    model.eval()
-
-
 def hook_norm(model):
     model.norm.register_forward_hook(lambda layer, args, y: 2 * y)
-
-
-def hook_convolution(model):
-    model.depthwise.register_forward_hook(lambda layer, args, y: 2 * y)
 
 
 def replace_convolution(model):
@@ -161,11 +132,11 @@ def cumulative_average(model):
     "change, joined",
     [
         (freeze_norm, True),
-        (freeze_weight, True),
-        (evaluate, True),
+        (convolutions.freeze, True),
+        (convolutions.evaluate, True),
         (cumulative_average, True),
         (hook_norm, False),
-        (hook_convolution, True),
+        (convolutions.hook, True),
         (replace_convolution, False),
         (replace_norm, False),
         (no_gradients, True),

@@ -9,23 +9,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_kernels import PlainKernels
+from plain_kernels import PlainKernels, install
 from torch import Tensor, nn
-from training import image, spread
+from training import captures_of, image, spread
 
 import normpass
 from normpass import kernels
 from normpass.measure import kept_bytes
-from normpass.optimized import state_of
 from normpass.recipe.recipes import Rebuilds
 from normpass.runtime.joins import JOINED, PREPARED, TWICE_JOINED
 
 
 @pytest.fixture(autouse=True)
 def joining(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainKernels]:
-    found = PlainKernels()
-    monkeypatch.setitem(kernels._loaded, "cpu", (found, "plain"))
-    yield found
+    yield install(monkeypatch)
     torch._dynamo.reset()
 
 
@@ -48,11 +45,10 @@ class Net(nn.Module):
 
 def optimized_and_count(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, int]:
     """An optimized copy that has run once, and how many of its joins have a prepared residual."""
-    graphs: list[Any] = []
     optimized = normpass.optimize(copy.deepcopy(model), **options)
-    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten.runs.graph))
+    graphs = captures_of(optimized)
     optimized(x)
-    targets = [node.target for graph in graphs for node in graph.nodes]
+    targets = [node.target for graph in graphs for node in graph.runs.graph.nodes]
     joins = sum(target in (*JOINED.values(), *TWICE_JOINED.values()) for target in targets)
     assert joins == sum(target in PREPARED.values() for target in targets)
     return optimized, joins

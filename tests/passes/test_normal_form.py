@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from captured import captured
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
-from training import step
+from training import captures_of, step
 
 import normpass
 from normpass.analysis.fake_inputs import FakeInputs
@@ -180,8 +180,7 @@ class Checkpointed(nn.Module):
 def test_the_region_of_a_checkpoint_is_the_users() -> None:
     model = Checkpointed().double()
     optimized = normpass.optimize(copy.deepcopy(model))
-    graphs: list[Any] = []
-    normpass.optimized.state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
+    graphs = captures_of(optimized)
     found = []
     for net in (model, optimized):
         torch.manual_seed(0)

@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import assert_same_step, collected, step
+from training import assert_same_step, captures_of, collected, step
 
 import normpass
 from normpass.graph.nodes import name_of
 from normpass.measure import kept_bytes
-from normpass.optimized import state_of
 from normpass.passes import InplaceABN, LeakyReLU, SplitBN
 from normpass.pipeline import Rewritten
 from normpass.rewrite.contract import Match, Refusal
@@ -36,10 +35,8 @@ def chain(activation: Callable[[], nn.Module], depth: int = 2) -> nn.Sequential:
 
 def optimized_and_graphs(model: nn.Module, **options: Any) -> tuple[nn.Module, list[Rewritten]]:
     """An optimized copy, and the graphs that it will have captured."""
-    graphs: list[Rewritten] = []
     optimized = normpass.optimize(copy.deepcopy(model), **options)
-    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten))
-    return optimized, graphs
+    return optimized, captures_of(optimized)
 
 
 def targets(graph: Rewritten) -> list[Any]:

@@ -365,13 +365,6 @@ def test_train_and_eval_by_turns():
         assert_equal(train(model.train(training), (x,)), train(optimized.train(training), (x,)))
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_compiles_in_one_graph_and_trains_the_same(fresh_dynamo, inner):
     model = spread(Dense(depth=2))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captured import dynamo_graph, targets, with_changes
+from switchable import choose
 from torch import nn
 from training import ConvNet, assert_equal, train
 
@@ -38,14 +39,6 @@ def switchable_net(seed=0):
     model = ConvNet().double()
     model.stem[1], model.bn = SparseSwitchableNorm2d(4).double(), SparseSwitchableNorm2d(4).double()
     return model
-
-
-def choose(layer, mean_of, var_of):
-    """Let the logits say so at the full radius; nothing is frozen yet."""
-    with torch.no_grad():
-        layer.radius.fill_(1.0)
-        layer.mean_logits[NORMS.index(mean_of)] += 1
-        layer.var_logits[NORMS.index(var_of)] += 1
 
 
 def decided(model):

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_kernels import PlainKernels
+from plain_kernels import PlainKernels, install
 from torch import Tensor, nn
-from training import image, spread
+from training import captures_of, image, spread
 
 import normpass
 from normpass import kernels
 from normpass.collect import captured_graphs
 from normpass.measure import kept_bytes
-from normpass.optimized import state_of
 from normpass.pipeline import Request
 from normpass.recipe.recipes import Rebuilds
 from normpass.runtime.functional import FunctionalBatchNorm
@@ -26,9 +25,7 @@ from normpass.runtime.two_readers import TWICE
 
 @pytest.fixture(autouse=True)
 def adding(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainKernels]:
-    found = PlainKernels()
-    monkeypatch.setitem(kernels._loaded, "cpu", (found, "plain"))
-    yield found
+    yield install(monkeypatch)
     torch._dynamo.reset()
 
 
@@ -76,11 +73,10 @@ class One(nn.Module):
 
 def handed_out_twice(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, int]:
     """An optimized copy that has run once, and how many nodes of its graph have two results."""
-    graphs: list[Any] = []
     optimized = normpass.optimize(copy.deepcopy(model), **options)
-    state_of(optimized).observers.append(lambda rewritten, inputs: graphs.append(rewritten.runs.graph))
+    graphs = captures_of(optimized)
     optimized(x)
-    return optimized, sum(node.target in TWICE.values() for graph in graphs for node in graph.nodes)
+    return optimized, sum(node.target in TWICE.values() for graph in graphs for node in graph.runs.graph.nodes)
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
+from normpass import kernels
 from normpass.kernels import plain
 from normpass.kernels.cuda.kernels import CudaKernels
 
@@ -46,3 +48,10 @@ class PlainKernels:
                 function(*args)
 
         return run
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> PlainKernels:
+    """New ones in the place of the CPU's."""
+    found = PlainKernels()
+    monkeypatch.setitem(kernels._loaded, "cpu", (found, "plain"))
+    return found

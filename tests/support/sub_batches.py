@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
+from training import assert_equal, train
 
 from normpass.analysis.fake_inputs import FakeInputs
 from normpass.analysis.fake_run import facts_of
@@ -103,3 +106,20 @@ def small_resnet(kind: str, seed: int = 0) -> nn.Module:
         if isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
             module.train(not module.track_running_stats)
     return model
+
+
+SHAPE = 7, 3, 16, 16
+
+
+def serial(model, *shape, sub_batch=3, **options):
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    return Serial(model, torch.randn(shape or SHAPE, dtype=dtype, generator=generator), sub_batch=sub_batch, **options)
+
+
+def assert_trains_alike(model, x, **options):
+    """Two steps of the plain model and of a copy that runs serialized; returns the latter."""
+    other = Serial(copy.deepcopy(model), x, **options)
+    expected = train(model, (x,))
+    assert_equal(expected, train(other.model, (x,), run=lambda _, x: other(x)))
+    return other

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import normpass
 from normpass.collect import Collected, captured_graphs
-from normpass.pipeline import Request
+from normpass.optimized import state_of
+from normpass.pipeline import Request, Rewritten
 from normpass.report.explain import norm_rows
 from normpass.report.summary import Row
 
@@ -155,6 +156,13 @@ def assert_same_step(plain: nn.Module, other: nn.Module, x: Tensor, tolerance: f
 def collected(model: nn.Module, *args: Any, **kwargs: Any) -> Collected:
     """The graphs of one forward of a copy of `model`, which stays as it is; of `image()` if no arguments are given."""
     return captured_graphs(model, ((args or (() if kwargs else (image(),))), kwargs), Request())
+
+
+def captures_of(optimized: nn.Module) -> list[Rewritten]:
+    """Grows with every graph that is captured from now on."""
+    seen: list[Rewritten] = []
+    state_of(optimized).observers.append(lambda rewritten, inputs: seen.append(rewritten))
+    return seen
 
 
 def norms(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Row]:

@@ -27,11 +27,7 @@ SIX = ("unet", "conv1d", "decoder", "functional", "grouped", "tiny_densenet")
 INNER = ("aot_eager", "eager", "aot_eager", "aot_eager", "eager", "aot_eager")
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("name, inner", list(zip(SIX, INNER, strict=True)))

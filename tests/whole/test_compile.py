@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from compiled import quietly
+from conv_blocks import Functional
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from training import ConvNet, assert_equal, image, spread, train
+from training import assert_equal, captures_of, image, spread, train
 
 import normpass
 from normpass.measure import kept_bytes
-from normpass.optimized import _warn_of_compiler, state_of
+from normpass.optimized import _warn_of_compiler
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.compiler.reset()
+def fresh_warning(fresh_dynamo: None) -> None:
     _warn_of_compiler.cache_clear()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def pair() -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    model = spread(ConvNet())
-    return model, normpass.optimize(copy.deepcopy(model))
 
 
 def by(forward: Callable) -> Callable:
@@ -59,8 +49,7 @@ def test_one_graph_the_same_numbers_and_one_warning(pair) -> None:
     expected = train(plain, (image(),), steps=4)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(optimized, backend=counter, fullgraph=True)
-    captured: list = []
-    state_of(optimized).observers.append(lambda rewritten, inputs: captured.append(rewritten))
+    captured = captures_of(optimized)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         assert_equal(expected, train(optimized, (image(),), steps=4, run=lambda m, x: compiled(x)))
@@ -106,15 +95,6 @@ def test_by_our_own_backend_nobody_is_warned(pair) -> None:
     assert_equal(train(plain, (x,)), train(optimized, (x,), run=lambda m, x: compiled(x)))
     plain.train(), optimized.train()
     assert kept_bytes(compiled, x) == kept_bytes(optimized, x) < 0.8 * kept_bytes(plain, x)
-
-
-class Functional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return F.relu(self.norm(self.conv(x)))
 
 
 def test_a_changed_model_is_not_compiled_as_the_plain_one() -> None:

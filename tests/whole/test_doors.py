@@ -1,68 +1,35 @@
-"""Whoever looks on, copies or takes apart an optimized model: the plain forward, or an optimized model of its own."""
+"""Whoever looks on an optimized model: exporters, tracers, transforms and modes get the plain forward."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import gc
 import io
 import os
-import pickle
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
+from conv_blocks import Functional
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from training import ConvNet, assert_equal, image, loss_of, spread, train
+from training import ConvNet, assert_equal, captures_of, image, loss_of, spread, train
 
 import normpass
-from normpass.measure import kept_bytes
-from normpass.optimized import state_of
 
-X = image()
 CHANGED = "this model was optimized with `changes=`, which are made in its captured graph, and "
 
-
-@pytest.fixture
-def pair() -> tuple[nn.Module, nn.Module]:
-    """A plain model and an optimized one that share nothing."""
-    torch.manual_seed(0)
-    model = spread(ConvNet())
-    return model, normpass.optimize(copy.deepcopy(model))
-
-
-def block(inputs: int = 3, outputs: int = 4) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-def captures_of(optimized: nn.Module) -> list:
-    """Grows with every graph that is captured from now on."""
-    seen: list = []
-    state_of(optimized).observers.append(lambda rewritten, inputs: seen.append(rewritten))
-    return seen
-
-
-def is_ours(optimized: nn.Module) -> bool:
-    """Whether a step of training runs rewritten graphs."""
-    seen = captures_of(optimized)
-    optimized.train()(image(3, 3, 6, 6))
-    return any(choice.rewrite == "split_bn" for graph in seen for choice in graph.choices)
+X = image()
 
 
 # --- exporters and tracers ------------------------------------------------------------------------
@@ -285,307 +252,7 @@ def test_where_dynamo_is_switched_off_for_a_while(pair) -> None:
         torch.testing.assert_close(optimized(X), plain(X))
 
 
-# --- hooks for all modules --------------------------------------------------------------------------
-
-
-def test_hooks_for_all_modules(pair) -> None:
-    """They see every module of the plain model, also of one that was captured before; afterwards it is ours again."""
-    for m in pair:
-        m(X)
-    kinds = {
-        "forward_pre": (global_hooks.register_module_forward_pre_hook, lambda m, args: None),
-        "forward": (global_hooks.register_module_forward_hook, lambda m, args, out: out * 1.5),
-        "backward": (
-            global_hooks.register_module_full_backward_hook,
-            lambda m, g, out: tuple(v if v is None else v * 2 for v in g),
-        ),
-    }
-    for m in pair:
-        m.act.inplace = False
-    for register, hook in kinds.values():
-        results = []
-        for m in pair:
-            m.zero_grad()
-            called: list[str] = []
-            with register(
-                lambda layer, *a, seen=called, hook=hook: seen.append(type(layer).__name__) or hook(layer, *a)
-            ):
-                loss_of(m(image(requires_grad=True))).backward()
-            results.append([called, [p.grad for p in m.parameters()], list(m.buffers())])
-        assert results[1][0] == results[0][0] and set(results[0][0]) >= {"Conv2d", "BatchNorm2d", "ConvNet"}
-        torch.testing.assert_close(results[1][1:], results[0][1:])
-    seen = captures_of(pair[1])
-    torch.testing.assert_close(*(loss_of(m(X)) for m in pair))
-    assert kept_bytes(pair[1], X) < 0.8 * kept_bytes(pair[0], X)
-    assert len(seen) <= 1
-
-
-# --- checkpoint -------------------------------------------------------------------------------------
-
-
-def wide(layers: nn.Sequential) -> nn.Sequential:
-    """With a convolution behind, which keeps what the layers make."""
-    return layers.append(nn.Conv2d(4, 4, 1))
-
-
-class Checkpointed(nn.Module):
-    """Four blocks; the second and third are each a region of `checkpoint`."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = wide(block()), block(4, 4), block(4, 4)
-        self.last, self.reentrant = wide(block(4, 4)), reentrant
-        spread(self)
-
-    def forward(self, x):
-        h = self.first(x)
-        h = checkpoint(self.second, h, use_reentrant=self.reentrant)
-        h = checkpoint(lambda h, by: F.dropout(self.third(h) * by, 0.2), h, 0.5, use_reentrant=self.reentrant)
-        return self.last(h)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_inside(reentrant: bool) -> None:
-    """The regions are the user's: run again, statistics moved as plain moves them. What is beside them is ours."""
-    model = Checkpointed(reentrant)
-    optimized = normpass.optimize(copy.deepcopy(model))
-    seen = captures_of(optimized)
-    x = image(requires_grad=True)
-    assert_equal(train(model, (x,)), train(optimized, (x,)))
-    rewritten = {choice.site.path for graph in seen for choice in graph.choices if choice.rewrite}
-    assert {"first.1", "last.1"} <= rewritten
-    kept = [kept_bytes(m.train(), x) for m in (model, optimized)]
-    assert kept[1] < kept[0]
-
-
-class Reentrant(Checkpointed):
-    """The first region has no input with a gradient, so nothing in it has one; the second has a region in it."""
-
-    def __init__(self) -> None:
-        super().__init__(True)
-
-    def forward(self, x):
-        h = checkpoint(self.first, x, use_reentrant=True)
-        inner = lambda h: checkpoint(self.third, F.dropout(h, 0.2), use_reentrant=True) * 2  # noqa: E731
-        return self.last(checkpoint(inner, self.second(h), use_reentrant=True))
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_reentrant_checkpoints_are_reentrant() -> None:
-    """No gradient where plain has none, running statistics moved as often, `autograd.grad` refused."""
-    model = Reentrant()
-    optimized = normpass.optimize(copy.deepcopy(model))
-    assert_equal(train(model, (image(),)), train(optimized, (image(),)))
-    assert optimized.first[0].weight.grad is None
-    for each in (model.train(), optimized.train()):
-        with pytest.raises(RuntimeError, match="use_reentrant=True"):
-            torch.autograd.grad(each(image()).sum(), each.second[0].weight)
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_around(pair, reentrant: bool) -> None:
-    x = image(requires_grad=True)
-
-    def run(model, x):
-        return checkpoint(model, x, use_reentrant=reentrant)
-
-    assert_equal(*(train(m, (x,), run=run) for m in pair))
-    around = [Around(m.train(), reentrant) for m in pair]
-    assert kept_bytes(around[1], x) == kept_bytes(around[0], x)
-    assert_equal(*(train(m.train(), (x,)) for m in pair))  # and on its own again
-    assert kept_bytes(pair[1].train(), x) < 0.8 * kept_bytes(pair[0].train(), x)
-
-
-class Around(nn.Module):
-    def __init__(self, model: nn.Module, reentrant: bool) -> None:
-        super().__init__()
-        self.model, self.reentrant = model, reentrant
-
-    def forward(self, x):
-        return checkpoint(self.model, x, use_reentrant=self.reentrant)
-
-
-def keep_convolutions(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_kept = operator is torch.ops.aten.convolution.default
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def test_selective_checkpoint(pair) -> None:
-    """Around the model, and around a part of it."""
-    x = image(requires_grad=True)
-    contexts = functools.partial(create_selective_checkpoint_contexts, keep_convolutions)
-
-    def run(model, x):
-        return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
-
-    assert_equal(*(train(m, (x,), run=run) for m in pair))
-
-
-def test_checkpoint_wrappers_put_in_later(pair) -> None:
-    """What a trainer does to a model that has run: captured again, with the regions in it."""
-    x = image(requires_grad=True)
-    for m in pair:
-        m(X)
-        apply_activation_checkpointing(m, check_fn=lambda layer: isinstance(layer, nn.Sequential))
-    assert_equal(*(train(m, (x,)) for m in pair))
-    torch.manual_seed(0)
-    plain = spread(timm.create_model("resnet10t", num_classes=3))
-    optimized = normpass.optimize(copy.deepcopy(plain))
-    optimized.set_grad_checkpointing(), plain.set_grad_checkpointing()
-    x = image(2, 3, 32, 32)
-    assert_equal(*(train(m, (x,), steps=1) for m in (plain, optimized)))
-
-
-# --- copies, slices, other instances ------------------------------------------------------------------
-
-
-def through_pickle(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch_save(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def test_a_copy_is_optimized_and_on_its_own(pair) -> None:
-    optimized = pair[1]
-    optimized.layer_decay = 0.5
-    optimized(X), pair[0](X)
-    before = {k: v.clone() for k, v in optimized.state_dict().items()}
-    expected = train(pair[0], (X,))
-    for again in (copy.deepcopy, through_pickle, through_torch_save):
-        other = again(optimized)
-        assert isinstance(other, normpass.Optimized) and type(other) is type(optimized)
-        assert isinstance(other, ConvNet) and other.layer_decay == 0.5 and other.training
-        assert_equal(expected, train(other, (X,)))
-        assert kept_bytes(other.train(), X) < 0.8 * kept_bytes(pair[0].train(), X)
-        assert not again(optimized.eval()).training
-        optimized.train()
-    torch.testing.assert_close(dict(optimized.state_dict()), before, rtol=0, atol=0)
-
-
-def test_a_copy_keeps_what_was_asked_for() -> None:
-    model = spread(nn.Sequential(*block(), nn.Conv2d(4, 2, 1)))
-    optimized = normpass.optimize(model, changes=("leaky_relu",), allow_lossy=True)
-    other = through_pickle(copy.deepcopy(optimized))
-    assert state_of(other).request == state_of(optimized).request
-    numbers = [train(copy.deepcopy(m), (X,), steps=1) for m in (model, optimized, other)]
-    assert_equal(*numbers[1:])
-    with pytest.raises(AssertionError):
-        assert_equal(*numbers[:2])
-    assert type(normpass.restore(other)[2]) is nn.ReLU
-
-
-def test_a_shallow_copy_and_a_copy_of_a_trainer(pair) -> None:
-    optimized = pair[1]
-    optimizer = torch.optim.SGD(optimized.parameters(), lr=0.1)
-    copied, copied_optimizer = copy.deepcopy((optimized, optimizer))
-    assert [id(p) for p in copied.parameters()] == [id(p) for p in copied_optimizer.param_groups[0]["params"]]
-    shallow = copy.copy(optimized)
-    assert all(a is b for a, b in zip(shallow.parameters(), optimized.parameters(), strict=True))
-    averaged = [torch.optim.swa_utils.AveragedModel(m) for m in pair]
-    for m in averaged:
-        m.update_parameters(pair[0])
-    torch.testing.assert_close(averaged[1].eval()(X), averaged[0].eval()(X))
-
-
-def test_slices_and_what_is_made_of_the_class(pair) -> None:
-    """Plain modules, that can be run, copied, stored and optimized again."""
-    torch.manual_seed(0)
-    model = spread(nn.Sequential(*block(), *block(4, 4), nn.Conv2d(4, 2, 1)))
-    optimized = normpass.optimize(model)
-    seen = captures_of(optimized)
-    optimized(X)
-    made = {
-        "slice": (optimized[:3], model[:3]),
-        "sum": (optimized[:2] + optimized[2:4], model[:4]),
-        "class": (type(optimized)(*model), model),
-    }
-    for other, plain in made.values():
-        plain = copy.deepcopy(plain)
-        other = through_pickle(copy.deepcopy(other))
-        torch.testing.assert_close(other(X), plain(X))
-        assert isinstance(other, nn.Sequential) and len(seen) == 1
-        again = normpass.optimize(other)
-        assert_equal(train(plain, (X,), steps=1), train(again, (X,), steps=1))
-        assert is_ours(again)
-    of_class = type(pair[1])(channels=2).double()
-    assert isinstance(of_class, ConvNet) and of_class.stem[0].out_channels == 2
-    of_class.load_state_dict(ConvNet(2).double().state_dict())
-    assert_equal(*(train(m, (X,), steps=1) for m in (copy.deepcopy(of_class), normpass.optimize(of_class))))
-
-
-def test_a_sequential_whose_layers_change() -> None:
-    pair = [spread(nn.Sequential(*block(), nn.Conv2d(4, 4, 1))) for _ in range(2)]
-    pair[1].load_state_dict(pair[0].state_dict())
-    pair[1] = normpass.optimize(pair[1])
-    changes = {
-        "append": lambda m, layer: m.append(layer),
-        "insert": lambda m, layer: m.insert(1, layer),
-        "extend": lambda m, layer: m.extend([layer, nn.Tanh()]),
-        "set": lambda m, layer: m.__setitem__(0, nn.Sequential(m[0], layer)),
-        "delete": lambda m, layer: m.__delitem__(-1),
-    }
-    pair[1](X), pair[0](X)
-    for change in changes.values():
-        results = []
-        for m in pair:
-            torch.manual_seed(2)
-            change(m, nn.BatchNorm2d(4).double())
-            m.zero_grad()
-            y = m(X)
-            loss_of(y).backward()
-            results.append([y, [p.grad for p in m.parameters()], list(m.buffers())])
-        torch.testing.assert_close(results[1], results[0])
-
-
-def test_graph_modules() -> None:
-    """Optimized as any other; `recompile` after a change of the graph is seen, copies are optimized."""
-    torch.manual_seed(0)
-    plain = fx.symbolic_trace(spread(ConvNet()))
-    optimized = normpass.optimize(copy.deepcopy(plain))
-    assert_equal(train(plain, (X,)), train(optimized, (X,)))
-    for m in (plain, optimized):
-        m.train()
-        (output,) = (n for n in m.graph.nodes if n.op == "output")
-        with m.graph.inserting_before(output):
-            output.args = (m.graph.call_function(torch.mul, (output.args[0], 3.0)),)
-        m.recompile()
-    assert "torch.mul" in optimized.code and isinstance(optimized, normpass.Optimized)
-    for again in (copy.deepcopy, through_pickle, through_torch_save):
-        other = again(optimized)
-        assert_equal(train(copy.deepcopy(plain), (X,), steps=1), train(other, (X,), steps=1))
-        assert is_ours(other)
-    for m in (plain, optimized):
-        m.graph = fx.symbolic_trace(ConvNet()).graph
-    assert_equal(train(plain, (X,), steps=1), train(optimized, (X,), steps=1))
-
-
-def test_nothing_holds_a_model_that_is_gone() -> None:
-    optimized = normpass.optimize(spread(ConvNet()))
-    loss_of(optimized(X)).backward()
-    gone = weakref.ref(optimized)
-    del optimized
-    gc.collect()
-    assert gone() is None
-
-
 # --- changes that are made in the graph -----------------------------------------------------------------
-
-
-class Functional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return F.relu(self.norm(self.conv(x)))
 
 
 def in_mode(model: nn.Module) -> torch.Tensor:

@@ -10,11 +10,10 @@ from random_modules import Program, Step, random_program
 from random_training import failure
 from sub_batches import small_resnet
 from torch import nn
-from training import assert_equal, image, spread, train
+from training import assert_equal, captures_of, image, spread, train
 
 import normpass
 from normpass.measure import forward_peak_bytes
-from normpass.optimized import state_of
 from normpass.passes import SerializeMinibatch
 
 X = torch.randn(12, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -82,10 +81,9 @@ def test_the_report_names_regions_and_what_runs_whole():
 
 def regions_of(model, x):
     """What `SerializeMinibatch` finds in each graph of one call of an optimized model."""
-    found = []
-    state_of(model).observers.append(lambda rewritten, inputs: found.append(rewritten.regions))
+    graphs = captures_of(model)
     model(x)
-    return found
+    return [graph.regions for graph in graphs]
 
 
 def test_copies_and_pickles_are_serialized_too():
