@@ -18,6 +18,7 @@ from normpass.copies.trial import call_arguments, copied_inputs, trial, trial_co
 from normpass.errors import InvalidInputError, InvalidModelError
 from normpass.optimized import is_optimized, optimize_in_place, plain_copy
 from normpass.options import check_paths, read_options, read_plan
+from normpass.pipeline import Request
 from normpass.report.explain import make_report
 from normpass.report.summary import Report
 from normpass.rewrite.verify import verify_state
@@ -83,18 +84,11 @@ def optimize(
         plan=given,
         serialize=serialize,
     )
-    check_paths(model, request.serialize)
-    if example_inputs is not None:
-        check_example_inputs(model, example_inputs)
-    if memory_budget is not None:
-        found = plan_step(model, _needed_inputs(example_inputs), memory_budget, request, tune)
-        request = replace(request, decisions=found.decisions)
+    request, _ = _checked_and_planned(model, example_inputs, request, memory_budget, tune)
     if given is not None:
         arguments = None if example_inputs is None else call_arguments(example_inputs)
         check_plan(model, request, arguments, given.plain)
-    optimized = optimize_in_place(shared_copy(model), request)
-    verify_state(model, optimized, may_add=bool(request.changes))
-    return optimized
+    return _optimized_copy(model, request)
 
 
 def plan(
@@ -164,16 +158,37 @@ def explain(
     arguments = None if example_inputs is None else call_arguments(example_inputs)
     if is_optimized(model):
         model = restore(model)
-    found = None
-    chosen: dict[str, Any] = {"changes": changes, "allow_lossy": allow_lossy, "winograd": winograd}
-    request = read_options(memory_budget=memory_budget, tune=tune, serialize=serialize, **chosen)
-    if memory_budget is not None:
-        _check_model(model)
-        given = _needed_inputs(example_inputs)
+    _check_model(model)
+    request = read_options(
+        changes=changes,
+        allow_lossy=allow_lossy,
+        winograd=winograd,
+        memory_budget=memory_budget,
+        tune=tune,
+        serialize=serialize,
+    )
+    request, found = _checked_and_planned(model, example_inputs, request, memory_budget, tune)
+    return make_report(model, _optimized_copy(model, request), arguments, found)
+
+
+def _checked_and_planned(
+    model: nn.Module, example_inputs: Any, request: Request, memory_budget: float | str | None, tune: bool
+) -> tuple[Request, StepPlan | None]:
+    """The request with the decisions for the budget, and their plan; the model runs once to check its inputs."""
+    check_paths(model, request.serialize)
+    arguments = None if memory_budget is None else _needed_inputs(example_inputs)
+    if example_inputs is not None:
         check_example_inputs(model, example_inputs)
-        found = plan_step(model, given, memory_budget, request, tune)
-    optimized = optimize(model, example_inputs, plan=found, serialize=serialize, **chosen)
-    return make_report(model, optimized, arguments, found)
+    if memory_budget is None or arguments is None:
+        return request, None
+    found = plan_step(model, arguments, memory_budget, request, tune)
+    return replace(request, decisions=found.decisions), found
+
+
+def _optimized_copy(model: nn.Module, request: Request) -> nn.Module:
+    optimized = optimize_in_place(shared_copy(model), request)
+    verify_state(model, optimized, may_add=bool(request.changes))
+    return optimized
 
 
 def check_example_inputs(model: nn.Module, example_inputs: Any) -> None:

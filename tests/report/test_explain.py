@@ -52,6 +52,21 @@ class Uncaptured(nn.Module):
         return self.norm(x)
 
 
+CALLS: list[int] = []
+
+
+class Counting(nn.Module):
+    """Says outside of itself how often it was called: what it holds is put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS.append(len(CALLS))
+        return self.layers(x)
+
+
 def with_group_norm() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU())
@@ -96,3 +111,14 @@ def test_norms_without_a_kernel_are_rebuilt_and_not_fused() -> None:
     assert (row.rewrite, row.reason) == ("rebuild_values", "rebuilt, not fused: there is no kernel for it on `cpu`")
     (row,) = normpass.explain(with_group_norm(), X).rows
     assert (row.rewrite, row.reason) == ("split_norm", "")
+
+
+def test_a_budget_costs_one_forward_more() -> None:
+    """That of the plan: the inputs are checked once, and a plan that was just made is not checked."""
+    calls = []
+    for options in ({}, {"memory_budget": 0.9}):
+        CALLS.clear()
+        report = normpass.explain(Counting(), X, **options)
+        calls.append(len(CALLS))
+    assert report.plan is not None
+    assert calls[0] > 0 and calls[1] == calls[0] + 1
