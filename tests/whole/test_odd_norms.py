@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from training import assert_equal, assert_trains_alike, image, rewrites, spread, train
 
 import normpass
+from normpass import kernels
 
 # --- norms that are left alone --------------------------------------------------------------------
 
@@ -58,18 +60,23 @@ NORMS = {
     "layer": lambda: nn.LayerNorm(8),
     "plain": lambda: nn.BatchNorm2d(C),
 }
-OTHER_NORMS = {"group": "group_norm", "instance": "instance_norm", "layer": "layer_norm"}
+PER_SAMPLE = ("group", "instance", "layer")
 
 
-def test_norms_of_every_class() -> None:
+@pytest.mark.parametrize("by_kernels", [True, False], ids=["kernels", "reference"])
+def test_norms_of_every_class(by_kernels: bool) -> None:
     """What runs is what counts: subclasses, hooks and parametrisations are in the graph."""
+    if by_kernels and kernels.kernels_for("cpu") is None:
+        pytest.skip("there are no kernels")
     model = chain({name: make() for name, make in NORMS.items()})
-    rows = trains_alike_by(model, image(requires_grad=True))
+    with contextlib.nullcontext() if by_kernels else kernels.disabled():
+        rows = trains_alike_by(model, image(requires_grad=True))
     assert {path.split(".")[0] for path in rows} == set(NORMS)
+    without = "rebuild_values", "rebuilt, not fused: there is no kernel for it on `cpu`"
+    of_samples = ("split_norm", "") if by_kernels else without
     for path, row in rows.items():
-        other = OTHER_NORMS.get(path.split(".")[0])
-        assert row.rewrite == ("split_bn" if other is None else "rebuild_values"), path
-        assert row.reason == ("" if other is None else f"rebuilt, not fused: {other} is not a batch norm"), path
+        expected = of_samples if path.split(".")[0] in PER_SAMPLE else ("split_bn", "")
+        assert (row.rewrite, row.reason) == expected, path
 
 
 def test_sync_batch_norm_is_reported() -> None:
