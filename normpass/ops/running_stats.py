@@ -22,6 +22,7 @@ from normpass.kernels.contract import Kernels, Running
 
 from .layout import STATISTICS_DTYPES
 from .library import declare
+from .moves import count_move
 from .operands import PLAIN_TYPES
 
 
@@ -50,8 +51,7 @@ def move_running_stats(running: Running, mean: Tensor, var: Tensor, count: int) 
     """The running statistics after one more batch, through the dispatcher."""
     old_mean, old_var, momentum = running
     new = torch.ops.normpass.updated_running_stats.default(old_mean, old_var, mean, var, momentum, count)
-    old_mean.copy_(new[0])
-    old_var.copy_(new[1])
+    _write(running, new[0], new[1])
 
 
 def update_running_stats(kernels: Kernels | None, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
@@ -64,8 +64,13 @@ def update_running_stats(kernels: Kernels | None, running: Running, mean: Tensor
         return
     new_mean, new_var = _reference(running.mean, running.var, mean, var, running.momentum, count)
     with torch.no_grad():
-        running.mean.copy_(new_mean)
-        running.var.copy_(new_var)
+        _write(running, new_mean, new_var)
+
+
+def _write(running: Running, mean: Tensor, var: Tensor) -> None:
+    for old, new in ((running.mean, mean), (running.var, var)):
+        old.copy_(new)
+        count_move(old)
 
 
 def is_writable(running: Running, shape: Sequence[int], dtype: torch.dtype, device: int) -> bool:
@@ -85,6 +90,8 @@ def note_written(running: Running) -> None:
     """Tell autograd that a kernel wrote the buffers: it compares versions of what it saved."""
     if not running.mean.is_inference():
         increment_version((running.mean, running.var))
+        count_move(running.mean)
+        count_move(running.var)
 
 
 def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -13,16 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .moves import Watched, refuse_changed
 from .operands import Values
 
 
 class Vectors:
     """weight, bias, mean and var of a norm, each (C,)."""
 
-    __slots__ = ("_bias", "_bias_now", "_mean", "_var", "_versions", "_weight")
+    __slots__ = ("_bias", "_bias_now", "_mean", "_var", "_versions", "_watched", "_weight")
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor):
+    def __init__(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        watched: tuple[Watched, ...] = (),
+    ):
+        # watched: what the plain norm keeps as well
         self._weight, self._mean, self._var, self._bias_now = weight, mean, var, bias
+        self._watched = watched
         self._bias = None if bias is None else bias.detach().clone()
         self._versions = None if weight is None else weight._version, mean._version, var._version
 
@@ -35,6 +45,8 @@ class Vectors:
         weight, mean, var = self._weight, self._mean, self._var
         if (None if weight is None else weight._version, mean._version, var._version) != self._versions:
             self._refuse()
+        for running in self._watched:
+            running.check()
         return weight, self._bias, mean, var
 
     def read_attached(self) -> Values:
@@ -46,7 +58,7 @@ class Vectors:
         """Have copies of all: nobody but this keeps them."""
         self._weight = None if self._weight is None else self._weight.detach().clone()
         self._mean, self._var = self._mean.clone(), self._var.clone()
-        self._versions = None if self._weight is None else 0, 0, 0
+        self._versions, self._watched = (None if self._weight is None else 0, 0, 0), ()
 
     def add_reader(self) -> None:
         """Nothing is made for a reader."""
@@ -54,7 +66,7 @@ class Vectors:
     def _refuse(self) -> None:
         for tensor, version in zip((self._weight, self._mean, self._var), self._versions, strict=True):
             if tensor is not None and version is not None and tensor._version != version:
-                raise RuntimeError(changed_in_place(tensor, version))
+                refuse_changed(tensor, version)
 
 
 class _As(torch.autograd.Function):
@@ -67,15 +79,3 @@ class _As(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-def changed_in_place(tensor: Tensor, version: int) -> str:
-    """What autograd says."""
-    name = {"cpu": "torch", "cuda": "torch.cuda"}.get(tensor.device.type, f"torch.{tensor.device.type}")
-    kind = tensor.type().rpartition(".")[2]
-    return (
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"[{name}.{kind} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
-        "Hint: enable anomaly detection to find the operation that failed to compute its gradient, with "
-        "torch.autograd.set_detect_anomaly(True)."
-    )

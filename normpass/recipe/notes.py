@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from normpass.onlookers import under_other_derivatives
-from normpass.recipe.recipes import Copied, Kept, Recipe, Unread, View, geometry_of
+from normpass.ops.moves import Watched
+from normpass.recipe.recipes import Copied, Kept, Moving, Recipe, Unread, View, geometry_of
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
@@ -38,7 +39,7 @@ class Copier:
         raise NotImplementedError
 
     def ignore(self, tensor: Tensor) -> None:
-        """Who keeps `tensor` from now on does not read it: until `forget`."""
+        """Who keeps `tensor`, which norms move, from now on does not read it: until `forget`."""
         raise NotImplementedError
 
     def forget(self, tensor: Tensor) -> None:
@@ -77,7 +78,7 @@ class Notes(Copier):
         recipe, geometry = entry[0], geometry_of(tensor)
         if geometry == recipe.geometry:
             return recipe
-        if isinstance(recipe, Copied) or geometry[3] is not recipe.geometry[3]:
+        if type(recipe) is not Recipe or geometry[3] is not recipe.geometry[3]:
             return None
         return View(recipe, geometry[:3])
 
@@ -101,6 +102,16 @@ class Notes(Copier):
 
     def ignore(self, tensor: Tensor) -> None:
         self._keep_as(Unread(tensor), tensor)
+
+    def watch(self, tensor: Tensor, *running: Tensor) -> None:
+        """Who keeps `tensor` gets it back as long as nobody but norms writes to the running statistics."""
+        if not any([t.is_inference() for t in running]):
+            self._keep_as(Moving(tensor, tuple([Watched(t) for t in running])), tensor)
+
+    def watched_with(self, tensor: Tensor) -> tuple[Watched, ...]:
+        """What is watched for whoever keeps `tensor`."""
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        return entry[0].watched if entry is not None and type(entry[0]) is Moving else ()
 
     def _keep_as(self, source: Any, tensor: Tensor) -> tuple[int, int]:
         """Whoever saves `tensor` as it is now saves `source`; the key of its storage, and its version."""

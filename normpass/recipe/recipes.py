@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normpass.ops.vectors import Vectors, changed_in_place
+from normpass.ops.moves import Watched, refuse_changed
+from normpass.ops.vectors import Vectors
 from normpass.recipe.autocast import autocast_state, same_autocast
 
 _graph_task = torch._C._current_graph_task_id
@@ -72,7 +73,7 @@ class Kept:
             assert self.source is not None
             return self.source.read()
         if tensor._version != self.version:
-            raise RuntimeError(changed_in_place(tensor, self.version))
+            refuse_changed(tensor, self.version)
         return tensor
 
     def add_reader(self) -> None:
@@ -82,6 +83,21 @@ class Kept:
         """Keep no tensor any more: `source` makes it."""
         source.add_reader()
         self.source, self.tensor = source, None
+
+
+class Moving(Kept):
+    """What a batch has moved running statistics by: kept, and handed out as long as nobody else writes to those."""
+
+    __slots__ = ("geometry", "watched")
+
+    def __init__(self, tensor: Tensor, watched: tuple[Watched, ...]):
+        super().__init__(tensor)
+        self.geometry, self.watched = geometry_of(tensor), watched
+
+    def read(self) -> Tensor:
+        for running in self.watched:
+            running.check()
+        return super().read()
 
 
 class Copied:
@@ -101,13 +117,18 @@ class Copied:
 
 
 class Unread(Copied):
-    """A tensor that is handed to a backward which does not read it, as it is by then."""
+    """Running statistics that are handed to a backward which does not read them, as norms have moved them by then."""
 
-    __slots__ = ()
+    __slots__ = ("watched",)
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor.detach()
         self.geometry = geometry_of(tensor)
+        self.watched = Watched(self.tensor)
+
+    def read(self) -> Tensor:
+        self.watched.check()
+        return self.tensor
 
 
 class View:
@@ -236,7 +257,7 @@ def _like(value: Tensor, geometry: tuple) -> Tensor:
 
 CONSTANTS = frozenset({type(None), bool, int, float, str})
 """Types of most arguments, which hold no tensor: they need not be looked at any closer."""
-_SOURCES = frozenset({Kept, Copied, Unread, Vectors, View, Recipe})
+_SOURCES = frozenset({Kept, Moving, Copied, Unread, Vectors, View, Recipe})
 
 
 def map_tensors(function: Callable, value: Any) -> Any:

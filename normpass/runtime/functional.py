@@ -133,7 +133,7 @@ def split_norm_act(norm, x, residual=None, activation="identity", activation_arg
             # Without a gradient autograd keeps nothing here: the vectors may change, what they were is copied.
             tag(z, rebuild_norm_act, args if z.requires_grad else (*args[:2], *map(copied, args[2:6]), *args[6:]))
         return z
-    vectors = Vectors(*args[2:6])
+    vectors = Vectors(*args[2:6], notes.watched_with(args[5]))
     z = norm_act_on(device, *args, vectors)
     if not z.requires_grad:
         vectors.own()
@@ -172,6 +172,7 @@ def inplace_abn(norm, x, activation="identity", activation_args=()):
 def op_args(device, norm, x, residual, activation, activation_args, moments: Any = None) -> tuple:
     """The arguments of `norm_act` for this call; in training the running statistics move."""
     mean, var, of_batch = _statistics(device, norm, x, moments)
+    watch_running(norm, var)
     return x, residual, norm.weight, norm.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 
 
@@ -208,6 +209,13 @@ def running_of(norm: FunctionalBatchNorm) -> Running | None:
     if not norm.training or mean is None or var is None:
         return None
     return Running(mean, var, norm.momentum)
+
+
+def watch_running(norm: FunctionalBatchNorm, var: Tensor) -> None:
+    """Refuse backward as plain layers do once others have written to statistics that have moved by `var`."""
+    notes, running = notes_now(), running_of(norm)
+    if notes is not None and running is not None:
+        notes.watch(var, running.mean, running.var)
 
 
 def is_fusible(norm: FunctionalBatchNorm, x: Any, residual: Tensor | None, activation: str, sum_into: str = "") -> bool:

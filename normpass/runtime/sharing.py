@@ -38,6 +38,7 @@ from normpass.runtime.functional import (
     running_of,
     running_statistics_of,
     split_norm_act,
+    watch_running,
 )
 from normpass.runtime.sample_norms import fused_sample_norm_act, split_sample_norm_act
 
@@ -187,6 +188,7 @@ def _prepare(
     if not are_pieces(xs) or not is_fusible(norm, whole_of(xs), None, activation):
         return plain_norm_act(norm, torch.cat(xs, 1), None, activation, activation_args, "")
     mean, var, of_batch = _statistics(norm, producers)
+    watch_running(norm, var)
     return xs, norm.weight, norm.bias, mean, var, norm.eps, of_batch, activation, list(activation_args)
 
 

@@ -5,10 +5,11 @@ loop may do in between. After every step outputs and their strides, gradients of
 parameters, buffers and attributes are the same, and where one raises, so does the other, with the same class.
 
 A number may differ by 1e-9 of the largest in its tensor, by 1e-11 of the largest of its step, or by 100 times what
-plain differs from itself when its inputs move by one ulp. Three differences are meant:
+plain differs from itself when its inputs move by one ulp. Four differences are meant:
 
-- somebody writes to what plain keeps and ours does not (running statistics, in forward or after it, the result of an
-  activation after forward): plain raises in backward, ours gives its gradients;
+- somebody writes to what plain keeps and ours does not (the result of an activation, after forward): plain raises in
+  backward, ours gives its gradients;
+- somebody writes to what ours keeps and plain does not (an input that was concatenated): ours raises in backward;
 - running statistics that a forward reads have moved before its backward: ours raises, plain does not notice;
 - `model.eval()` between forward and the backward of a `checkpoint`: plain runs the region again as it is by then and
   raises, ours runs the captured one, and gives the gradients of what forward ran.
