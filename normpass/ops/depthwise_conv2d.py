@@ -8,11 +8,15 @@
 Forward is ATen's. The gradients have kernels on the CPU, dx in channels_last: there oneDNN takes twice as long, and for
 dweight with 5 or 7 columns 10 to 20 times as long as reading its arguments does. The gradient of the weight is an op of
 its own.
+
+The kernels' loops have no borders but zeros around the images, and 0·∞ is NaN. So with a weight that is not finite, or
+a dweight that comes out so, ATen's functions run, which have an infinity or a NaN in fewer places.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +111,8 @@ def _gradient_kernel(
     dweight = new_weight(x, kernel_size, statistics_dtype(x))
     operands = dense(grad, memory_format), dense(x, memory_format)
     depthwise.weight_gradient(dweight, *operands, stride, padding, memory_format)
+    if not is_finite(dweight):
+        return _reference_gradient(grad, x, kernel_size, stride, padding)
     return dweight if dweight.dtype == x.dtype else dweight.to(x.dtype)
 
 
@@ -114,6 +120,11 @@ def depthwise_of(kernels: Kernels | None, *tensors: Tensor) -> Depthwise | None:
     """What computes with these tensors, which must be ordinary ones with values."""
     plain = all(type(t) in PLAIN_TYPES and not t.is_neg() and t.numel() for t in tensors)
     return kernels.depthwise if plain and kernels is not None else None
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all numbers are, and so is their sum: what is asked of a weight of a few thousand numbers."""
+    return math.isfinite(float(weight.detach().sum()))
 
 
 def _fake_gradient(grad: Tensor, x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
@@ -202,7 +213,8 @@ def input_gradient_on(
     """The same by a kernel, where there is one."""
     memory_format, depthwise = memory_format_of(x), depthwise_of(kernels, grad, weight)
     kernel_size = weight.shape[2:]
-    if depthwise is None or not depthwise.has_input_gradient(x, memory_format, kernel_size, stride, padding):
+    has_kernel = depthwise is not None and depthwise.has_input_gradient(x, memory_format, kernel_size, stride, padding)
+    if depthwise is None or not has_kernel or not is_finite(weight):
         return input_gradient(grad, x, weight, stride, padding)
     dx = torch.empty_like(x, memory_format=memory_format)
     depthwise.convolve(dx, dense(grad, memory_format), weight.contiguous(), None, stride, padding, transposed=True)

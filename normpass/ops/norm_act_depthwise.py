@@ -22,6 +22,7 @@ from .depthwise_conv2d import (
     _depthwise_weight_gradient,
     depthwise_of,
     input_gradient,
+    is_finite,
     new_weight,
     output_size,
 )
@@ -87,7 +88,8 @@ def _runner(
         return None
     if not x.is_contiguous(memory_format=memory_format):
         return None
-    return depthwise if min(output_size(x.shape[2:], kernel_size, stride, padding)) > 0 else None
+    has_values = min(output_size(x.shape[2:], kernel_size, stride, padding)) > 0
+    return depthwise if has_values and is_finite(weight) else None
 
 
 def _forward(
@@ -174,6 +176,8 @@ def _gradients(
     dweight = new_weight(x, weight.shape[2:], dtype) if needs[3] else None
     operands = dense(grad, memory_format), x, weight.contiguous(), norm_operand(values, options, dtype)
     depthwise.norm_act_backward(dx, dnorm_weight, dnorm_bias, dweight, *operands, options[1], stride, padding)
+    if dweight is not None and not is_finite(dweight):
+        dweight = _weight_gradient_by_ops(grad, x, values, options, weight, stride, padding)
     return dx, dnorm_weight, dnorm_bias, dweight
 
 
@@ -195,6 +199,13 @@ def _gradients_by_ops(
         found = _norm_act_backward(dz, x, None, *values, *options, of_norm)
         dx, _, dnorm_weight, dnorm_bias = (g if n else None for g, n in zip(found, of_norm, strict=True))
     if needs[3]:
-        z = norm_act(x, None, *values, *options)
-        dweight = _depthwise_weight_gradient(grad, z, weight.shape[2:], stride, padding)
+        dweight = _weight_gradient_by_ops(grad, x, values, options, weight, stride, padding)
     return dx, dnorm_weight, dnorm_bias, dweight
+
+
+def _weight_gradient_by_ops(
+    grad: Tensor, x: Tensor, values: Values, options: Options, weight: Tensor, stride: Pair, padding: Pair
+) -> Tensor:
+    z = norm_act(x, None, *values, *options)
+    dweight: Tensor = _depthwise_weight_gradient(grad, z, weight.shape[2:], stride, padding)
+    return dweight
