@@ -11,7 +11,8 @@ Each was seen with `torch.compile(model, backend="eager")` (torch 2.11 to 2.14),
   that comes later. Guarded.
 - guards compare with ==, so 0.0 is -0.0, (True,) is (1,) and (1.0,). Guarded by class and sign.
 - `torch.jit.isinstance(x, Tensor)`, as MONAI has it, breaks the graph, though it is `isinstance`. Not any more.
-- `functools.lru_cache` is traced through as if it did not cache. The call breaks the graph (not in torch and einops).
+- `functools.lru_cache`, of methods as well, is traced through as if it did not cache. The call breaks the graph (not in
+  torch and einops).
 - a hook that is registered after the first call is not called. Guarded, by a setting of Dynamo's.
 - a batch norm with a cumulative average makes a number of its counter, which breaks the graph. One node.
 - random numbers that other threads draw meanwhile come again (`normpass.capture.random_state`).
@@ -38,6 +39,7 @@ defaults of functions, on `requires_grad` of a parameter not computed with, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
@@ -52,7 +54,7 @@ from torch._dynamo.variables import builder
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
-from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
+from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable, WrapperUserMethodVariable
 from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable
 from torch._dynamo.variables.misc import RandomClassVariable, RandomVariable
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
@@ -83,6 +85,7 @@ def capturing() -> Iterator[None]:
         (UserDefinedObjectVariable, "_supported_random_functions", staticmethod(frozenset)),
         (RandomClassVariable, "call_function", _break_at_a_new_generator),
         (builder, "is_lru_cache_wrapped_function", _only_pure(builder.is_lru_cache_wrapped_function)),
+        (WrapperUserMethodVariable, "call_function", _breaking_where_cached(WrapperUserMethodVariable)),
         (ConstDictVariable, "getitem_const_raise_exception_if_absent", _guarding_absence(ConstDictVariable)),
         (GuardBuilder, "EQUALS_MATCH", _exactly(GuardBuilder.EQUALS_MATCH)),
         (SkipFunctionVariable, "call_function", _with_isinstance(SkipFunctionVariable.call_function)),
@@ -140,6 +143,23 @@ def _only_pure(is_cached: Callable[[Any], bool]) -> Callable[[Any], bool]:
         return is_cached(function) and _package(getattr(function, "__module__", None)) in _PURE_CACHES
 
     return is_cached_and_pure
+
+
+def _breaking_where_cached(method: Any) -> Callable[..., Any]:
+    original = method.call_function
+
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        function = getattr(self, "wrapper_obj", None) or self.fn.wrapper_obj  # torch 2.15 has it in another variable
+        if isinstance(function, functools._lru_cache_wrapper) and _package(function.__module__) not in _PURE_CACHES:
+            exc.unimplemented(
+                gb_type="a method with a functools.lru_cache",
+                context=function.__qualname__,
+                explanation="Dynamo would run it at every call",
+                hints=[],
+            )
+        return original(self, tx, args, kwargs)
+
+    return call_function
 
 
 def _guarding_absence(cls: Any) -> Callable[..., Any]:

@@ -195,6 +195,32 @@ def test_a_cached_function_runs_once() -> None:
     assert len(CALLS) == 2
 
 
+class Counted:
+    """What is no module, with a method that is cached."""
+
+    @functools.cache  # noqa: B019
+    def of(self, key: str) -> torch.Tensor:
+        CALLS.append(key)
+        return torch.tensor(float(len(CALLS)))
+
+
+class OfCachedMethods(Net):
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def scale(self, key: str) -> torch.Tensor:
+        CALLS.append(key)
+        return torch.tensor(float(len(CALLS)))
+
+
+def test_a_cached_method_runs_once() -> None:
+    def make() -> nn.Module:
+        CALLS.clear()
+        OfCachedMethods.scale.cache_clear()
+        return OfCachedMethods(lambda m, x: x * m.scale("a") + m.counted.of("b") * m.scale("a"), counted=Counted())
+
+    assert_as_plain(make, nothing, lambda m: OfCachedMethods.scale.cache_clear(), nothing)
+    assert CALLS == ["a", "b", "a"]
+
+
 # --- equal, but not the same ----------------------------------------------------------------------
 
 
