@@ -10,18 +10,21 @@ forward had. So moves are counted, and
 
 from __future__ import annotations
 
+import threading
 from typing import NoReturn
 
 from torch import Tensor
 
 from .operands import PLAIN_TYPES
 
+move_lock = threading.RLock()
+"""held from a move's count to its write, so that no other thread sees one without the other"""
 _moves: dict[int, int] = {}
 """by storage; at an address that is used again it goes on, since only differences count"""
 
 
 def count_move(tensor: Tensor) -> None:
-    """A norm has moved `tensor`, which made its version greater by one."""
+    """A norm moves `tensor`, which makes its version greater by one. With `move_lock` held."""
     if type(tensor) in PLAIN_TYPES:
         key = tensor.untyped_storage()._cdata
         _moves[key] = _moves.get(key, 0) + 1
@@ -38,7 +41,9 @@ class Watched:
     __slots__ = ("moves", "tensor", "version")
 
     def __init__(self, tensor: Tensor):
-        self.tensor, self.version, self.moves = tensor, tensor._version, moves_of(tensor)
+        self.tensor = tensor
+        with move_lock:
+            self.version, self.moves = tensor._version, moves_of(tensor)
 
     def check(self) -> None:
         """As autograd does before it hands out what it kept.
@@ -46,8 +51,11 @@ class Watched:
         Raises:
             RuntimeError: somebody else has written to it since; in autograd's words.
         """
-        written = self.tensor._version - self.version
-        if written and written > moves_of(self.tensor) - self.moves:
+        if self.tensor._version == self.version:
+            return
+        with move_lock:
+            written, moves = self.tensor._version - self.version, moves_of(self.tensor) - self.moves
+        if written > moves:
             raise RuntimeError(changed_in_place(self.tensor, self.version))
 
 

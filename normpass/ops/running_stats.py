@@ -22,7 +22,7 @@ from normpass.kernels.contract import Kernels, Running
 
 from .layout import STATISTICS_DTYPES
 from .library import declare
-from .moves import count_move
+from .moves import count_move, move_lock
 from .operands import PLAIN_TYPES
 
 
@@ -68,9 +68,10 @@ def update_running_stats(kernels: Kernels | None, running: Running, mean: Tensor
 
 
 def _write(running: Running, mean: Tensor, var: Tensor) -> None:
-    for old, new in ((running.mean, mean), (running.var, var)):
-        old.copy_(new)
-        count_move(old)
+    with move_lock:
+        for old, new in ((running.mean, mean), (running.var, var)):
+            old.copy_(new)
+            count_move(old)
 
 
 def is_writable(running: Running, shape: Sequence[int], dtype: torch.dtype, device: int) -> bool:
@@ -89,9 +90,10 @@ def _fits(running: Running, mean: Tensor) -> bool:
 def note_written(running: Running) -> None:
     """Tell autograd that a kernel wrote the buffers: it compares versions of what it saved."""
     if not running.mean.is_inference():
-        increment_version((running.mean, running.var))
-        count_move(running.mean)
-        count_move(running.var)
+        with move_lock:
+            increment_version((running.mean, running.var))
+            count_move(running.mean)
+            count_move(running.var)
 
 
 def _check(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +138,31 @@ def test_other_forwards_may_move_them(case: str) -> None:
         torch.stack(losses[::-1]).sum().backward()
     for p, q in zip(plain.parameters(), optimized.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9 * float(p.grad.abs().max() + 1))
+
+
+def test_other_threads_may_move_them() -> None:
+    """No move is taken for somebody else's, whenever threads take turns."""
+    model, errors = normpass.optimize(spread(chain())), []
+    model(image())
+
+    def train() -> None:
+        try:
+            for _ in range(30):
+                model(image()).sum().backward()
+        except RuntimeError as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=train) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
 
 
 def test_moved_under_a_norm_in_eval_mode() -> None:
