@@ -16,6 +16,12 @@ from normpass.ops.layout import memory_format_of
 
 _KNOWN_LIBRARIES = frozenset({"aten", "prim", "prims", "normpass"})
 _native_batch_norm = torch.ops.aten.native_batch_norm.default
+_MOVE_STATISTICS = frozenset(
+    {_native_batch_norm, torch.ops.aten.cudnn_batch_norm.default, torch.ops.aten.miopen_batch_norm.default}
+    | {torch.ops.aten.batch_norm_update_stats.default, torch.ops.aten.batch_norm_gather_stats.default}
+    | {torch.ops.aten.batch_norm_gather_stats_with_counts.default}
+)
+"""operators that write to their running statistics (in training) without a word of it in their schemas"""
 
 
 class Operators(TorchDispatchMode):
@@ -44,13 +50,18 @@ class Operators(TorchDispatchMode):
             return result
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
         self.foreign |= func.namespace not in _KNOWN_LIBRARIES
-        if is_norm and args[5]:  # its schema does not say that the running statistics move
-            self.written += [t for t in args[3:5] if isinstance(t, Tensor)]
+        if func in _MOVE_STATISTICS:
+            self._note_moves(func._schema, args, kwargs)
         self._note_writes(func._schema, args, kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=result))
         return result
+
+    def _note_moves(self, schema: Any, args: tuple, kwargs: dict) -> None:
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        if given.get("training", True):
+            self.written += tensors_in((given["running_mean"], given["running_var"]))
 
     def _note_writes(self, schema: Any, args: tuple, kwargs: dict) -> None:
         if not schema.is_mutable:

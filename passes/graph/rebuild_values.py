@@ -16,13 +16,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normpass.analysis.facts import Facts, Step
 from normpass.graph.nodes import called_on, function_of, name_of, replace_node
 from normpass.graph.operators import MAX_POOLS
-from normpass.recipe.notes import Copies, call_kept, call_rebuilt, call_rebuilt_in_place, tag
+from normpass.recipe.notes import Copies, call_kept, call_rebuilt, call_rebuilt_in_place, tag, unread
 from normpass.recipe.replay import call_replayed
 from normpass.runtime.functional import batch_norm
 from normpass.runtime.sharing import WITHOUT_RECIPE
@@ -73,7 +74,7 @@ def can_be_replayed(step: Step) -> bool:
 
 def _rebuilt(step: Step, facts: Facts) -> Callable:
     node, function, copies = step.node, function_of(step.node), _copies(step.node, facts)
-    if step.target in _AGAIN and set(step.writes) & set(step.reads_outside):
+    if set(step.writes) & set(step.reads_outside):  # only norms may
         return _AGAIN[step.target]
     inside = set(step.writes) - set(step.reads_outside)
     if inside:
@@ -163,6 +164,47 @@ def _instance_norm(
     return y
 
 
-_AGAIN: dict[Any, Callable] = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    with unread(running_mean, running_var):
+        y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+    tag(y, torch.batch_norm, (input, weight, bias, None, None, True, momentum, eps, cudnn_enabled))
+    return y
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    y = torch.instance_norm(
+        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled
+    )
+    tag(y, torch.instance_norm, (input, weight, bias, None, None, True, momentum, eps, cudnn_enabled))
+    return y
+
+
+_AGAIN: dict[Any, Callable] = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.batch_norm: _torch_batch_norm,
+    torch.instance_norm: _torch_instance_norm,
+}
+"""norms that move running statistics (`MOVES_STATISTICS`) -> the same; backward calls them without those"""
 
 __all__ = ["RebuildValues", "can_be_replayed"]
