@@ -97,7 +97,8 @@ def _call_instead(graph: fx.Graph, node: fx.Node, function: Callable) -> None:
 
 
 def _only_computes(step: Step, facts: Facts) -> bool:
-    effects = step.writes or step.is_random or step.is_foreign
+    is_in_place = name_of(step.target).endswith("_")  # `detach_` writes no numbers, and changes who gets gradients
+    effects = step.writes or step.is_random or step.is_foreign or is_in_place
     return not effects and bool(tensors_in(facts.results[step.node]))
 
 
