@@ -46,7 +46,7 @@ class Step:
     """both gradients of its result, which two readers have, are there when its backward runs, and not their sum"""
     is_random: bool = False
     is_foreign: bool = False
-    """an operator of an unknown library ran: nobody knows what it does besides"""
+    """an operator ran that is not to run again: of an unknown library, or one that rounds otherwise in backward"""
     flops: int = 0
     """multiplications and additions of its matrix products and convolutions, forward"""
     weights: int = 0

@@ -22,6 +22,8 @@ _MOVE_STATISTICS = frozenset(
     | {torch.ops.aten.batch_norm_gather_stats_with_counts.default}
 )
 """operators that write to their running statistics (in training) without a word of it in their schemas"""
+_DECOMPOSITIONS = frozenset({"_linalg_svd", "_linalg_eigh", "_linalg_eigvals", "linalg_eig", "linalg_eigvals"})
+"""operators of other algorithms, and other last bits, where nobody wants a gradient: not to be run again in backward"""
 
 
 class Operators(TorchDispatchMode):
@@ -49,7 +51,7 @@ class Operators(TorchDispatchMode):
             self.foreign = True
             return result
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        self.foreign |= func.namespace not in _KNOWN_LIBRARIES
+        self.foreign |= func.namespace not in _KNOWN_LIBRARIES or func._opname in _DECOMPOSITIONS
         if func in _MOVE_STATISTICS:
             self._note_moves(func._schema, args, kwargs)
         self._note_writes(func._schema, args, kwargs)
