@@ -9,7 +9,8 @@ plain differs from itself when its inputs move by one ulp. Four differences are 
 
 - somebody writes to what plain keeps and ours does not (the result of an activation, after forward): plain raises in
   backward, ours gives its gradients;
-- somebody writes to what ours keeps and plain does not (an input that was concatenated): ours raises in backward;
+- somebody writes to what ours reads and plain does not (an input that was concatenated; what something is made again
+  from, where a part of the gradients is asked for): ours raises in backward;
 - running statistics that a forward reads have moved before its backward: ours raises, plain does not notice;
 - `model.eval()` between forward and the backward of a `checkpoint`: plain runs the region again as it is by then and
   raises, ours runs the captured one, and gives the gradients of what forward ran.
