@@ -25,6 +25,11 @@ def memory_shrinks(found):
     assert after < before / 2
 
 
+def about_half_is_kept(found):
+    for before, after in found.values():
+        assert 0 < after < 0.6 * before
+
+
 def every_norm_was_trained(runs):
     assert len(runs) == 5 and all(0 <= run["error"] <= 100 for run in runs)
     assert runs[-1]["decided"] == 9 and len(runs[-1]["usage"]) > 5
@@ -46,6 +51,7 @@ EXAMPLES = {
     "compile_backend": ({"steps": 3, "batch_size": 4, "size": 32, "inner": "eager"}, losses_are_finite),
     "cuda_graph": ({"steps": 3, "batch_size": 4, "size": 32}, losses_are_finite),
     "convert_to_onnx": ({"steps": 2, "batch_size": 4, "size": 32}, agrees),
+    "other_norms": ({"channels": 8, "size": 8}, about_half_is_kept),
     "densenet_memory": ({"blocks": (2, 2), "batch_size": 2, "size": 32}, memory_shrinks),
 }
 
