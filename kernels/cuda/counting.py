@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from normpass.kernels.cuda.driver import Launch
-from normpass.kernels.cuda.variant import GRID, Variant
+from normpass.kernels.cuda.variant import GRID, RUNS, Variant
 
 MULTIPROCESSORS = 132
 _ITEMSIZE = {"float": 4, "double": 8, "normpass::Half": 2, "normpass::BFloat16": 2}
+_OF_RUNS = {"sample_norm_act": (0, 1, 2), "plane_sums": (3, 4, 5), "gradients": (0, 1, 3, 4, 5)}
+"""Which arguments are arrays of the size of x. What a run needs twice is in registers or a cache."""
 
 
 class Moved(NamedTuple):
@@ -47,9 +49,13 @@ class CountingDevice:
 
 
 def _bytes(variant: Variant, entry: str, args: tuple[float, ...]) -> int:
-    if entry == "running_stats":
+    if entry in ("running_stats", "over_samples"):
         return 0
     macros = dict(variant.macros)
+    if entry in _OF_RUNS:
+        runs, _, _, vectors, *_ = args[-len(RUNS) :]
+        arrays = _given(args, _OF_RUNS[entry])
+        return int(runs * vectors * int(macros["NORMPASS_VECTOR"]) * _ITEMSIZE[macros["NORMPASS_STORAGE"]] * arrays)
     channels, _, positions = args[-len(GRID) : 3 - len(GRID)]
     values = channels * positions * (1 if macros["NORMPASS_ROWS"] == "true" else int(macros["NORMPASS_VECTOR"]))
     return int(values * _ITEMSIZE[macros["NORMPASS_STORAGE"]] * _arrays(macros, entry, args, channels))
@@ -59,6 +65,8 @@ def _arrays(macros: dict[str, str], entry: str, args: tuple[float, ...], channel
     """How many arrays of the size of x or z a launch moves."""
     if entry in ("moments", "cat_norm_act", "add_statistics_gradient"):
         return {"moments": 1, "cat_norm_act": 2, "add_statistics_gradient": 3}[entry]
+    if entry == "over_rows":
+        return _given(args, (2, 3, 4))  # grad, x, residual
     bit = 1 / (8 * _ITEMSIZE[macros["NORMPASS_STORAGE"]])
     if entry == "norm_act":
         return _given(args, (0, 1, 2)) + bit * (args[3] != 0)  # z, x, residual; mask

@@ -36,22 +36,27 @@ def geometry(layout: Layout, itemsize: int, alignment: int, multiprocessors: int
     `group`: positions that a thread visits behind one another.
     """
     outer, channels, inner = as_walked(layout)
-    rows = inner == 1
     vector = vector_of(layout, itemsize, alignment)
-    if rows:
-        columns = channels // vector
-        tiles = -(-columns // WIDEST_TILE)
-        width = -(-columns // tiles)
-        tiles = -(-columns // width)
-        positions, plane, last = outer, 1, (outer - 1) * channels
-    else:
-        tiles, width, plane = channels, 1, inner // vector
-        positions, last = outer * plane, (outer - 1) * channels * inner + inner - vector
+    if inner == 1:
+        return geometry_of_rows(outer, channels, vector, multiprocessors, group)
+    plane = inner // vector
+    positions, last = outer * plane, (outer - 1) * channels * inner + inner - vector
+    slabs = _slabs(channels, -(-positions // (THREADS * group)), multiprocessors)
+    step = slabs * THREADS * group
+    stride = step // plane * channels * inner + step % plane * vector
+    return Geometry(False, vector, channels, slabs, (channels, 1, positions, plane, step % plane, stride, last))
+
+
+def geometry_of_rows(rows: int, channels: int, vector: int, multiprocessors: int, group: int = 1) -> Geometry:
+    """The same of (rows, channels) in accesses of `vector` values, a divisor of the channels."""
+    columns = channels // vector
+    tiles = -(-columns // WIDEST_TILE)
+    width = -(-columns // tiles)
+    tiles = -(-columns // width)
     height = THREADS // width
-    slabs = _slabs(tiles, -(-positions // (height * group)), multiprocessors)
-    step = slabs * height * group
-    stride = step * channels if rows else step // plane * channels * inner + step % plane * vector
-    return Geometry(rows, vector, tiles, slabs, (channels, width, positions, plane, step % plane, stride, last))
+    slabs = _slabs(tiles, -(-rows // (height * group)), multiprocessors)
+    stride = slabs * height * group * channels
+    return Geometry(True, vector, tiles, slabs, (channels, width, rows, 1, 0, stride, (rows - 1) * channels))
 
 
 def as_walked(layout: Layout) -> Layout:

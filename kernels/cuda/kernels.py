@@ -15,7 +15,8 @@ from torch import Tensor
 
 from normpass.kernels.activations import RULES
 from normpass.kernels.contract import Layout, Norm, Running
-from normpass.kernels.cuda.plans import ALONE, STORAGE, Device, Join, Plans
+from normpass.kernels.cuda.plans import ALONE, STORAGE, Device, Join, Plans, pointer, site_arguments
+from normpass.kernels.cuda.sample_norms import CudaSampleNorms
 
 PIECES = (16, 64)
 """How many pieces of a concatenation the kernels are compiled for."""
@@ -33,6 +34,7 @@ class CudaKernels:
 
     def __init__(self, device: Device):
         self._plans = Plans(device)
+        self.sample_norms = CudaSampleNorms(self._plans, self.moments)
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype in STORAGE
@@ -68,9 +70,9 @@ class CudaKernels:
             to,
             source,
             added,
-            _pointer(mask),
-            *_site(norm),
-            *(_NO_NORM if of_residual is None else _site(of_residual)[:5]),
+            pointer(mask),
+            *site_arguments(norm),
+            *(_NO_NORM if of_residual is None else site_arguments(of_residual)[:5]),
             *plan.grid,
         )
 
@@ -107,7 +109,7 @@ class CudaKernels:
         plan = self._plans.find("cat_norm_act", "cat_norm_act", z, layout, addresses, norm.activation, pieces=pieces)
         plan.launch(
             z.data_ptr(),
-            *_site(norm),
+            *site_arguments(norm),
             *_ends(xs, pieces),
             *_pointers(xs, pieces),
             *plan.grid,
@@ -131,9 +133,9 @@ class CudaKernels:
         bits = sum([1 << p for p, add in enumerate(adds) if add])
         plan.launch(
             grad.data_ptr(),
-            _pointer(dweight),
-            _pointer(dbias),
-            *_site(norm),
+            pointer(dweight),
+            pointer(dbias),
+            *site_arguments(norm),
             bits - (1 << 64) if bits >> 63 else bits,  # as a signed number
             *_ends(xs, pieces),
             *_pointers(xs, pieces),
@@ -191,7 +193,7 @@ class CudaKernels:
         dx, dresidual, dweight, dbias = [0 if t is None else t.data_ptr() for t in outputs]
         addresses = dx | dresidual | read[0] | read[1] | read[2] | read[3]
         join = ALONE if residual is None and mask is None else Join(residual is not None, mask is not None)
-        parts, coefficients, activation, site = 1 if other is None else 2, 0, norm.activation, _site(norm)
+        parts, coefficients, activation, site = 1 if other is None else 2, 0, norm.activation, site_arguments(norm)
         if through_sums or dweight or dbias:
             plan = self._plans.find(op, "reduce", kept, layout, addresses, activation, join, parts=parts)
             scratch, arrivals = self._plans.scratch(plan, norm.var, SUMS_FIELDS, 2 if through_sums else 0)
@@ -216,20 +218,9 @@ _JOINS = {(masked, normed): Join(True, masked, normed) for masked in (False, Tru
 _NO_NORM = 0, 0, 0, 0, 0.0
 
 
-def _site(norm: Norm) -> tuple[float, ...]:
-    """Ends the kernels' pointers and begins their numbers."""
-    weight, bias, mean, var, eps, _, args = norm
-    scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-    return scale, shift, 0 if mean is None else mean.data_ptr(), var.data_ptr(), eps, *_two(args)
-
-
 def _aligned(t: Tensor) -> Tensor:
     """A tensor that 16 divides the address of."""
     return t.clone() if t.data_ptr() % 16 else t
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _addresses_of_pieces(xs: Sequence[Tensor], layout: Layout, *others: Tensor | None) -> int:
@@ -255,12 +246,7 @@ def _ends(xs: Sequence[Tensor], pieces: int) -> list[int]:
 
 
 def _pointers(tensors: Sequence[Tensor | None], pieces: int) -> list[int]:
-    return [_pointer(t) for t in tensors] + [0] * (pieces - len(tensors))
-
-
-def _two(args: Sequence[float]) -> tuple[float, float]:
-    first, second, *_ = *args, 0.0, 0.0
-    return float(first), float(second)
+    return [pointer(t) for t in tensors] + [0] * (pieces - len(tensors))
 
 
 def _running(running: Running | None, count: int) -> tuple[int, int, float, float]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from normpass.kernels import plain
+from normpass.kernels import plain, plain_sample_norms
+from normpass.kernels.contract import SampleNorms
 from normpass.kernels.cuda.calls import CudaError
 from normpass.kernels.cuda.compiler import nvrtc_version
 from normpass.kernels.cuda.device import Gpus
@@ -23,17 +24,18 @@ OPS = (
     *("moments", "running_stats", "norm_act", "norm_act_backward", "cat_norm_act", "cat_norm_act_backward"),
     *("add_statistics_gradient", "inplace_abn_backward"),
 )
+OF_SAMPLES = ("group_norm_act", "group_norm_act_backward", "row_norm_act", "row_norm_act_backward")
 
 
 class GuardedKernels:
-    """The `Kernels` of CUDA devices."""
+    """The `Kernels` and the `SampleNorms` of CUDA devices."""
 
     depthwise = None  # cuDNN's will do
-    sample_norms = None  # not written yet: ATen's run, made again as they are
     winograd = None  # cuDNN has its own
 
     def __init__(self, kernels: CudaKernels) -> None:
         self._run_by = {name: getattr(kernels, name) for name in OPS}
+        self._run_by |= {name: getattr(kernels.sample_norms, name) for name in OF_SAMPLES}
         self._failures: dict[str, None] = {}
         self.most_pieces, self.adds_gradients, self.masks = kernels.most_pieces, kernels.adds_gradients, kernels.masks
         self.normalizes_residuals, self.supports = kernels.normalizes_residuals, kernels.supports
@@ -67,6 +69,22 @@ class GuardedKernels:
     def running_stats(self, *args: Any) -> None:
         self._run("running_stats", args)
 
+    @property
+    def sample_norms(self) -> SampleNorms:
+        return self
+
+    def group_norm_act(self, *args: Any) -> None:
+        self._run("group_norm_act", args)
+
+    def group_norm_act_backward(self, *args: Any) -> None:
+        self._run("group_norm_act_backward", args)
+
+    def row_norm_act(self, *args: Any) -> None:
+        self._run("row_norm_act", args)
+
+    def row_norm_act_backward(self, *args: Any) -> None:
+        self._run("row_norm_act_backward", args)
+
     def _run(self, name: str, args: tuple[Any, ...]) -> None:
         try:
             self._run_by[name](*args)
@@ -75,7 +93,7 @@ class GuardedKernels:
         else:
             return
         with torch.no_grad(), torch.autocast("cuda", enabled=False):
-            getattr(plain, name)(*args)
+            getattr(plain_sample_norms if name in OF_SAMPLES else plain, name)(*args)
         failure = f"{name} runs as plain torch, slower and in more memory: {reason}"
         if failure not in self._failures:
             self._failures[failure] = None

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from normpass.kernels.contract import Layout
+from normpass.kernels.contract import Layout, Norm
 from normpass.kernels.cuda.calls import CudaError
 from normpass.kernels.cuda.driver import Launch
 from normpass.kernels.cuda.geometry import THREADS, Geometry, geometry, vector_of
@@ -154,5 +154,13 @@ def variant_of(
     return Variant(op, tuple((f"NORMPASS_{name}", value) for name, value in macros.items()))
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def site_arguments(norm: Norm) -> tuple[float, ...]:
+    """Ends the kernels' pointers and begins their numbers."""
+    weight, bias, mean, var, eps, _, args = norm
+    scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    first, second, *_ = *args, 0.0, 0.0
+    return scale, shift, 0 if mean is None else mean.data_ptr(), var.data_ptr(), eps, float(first), float(second)

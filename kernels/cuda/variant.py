@@ -23,11 +23,14 @@ class Variant(NamedTuple):
 
 GRID = "q" * 7
 """`geometry.Geometry.parameters`, which end the arguments"""
+RUNS = "q" * 6
+"""`runs.Teams.parameters`, which end those of other kernels"""
 _SITE = "q" * 4 + "d" * 3
 """weight, bias, mean, var; eps and the activation's arguments"""
 _STATISTICS = "q" * 4 + "d"
 """the same of a residual's norm"""
 _BACKWARD = "q" * 10 + _SITE
+_SAMPLE_BACKWARD = "q" * 6 + _SITE + "q" + RUNS
 
 
 def signature(variant: Variant, entry: str) -> str:
@@ -43,6 +46,11 @@ def signature(variant: Variant, entry: str) -> str:
         "cat_norm_act_backward": "q" * 3 + _SITE + "q" + pieces * 4 + "d" + "qq" + GRID,
         "add_statistics_gradient": "q" * 4 + GRID,
         "running_stats": "q" * 4 + "dd" + "q",
+        "sample_norm_act": "q" * 3 + _SITE + "qq" + RUNS,
+        "plane_sums": _SAMPLE_BACKWARD,
+        "gradients": _SAMPLE_BACKWARD,
+        "over_rows": "q" * 5 + _SITE + "qq" + "qq" + GRID,
+        "over_samples": "q" * 5 + GRID,
     }[entry]
 
 

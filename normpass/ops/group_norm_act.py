@@ -15,6 +15,7 @@ needs it; y is made again by the code of forward, bit for bit. Moments are merge
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from normpass.kernels.contract import Groups, SampleNorms
 
@@ -87,8 +89,21 @@ def rebuild_group_norm_act(
 
 
 def format_of(x: Tensor, options: GroupNormOptions) -> torch.memory_format:
-    """The memory format in which ATen on the CPU gives the norm's result."""
-    return torch.contiguous_format if options.is_instance_norm else suggested_format(x)
+    """The memory format in which ATen gives the norm's result; x may be a fake tensor."""
+    if options.is_instance_norm or (x.device.type == "cuda" and not keeps_channels_last_on_cuda()):
+        return torch.contiguous_format
+    return suggested_format(x)
+
+
+@functools.lru_cache(maxsize=1)
+def keeps_channels_last_on_cuda() -> bool:
+    """Whether ATen's group norm on CUDA gives what is channels_last as that: from torch 2.15 on.
+
+    Its formula for tensors without memory names the devices that do, and these are as CUDA is.
+    """
+    with _disable_current_modes():
+        x = torch.empty((2, 4, 2, 2), device="meta", memory_format=torch.channels_last)
+        return F.group_norm(x, 2).is_contiguous(memory_format=torch.channels_last)
 
 
 def result_format(x: Tensor, options: GroupNormOptions) -> torch.memory_format:

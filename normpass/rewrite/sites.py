@@ -201,7 +201,7 @@ class _Finder:
             return "its `eps` or `momentum` is computed"
         values = {name: self.facts.results.get(a, a) if isinstance(a, fx.Node) else a for name, a in arguments.items()}
         if not is_fusible(kind(**values), given, None, "identity"):
-            return "the kernels do not take these shapes or dtypes"
+            return "the kernels do not take these shapes, dtypes or layouts"
         return None
 
     def _is_number(self, argument: Any) -> bool:

@@ -29,6 +29,7 @@ from normpass.ops.group_norm_act import (
     rebuild_group_norm_act,
     result_format,
 )
+from normpass.ops.layout import is_dense_in_both
 from normpass.ops.row_norm_act import RowNormOptions, rebuild_row_norm_act, row_norm_act_on
 from normpass.ops.sample_norm import can_normalize, sample_norms_of
 from normpass.recipe.notes import copied, copying, notes_now, tag
@@ -67,7 +68,12 @@ class FunctionalGroupNorm:
             return False
         if (self.running_mean is None) != (self.running_var is None):
             return False
-        return residual is None or _adds_alike(x, residual, format_of(x, self._options(x, activation, ())))
+        memory_format = format_of(x, self._options(x, activation, ()))
+        if x.device.type == "cuda" and memory_format is not torch.contiguous_format and not is_dense_in_both(shape):
+            return False  # there is no kernel for groups in channels_last on CUDA
+        if self.groups is not None and not _has_dtypes_of_aten(x, self.weight, self.bias):
+            return False
+        return residual is None or _adds_alike(x, residual, memory_format)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -135,6 +141,8 @@ class FunctionalRowNorm:
         if residual is not None or x.numel() == 0 or not shape or tuple(x.shape[-len(shape) :]) != shape:
             return False
         if not self._eps(x) > 0 or not all([t is None or tuple(t.shape) == shape for t in (self.weight, self.bias)]):
+            return False
+        if not _has_dtypes_of_aten(x, self.weight, self.bias):
             return False
         return not self.is_rms_norm or (x.is_contiguous() and (self.weight is None or self.weight.dtype == x.dtype))
 
@@ -212,6 +220,11 @@ def is_fusible(norm: SampleNorm, x: Any, residual: Any, activation: str) -> bool
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return False
     return norm.is_fusible(x, residual, activation)
+
+
+def _has_dtypes_of_aten(x: Any, *parameters: Tensor | None) -> bool:
+    """On CUDA ATen's group and layer norm refuse parameters of another dtype than x's: theirs is the error."""
+    return x.device.type != "cuda" or all([t is None or t.dtype == x.dtype for t in parameters])
 
 
 def _adds_alike(x: Any, residual: Any, memory_format: torch.memory_format) -> bool:

@@ -39,6 +39,8 @@ def variants() -> Iterator:
     from normpass.kernels.cuda.geometry import geometry
     from normpass.kernels.cuda.variant import Variant
 
+    for name in DTYPES:
+        yield from of_runs(getattr(torch, name))
     yield from (Variant("running_stats", (("NORMPASS_STORAGE", storage),)) for storage in ("float", "double"))
     for name, inner, width in itertools.product(DTYPES, (1, 16), (8, 4, 2, 1)):
         dtype = getattr(torch, name)
@@ -49,6 +51,26 @@ def variants() -> Iterator:
         yield from of_shape(dtype, shape, ("relu",))
         if inner == 1 and width * dtype.itemsize == 16:
             yield from of_shape(dtype, shape, ACTIVATIONS)
+
+
+def of_runs(dtype) -> Iterator:
+    """Of norms with a sample's own statistics: every team, wide accesses and narrow ones, with SiLU."""
+    import torch
+
+    from normpass.kernels.cuda.geometry import geometry_of_rows
+    from normpass.kernels.cuda.plans import Join, variant_of
+    from normpass.kernels.cuda.runs import Runs, teams
+    from normpass.kernels.cuda.sample_norms import variant_of_runs
+
+    for width, spatial in itertools.product((40, 2000, 100000), (1, 7, 16)):
+        runs = Runs(100, 1, width, spatial) if spatial == 1 else Runs(100, 1, 2, width * spatial // 40 * 5)
+        shape = teams(runs, dtype.itemsize, 16, 132, False)
+        for entry, residual in itertools.product(("sample_norm_act", "gradients"), (False, spatial > 1)):
+            yield variant_of_runs(entry, dtype, shape, runs, "silu", residual)
+    rows = geometry_of_rows(100, 64, 16 // dtype.itemsize, 132)
+    yield variant_of("over_rows", dtype, rows, "silu", Join(False))
+    if dtype in (torch.float32, torch.float64):
+        yield variant_of("over_samples", dtype, rows)
 
 
 def of_shape(dtype, shape, activations) -> Iterator:

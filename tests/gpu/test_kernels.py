@@ -10,10 +10,12 @@ import threading
 import cuda_checks as checks
 import cuda_special as special
 import pytest
+import sample_norm_checks as sample_checks
 import torch
 from cuda_checks import Site
+from sample_norm_checks import SampleSite
 
-from normpass.kernels.contract import ACTIVATIONS, Layout, Norm, Running
+from normpass.kernels.contract import ACTIVATIONS, Groups, Layout, Norm, Rows, Running
 from normpass.kernels.cuda import library as cuda_library
 from normpass.kernels.cuda.library import GuardedKernels
 
@@ -100,6 +102,36 @@ def test_activations(kernels, dtype, activation):
     checks.check_norm_act_backward(kernels, site, (True, False, True, True))
     if activation in checks.INVERTIBLE:
         checks.check_inplace_abn_backward(kernels, site.keep_weight_from_zero())
+
+
+RUNS = [
+    Groups(32, 32, 256, 56 * 56, False),
+    Groups(64, 32, 512, 49, False),
+    Groups(16, 64, 64, 112 * 112, False),
+    Groups(4, 1, 64, 40000, False),
+    Groups(512, 8, 64, 1, True),
+    Groups(3, 4, 8, 7, False),
+    *(Rows(5000, width, is_centred) for width in (7, 96, 768, 4099) for is_centred in (True, False)),
+    Rows(300, 70000, True),
+    Rows(4, 800000, True),
+]
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("shape", RUNS, ids=lambda s: "x".join(map(str, s)))
+def test_norms_of_samples(kernels, dtype, shape):
+    for residual in (False, True) if isinstance(shape, Groups) else (False,):
+        site = SampleSite(shape, dtype, "silu", residual, device="cuda")
+        first, again = (sample_checks.check(kernels.sample_norms, site) for _ in range(2))
+        assert all(a is b or torch.equal(a, b) for a, b in zip(first.values(), again.values(), strict=True))
+    assert not kernels.failures
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_behind_norms_of_samples(kernels, dtype, activation):
+    for shape in (Groups(20, 4, 16, 196, False), Rows(700, 384, True)):
+        sample_checks.check(kernels.sample_norms, SampleSite(shape, dtype, activation, device="cuda"))
 
 
 @pytest.mark.parametrize("needs", [(True, True, False, False), (False, True, True, True), (True, True, True, True)])

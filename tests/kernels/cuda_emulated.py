@@ -18,7 +18,11 @@ SOURCES = Path(normpass.kernels.__file__).parent
 COMPILER = shutil.which("g++")
 COMMAND = (str(COMPILER), *"-std=c++17 -O1 -fPIC -fno-strict-aliasing -ffp-contract=off".split())
 HEADER = "cuda_on_cpu.h"
-ENTRIES = {"norm_act_backward": ("reduce", "apply"), "inplace_abn_backward": ("reduce", "apply")}
+ENTRIES = {
+    "norm_act_backward": ("reduce", "apply"),
+    "inplace_abn_backward": ("reduce", "apply"),
+    "sample_norm_act_backward": ("plane_sums", "gradients"),
+}
 FAILURES = {1: "wrong number of arguments", 2: "a barrier that some threads never reached"}
 
 

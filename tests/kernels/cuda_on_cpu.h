@@ -2,8 +2,8 @@
 //
 // Each thread of a block is a fiber, and blocks run one after another, so a race goes unseen unless the order of
 // threads decides the result: run it with `reversed` too. Supported is what these kernels use: grid and block,
-// __shared__, __syncthreads, __threadfence, atomicInc, __ldcg and a few intrinsics. A barrier that only some threads
-// of a block reach is an error.
+// __shared__, __syncthreads, __threadfence, shuffles of whole warps, atomicInc, __ldcg and a few intrinsics. A barrier
+// that only some threads of a block reach is an error, and so is a shuffle that only some lanes of a warp reach.
 #pragma once
 
 #include <ucontext.h>
@@ -34,9 +34,15 @@ struct alignas(16) uint4 {
 
 namespace emulated {
 
+enum State : char { READY, AT_BARRIER, AT_SHUFFLE, FINISHED };
+constexpr unsigned WARP = 32;
+
 struct Block {
   std::vector<ucontext_t> fibers;
-  std::vector<char> stacks, finished;
+  std::vector<char> stacks;
+  std::vector<State> states;
+  std::vector<uint64_t> shuffled[2];  // in turns: a lane may be one shuffle ahead of another
+  std::vector<char> turns;
   ucontext_t scheduler;
   unsigned current = 0;
   void (*body)(void*) = nullptr;
@@ -48,18 +54,43 @@ constexpr size_t STACK = 32 * 1024;
 
 inline void run_thread() {
   block.body(block.arguments);
-  block.finished[block.current] = 1;
+  block.states[block.current] = FINISHED;
 }
 
 }  // namespace emulated
 
 inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
 
-inline void __syncthreads() {
-  swapcontext(&emulated::block.fibers[emulated::block.current], &emulated::block.scheduler);
-  threadIdx.x = emulated::block.current;
+namespace emulated {
+
+inline void wait_as(State state) {
+  block.states[block.current] = state;
+  swapcontext(&block.fibers[block.current], &block.scheduler);
+  threadIdx.x = block.current;
 }
+
+// The value of another thread of the warp, which gives its own.
+template <class T> T shuffle(T value, unsigned from) {
+  unsigned thread = block.current;
+  char turn = block.turns[thread] ^= 1;
+  std::memcpy(&block.shuffled[turn][thread], &value, sizeof(T));
+  wait_as(AT_SHUFFLE);
+  std::memcpy(&value, &block.shuffled[turn][from], sizeof(T));
+  return value;
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::wait_as(emulated::AT_BARRIER); }
 inline void __threadfence() {}
+
+template <class T> T __shfl_sync(unsigned, T value, unsigned lane) {
+  return emulated::shuffle(value, threadIdx.x / emulated::WARP * emulated::WARP + lane);
+}
+template <class T> T __shfl_down_sync(unsigned, T value, unsigned distance) {
+  unsigned lane = threadIdx.x % emulated::WARP + distance;
+  return emulated::shuffle(value, lane < emulated::WARP ? threadIdx.x + distance : threadIdx.x);
+}
 
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   unsigned old = *address;
@@ -127,11 +158,30 @@ inline unsigned short half_bits_of(float value) {
 
 namespace emulated {
 
-// Every thread runs up to its next barrier, then every thread runs on. False: some ended where others wait.
+// Whether all threads of a warp, or of the block, are where `state` says.
+inline bool all_are(State state, unsigned first, unsigned threads) {
+  for (unsigned t = first; t < first + threads; ++t) {
+    if (block.states[t] != state) return false;
+  }
+  return true;
+}
+
+// Every lane runs up to where it next waits for others. False: some are elsewhere than others.
+inline bool run_warp(unsigned first, unsigned lanes, bool reversed) {
+  for (unsigned i = 0; i < lanes; ++i) {
+    block.current = threadIdx.x = first + (reversed ? lanes - 1 - i : i);
+    swapcontext(&block.scheduler, &block.fibers[block.current]);
+  }
+  return all_are(block.states[first], first, lanes);
+}
+
+// A warp runs until it waits for the block or ends; then the others do. False: some ended where others wait.
 inline bool run_block(unsigned threads, bool reversed) {
   block.fibers.resize(threads);
   block.stacks.resize(threads * STACK);
-  block.finished.assign(threads, 0);
+  block.states.assign(threads, READY);
+  block.turns.assign(threads, 0);
+  for (auto& values : block.shuffled) values.resize(threads);
   for (unsigned t = 0; t < threads; ++t) {
     getcontext(&block.fibers[t]);
     block.fibers[t].uc_stack.ss_sp = &block.stacks[t * STACK];
@@ -139,15 +189,16 @@ inline bool run_block(unsigned threads, bool reversed) {
     block.fibers[t].uc_link = &block.scheduler;
     makecontext(&block.fibers[t], run_thread, 0);
   }
-  for (unsigned ended = 0; ended == 0;) {
-    for (unsigned i = 0; i < threads; ++i) {
-      block.current = threadIdx.x = reversed ? threads - 1 - i : i;
-      swapcontext(&block.scheduler, &block.fibers[block.current]);
-      ended += block.finished[block.current];
+  unsigned warps = (threads + WARP - 1) / WARP;
+  do {
+    for (unsigned i = 0; i < warps; ++i) {
+      unsigned first = (reversed ? warps - 1 - i : i) * WARP, lanes = threads - first < WARP ? threads - first : WARP;
+      do {
+        if (!run_warp(first, lanes, reversed)) return false;
+      } while (block.states[first] == AT_SHUFFLE);
     }
-    if (ended != 0 && ended != threads) return false;
-  }
-  return true;
+  } while (all_are(AT_BARRIER, 0, threads));
+  return all_are(FINISHED, 0, threads);
 }
 
 template <class T> T from_slot(uint64_t slot) {

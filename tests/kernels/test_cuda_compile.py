@@ -18,9 +18,11 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings, as torch
 
 from normpass.kernels.contract import ACTIVATIONS, Layout
 from normpass.kernels.cuda.compiler import compile_variant, supported_architectures
-from normpass.kernels.cuda.geometry import THREADS, geometry
+from normpass.kernels.cuda.geometry import THREADS, geometry, geometry_of_rows
 from normpass.kernels.cuda.kernels import PIECES
 from normpass.kernels.cuda.plans import Join, variant_of
+from normpass.kernels.cuda.runs import Runs, teams
+from normpass.kernels.cuda.sample_norms import variant_of_runs
 from normpass.kernels.cuda.variant import Variant
 
 SOURCES = (
@@ -77,11 +79,47 @@ def cases() -> Iterator[tuple[str, str, str, torch.dtype]]:
 EACH_CASE = pytest.mark.parametrize("architecture, source, layout, dtype", list(cases()))
 
 
-def assert_no_spills(found: list[tuple[str, int, int]], variant: Variant) -> None:
+def assert_no_spills(found: list[tuple[str, int, int]], variant: Variant, threads: int = THREADS) -> None:
     assert found
     for name, registers, spills in found:
-        assert registers * THREADS <= 65536
+        assert registers * threads <= 65536
         assert spills == 0, f"{variant}: {name} spills {spills} bytes"
+
+
+RUNS = {
+    "warps": Runs(1000, 32, 8, 64),
+    "planes": Runs(100, 4, 64, 3136),
+    "scalar planes": Runs(1000, 32, 8, 49),
+    "rows": Runs(1000, 1, 768, 1),
+    "wide rows": Runs(100, 1, 40000, 1),
+}
+
+
+FIRST = [("sm_90", "planes", dtype) for dtype in DTYPES] + [("sm_90", kind, torch.bfloat16) for kind in list(RUNS)[2:]]
+FIRST += [(architecture, "wide rows", torch.bfloat16) for architecture in ("sm_80", "sm_100", "sm_120")]
+OTHERS = [case for case in itertools.product(ARCHITECTURES, RUNS, DTYPES) if case not in FIRST]
+
+
+@pytest.mark.parametrize(
+    "architecture, kind, dtype", [*FIRST, *(pytest.param(*case, marks=pytest.mark.nets) for case in OTHERS)]
+)
+def test_kernels_of_runs_compile_without_spills(architecture, kind, dtype):
+    """Norms with a sample's own statistics."""
+    runs = RUNS[kind]
+    shape = teams(runs, dtype.itemsize, 16, 132, False)
+    for entry in ("sample_norm_act", "gradients"):
+        variant = variant_of_runs(entry, dtype, shape, runs, "silu", True)
+        assert_no_spills(functions(variant, architecture), variant, shape.threads)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_over_rows_and_samples_compile_without_spills(architecture):
+    rows, samples = (geometry_of_rows(1000, 64, vector, 132) for vector in (8, 4))
+    for variant in (
+        variant_of("over_rows", torch.bfloat16, rows, "silu", Join(True)),
+        variant_of("over_samples", torch.float32, samples),
+    ):
+        assert_no_spills(functions(variant, architecture), variant)
 
 
 @EACH_CASE

@@ -9,15 +9,17 @@ import weakref
 
 import cuda_checks as checks
 import pytest
+import sample_norm_checks as sample_checks
 import torch
 from cuda_checks import Site
 from cuda_emulated import COMPILER
 from cuda_stub import Code, Stubs
+from sample_norm_checks import SampleSite
 from torch import nn
 
 import normpass
 from normpass import kernels as normpass_kernels
-from normpass.kernels.contract import Layout, Running
+from normpass.kernels.contract import Groups, Layout, Rows, Running
 from normpass.kernels.cuda import compiler as cuda_compiler
 from normpass.kernels.cuda import library as cuda_library
 from normpass.kernels.cuda.compiler import cache_folder, target_for
@@ -53,6 +55,8 @@ def every_op(kernels):
     checks.check_cat_norm_act_backward(kernels, Site(SITE.layout, SITE.dtype), (16, 8), (True, False))
     invertible = Site(SITE.layout, SITE.dtype, "leaky_relu").keep_weight_from_zero()
     checks.check_inplace_abn_backward(kernels, invertible)
+    for shape in (Groups(2, 2, 8, 4, False), Rows(6, 12, True)):
+        sample_checks.check(kernels.sample_norms, SampleSite(shape, SITE.dtype, "silu"), bit_for_bit=False)
     kernels.running_stats(running, 3 * SITE.mean, SITE.var, 10)
     torch.testing.assert_close(running.mean, 1.75 * SITE.mean)
 
@@ -62,8 +66,11 @@ def test_every_op_runs_as_a_kernel(stubs, device):
     assert stubs.counts()["cuLaunchKernel"] == 1, "the probe"
     device.launches.clear()
     every_op(kernels)
-    assert not kernels.failures and len(device.launches) >= 9
-    assert {source for (source, _), _, _ in device.launches} >= {"moments", "norm_act", "running_stats"}
+    assert not kernels.failures and len(device.launches) >= 18
+    assert {source for (source, _), _, _ in device.launches} >= {
+        *("moments", "norm_act", "running_stats", "sample_norm_act", "sample_norm_act_backward"),
+        *("over_samples", "over_rows"),
+    }
 
 
 def test_any_failure_at_load_is_a_reason(stubs):
@@ -210,6 +217,11 @@ def test_whole_numbers_as_arguments(stubs):
     kernels.norm_act(z, SITE.x, None, norm, SITE.layout)
     y = (SITE.x - SITE.mean[:, None]) * (SITE.weight / (SITE.var + 1).sqrt())[:, None] + SITE.bias[:, None]
     torch.testing.assert_close(z, torch.where(y > 0, y, 2 * y))
+
+    for shape in (Groups(2, 2, 8, 4, False), Rows(6, 12, True)):
+        site = SampleSite(shape, torch.float32, "leaky_relu", eps=1)
+        site.args = (2,)
+        sample_checks.check(kernels.sample_norms, site)
 
 
 def test_a_network_trains_by_them_and_without_them(stubs, monkeypatch):
