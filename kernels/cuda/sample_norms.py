@@ -25,7 +25,7 @@ from normpass.kernels.cuda.variant import Variant
 
 SUMS_FIELDS = 2
 FEW, LONG = 2, 4
-"""Runs are shared out where there is less than one for `FEW` multiprocessors, each of more than `LONG` batches."""
+"""Runs are shared out that are fewer than one for `FEW` multiprocessors, and longer than `LONG` vectors a thread."""
 
 
 class Wanted(NamedTuple):
@@ -53,6 +53,7 @@ class CudaSampleNorms:
     def __init__(self, plans: Plans, moments: Callable[[Tensor, Tensor, Tensor, Layout], None]):
         self._plans, self._moments = plans, moments
         self._found: dict[tuple[object, ...], Plan] = {}
+        self._shared: dict[tuple[object, ...], bool] = {}
 
     def group_norm_act(
         self, z: Tensor, x: Tensor, residual: Tensor | None, norm: Norm, is_given: bool, groups: Groups
@@ -106,9 +107,13 @@ class CudaSampleNorms:
 
     def _are_shared(self, x: Tensor, runs: Runs) -> bool:
         """Whether runs are so few and so long that one block for each would leave the GPU idle."""
-        multiprocessors = self._plans.device.multiprocessors(x.get_device())
-        values = THREADS * 16 // x.element_size() * LONG
-        return runs.runs * FEW <= multiprocessors and runs.channels * runs.spatial > values
+        key = runs, x.dtype, x.get_device()
+        found = self._shared.get(key)
+        if found is None:
+            few = runs.runs * FEW <= self._plans.device.multiprocessors(x.get_device())
+            long = runs.channels * runs.spatial > THREADS * 16 // x.element_size() * LONG
+            found = self._shared[key] = few and long
+        return found
 
     def _backward(self, wanted: Wanted, given: Given, runs: Runs) -> None:
         if given.norm.activation == "identity":

@@ -224,6 +224,24 @@ def test_whole_numbers_as_arguments(stubs):
         sample_checks.check(kernels.sample_norms, site)
 
 
+def test_norms_of_samples_train_by_them(stubs, device, monkeypatch):
+    """The ops on the CPU take the stub's kernels, forward, made again and backward."""
+    monkeypatch.setitem(normpass_kernels._loaded, "cpu", (kernels := loaded(), ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # Dynamo would look for one
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.InstanceNorm2d(4), nn.ReLU()]
+    layers += [nn.Conv2d(4, 4, 1), nn.Flatten(2), nn.LayerNorm(36), nn.GELU(), nn.Linear(36, 3)]
+    plain = nn.Sequential(*layers).double()
+    own = normpass.optimize(copy.deepcopy(plain))
+    x, device.launches[:] = torch.randn(2, 3, 8, 8, dtype=torch.float64), []
+    for model in (plain, own):
+        model(x).square().mean().backward()
+    for a, b in zip(plain.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12)
+    entries = [entry for _, entry, _ in device.launches]
+    assert entries.count("gradients") == 3 and entries.count("sample_norm_act") == 6 and not kernels.failures
+
+
 def test_a_network_trains_by_them_and_without_them(stubs, monkeypatch):
     """The ops on the CPU take the stub's kernels; in the middle of it every launch begins to fail."""
     monkeypatch.setitem(normpass_kernels._loaded, "cpu", (kernels := loaded(), ""))
