@@ -197,6 +197,22 @@ TIMM = (
     _timm("coat_lite_tiny", 64, img_size=64),
 )
 
+OTHER_NORMS = (
+    _timm("resnet50_gn", 64, batch=2),
+    _timm("resnetv2_50d_gn", 64, batch=2),
+    _timm("convnextv2_atto", 64, batch=2),
+    _timm("convnext_pico_ols", 64, batch=2),
+    _timm("edgenext_xx_small", 64, batch=2),
+    _timm("poolformer_s12", 64, batch=2),
+    _timm("inception_next_atto", 64, batch=2),
+    _timm("convformer_s18", 64, batch=2),
+    _timm("mambaout_femto", 64, batch=2),
+    _timm("focalnet_tiny_srf", 64, batch=2),
+    _timm("pvt_v2_b0", 64, batch=2),
+    _timm("rdnet_tiny", 64, batch=2),
+)
+"""GroupNorm and LayerNorm, in every layout"""
+
 
 def _tiny_densenet() -> nn.Module:
     """torchvision's DenseNet with two short blocks."""
@@ -221,7 +237,7 @@ SMALL = (
 
 TINY_DENSENET = Network("tiny_densenet", "torchvision", _tiny_densenet, random_inputs(2, 3, 32, 32))
 
-NETWORKS = (*TORCHVISION, *TIMM, TINY_DENSENET, *SMALL)
+NETWORKS = (*TORCHVISION, *TIMM, *OTHER_NORMS, TINY_DENSENET, *SMALL)
 
 
 def _channels_last(entry: Network) -> Network:
