@@ -46,4 +46,22 @@ template <class A> struct AffineValues {
   NORMPASS_ALWAYS_INLINE A value(A centred) const { return multiply_add(centred, scale, shift); }
 };
 
+// The vectors of a norm as a caller gives them: (C,), of the wide type; weight and bias may be null.
+struct NormVectors {
+  const void *weight, *bias, *mean, *var;
+  double eps;
+};
+
+// Calls f(a null pointer to the storage type, walk, affine) for a tensor of this dtype and layout.
+template <class F> int with_affine(int dtype, const Layout& layout, const NormVectors& of, F f) {
+  return with_dtype(dtype, [&](auto* storage) {
+    using A = Wide<std::remove_pointer_t<decltype(storage)>>;
+    auto wide = [](const void* values) { return static_cast<const A*>(values); };
+    with_layout(layout, [&](const auto& walk) {
+      f(storage, walk,
+        Affine<A>(walk.width(), layout.channels, wide(of.weight), wide(of.bias), wide(of.mean), wide(of.var), of.eps));
+    });
+  });
+}
+
 }  // namespace normpass

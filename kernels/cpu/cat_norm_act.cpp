@@ -94,15 +94,12 @@ NORMPASS_EXPORT int normpass_cat_norm_act(void* z, const void* const* xs, const 
                                           double eps, int activation, double arg0, double arg1, int64_t outer,
                                           int64_t channels, int64_t inner, int dtype, int threads) {
   using namespace normpass;
-  return with_dtype(dtype, [&](auto* storage) {
+  return with_affine(dtype, {outer, channels, inner}, {weight, bias, mean, var, eps},
+                     [&](auto* storage, const auto& walk, const auto& affine) {
     using S = std::remove_pointer_t<decltype(storage)>;
     using A = Wide<S>;
-    with_layout({outer, channels, inner}, [&](const auto& walk) {
-      Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
-                       static_cast<const A*>(mean), static_cast<const A*>(var), eps);
-      Call<S> call{static_cast<S*>(z), xs, pieces_of(piece_channels, pieces), Activated<A>({activation, arg0, arg1}),
-                   is_streamed<S>(walk.layout())};
-      run<S>(walk, call, affine, threads);
-    });
+    Call<S> call{static_cast<S*>(z), xs, pieces_of(piece_channels, pieces), Activated<A>({activation, arg0, arg1}),
+                 is_streamed<S>(walk.layout())};
+    run<S>(walk, call, affine, threads);
   });
 }

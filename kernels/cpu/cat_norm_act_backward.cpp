@@ -211,17 +211,14 @@ NORMPASS_EXPORT int normpass_cat_norm_act_backward(void* const* dxs, double* con
                                                    int activation, double arg0, double arg1, int64_t outer,
                                                    int64_t channels, int64_t inner, int dtype, int threads) {
   using namespace normpass;
-  return with_dtype(dtype, [&](auto* storage) {
+  return with_affine(dtype, {outer, channels, inner}, {weight, bias, mean, var, eps},
+                     [&](auto* storage, const auto& walk, const auto& affine) {
     using S = std::remove_pointer_t<decltype(storage)>;
     using A = Wide<S>;
-    with_layout({outer, channels, inner}, [&](const auto& walk) {
-      Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
-                       static_cast<const A*>(mean), static_cast<const A*>(var), eps);
-      Call<S> call{static_cast<const S*>(grad), xs,  dxs, adds, pieces_of(piece_channels, pieces),
-                   Activated<A>({activation, arg0, arg1})};
-      Sums sums = backward<S>(walk, call, affine, threads);
-      store<A>(sums, call.pieces, affine, static_cast<const A*>(var), eps,
-               static_cast<double>(walk.layout().count()), static_cast<A*>(dweight), static_cast<A*>(dbias), totals);
-    });
+    Call<S> call{static_cast<const S*>(grad), xs,  dxs, adds, pieces_of(piece_channels, pieces),
+                 Activated<A>({activation, arg0, arg1})};
+    Sums sums = backward<S>(walk, call, affine, threads);
+    store<A>(sums, call.pieces, affine, static_cast<const A*>(var), eps,
+             static_cast<double>(walk.layout().count()), static_cast<A*>(dweight), static_cast<A*>(dbias), totals);
   });
 }

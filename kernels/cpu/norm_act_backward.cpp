@@ -54,16 +54,13 @@ NORMPASS_EXPORT int normpass_norm_act_backward(void* dx, void* dresidual, void* 
                                           int activation, double arg0, double arg1, int64_t outer, int64_t channels,
                                           int64_t inner, int dtype, int threads) {
   using namespace normpass;
-  return with_dtype(dtype, [&](auto* storage) {
+  return with_affine(dtype, {outer, channels, inner}, {weight, bias, mean, var, eps},
+                     [&](auto* storage, const auto& walk, const auto& affine) {
     using S = std::remove_pointer_t<decltype(storage)>;
     using A = Wide<S>;
-    with_layout({outer, channels, inner}, [&](const auto& walk) {
-      Affine<A> affine(walk.width(), channels, static_cast<const A*>(weight), static_cast<const A*>(bias),
-                       static_cast<const A*>(mean), static_cast<const A*>(var), eps);
-      FromInput<S> source{static_cast<const S*>(grad), static_cast<const S*>(x),
-                          static_cast<const S*>(residual), static_cast<S*>(dresidual),
-                          affine, Activated<A>({activation, arg0, arg1}), is_streamed<S>(walk.layout())};
-      backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, var, eps, batch_statistics != 0, threads);
-    });
+    FromInput<S> source{static_cast<const S*>(grad), static_cast<const S*>(x),
+                        static_cast<const S*>(residual), static_cast<S*>(dresidual),
+                        affine, Activated<A>({activation, arg0, arg1}), is_streamed<S>(walk.layout())};
+    backward<S>(walk, source, static_cast<S*>(dx), dweight, dbias, var, eps, batch_statistics != 0, threads);
   });
 }
