@@ -103,10 +103,13 @@ def new_like(x: Tensor, memory_format: torch.memory_format, needed: bool) -> Ten
 
 
 def new_per_channel(like: Tensor | None, dtype: torch.dtype, needed: bool) -> Tensor | None:
-    """Memory for the gradient of the per-channel tensor `like`, in the statistics dtype; None if it is not needed."""
+    """Memory for the gradient of a norm's vector `like`, in the statistics dtype; None if it is not needed.
+
+    Contiguous: kernels write it in order, and a layer norm's weight may be a transposed one.
+    """
     if like is None or not needed:
         return None
-    return torch.empty_like(like) if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def in_dtype_of(like: Tensor | None, gradient: Tensor | None) -> Tensor | None:
