@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normpass import ops
-from normpass.bench.layers import LAYOUTS
+from normpass.bench.layers import LAYOUTS, train_step
 from normpass.kernels import disabled, kernels_for
 from normpass.measure import Ratio, ratios
 from normpass.measure.timing import Clock, Step, alternate
@@ -135,14 +135,7 @@ def _layer_steps(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> dict[str
     with torch.no_grad():
         layer.weight.copy_(weight)
 
-    def step(run: Callable[[Tensor], Tensor], turn: int, clock: Clock) -> None:
-        x, grad = pairs[turn % len(pairs)]
-        leaf = x.detach().requires_grad_()
-        clock.lap()
-        y = run(leaf)
-        clock.lap()
-        torch.autograd.grad(y, [leaf, *norm.parameters(), *layer.parameters()], grad)
-        clock.lap()
+    parameters = [*norm.parameters(), *layer.parameters()]
 
     def ours(x: Tensor) -> Tensor:
         options = layer.stride, layer.padding, layer.dilation, layer.groups
@@ -150,6 +143,6 @@ def _layer_steps(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> dict[str
         return norm_act_convolution(split_norm_act, called, x, "silu", (), layer.weight, None, *options)
 
     return {
-        "ours": partial(step, ours),
-        "vendor": partial(step, lambda x: layer(activation(norm(x)))),
+        "ours": partial(train_step, ours, parameters, pairs),
+        "vendor": partial(train_step, lambda x: layer(activation(norm(x))), parameters, pairs),
     }

@@ -294,6 +294,23 @@ def _train(module: nn.Module, inputs: Sequence[tuple[Tensor, ...]], turn: int, c
     clock.lap()
 
 
+def train_step(
+    run: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    turn: int,
+    clock: Clock,
+) -> None:
+    """Forward and backward of `run`, on the (x, gradient) whose turn it is."""
+    x, grad = pairs[turn % len(pairs)]
+    leaf = x.detach().requires_grad_()
+    clock.lap()
+    y = run(leaf)
+    clock.lap()
+    torch.autograd.grad(y, [leaf, *parameters], grad)
+    clock.lap()
+
+
 def _compiled(module: nn.Module, backend: str) -> nn.Module:
     torch.compiler.reset()  # or the cases before count against the limit of recompilations
     with warnings.catch_warnings():

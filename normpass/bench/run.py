@@ -140,7 +140,7 @@ def run_sample_norms(layout: str, rounds: int, record: Record, console: Console)
     rows = []
     for layer, shapes in sample_norms.CASES.items():
         for shape in shapes:
-            own = "contiguous" if len(shape) == 3 or layer.startswith("LayerNorm") else layout
+            own = "contiguous" if layer.startswith("LayerNorm") else layout
             with Console(stderr=True).status(f"bench norms {shape_text(shape)}"):
                 rows.append(sample_norms.bench_sample_norm(layer, shape, own, rounds))
             record.add("sample_norms", rows[-1:])

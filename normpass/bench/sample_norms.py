@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normpass.bench.layers import ReadInBackward
+from normpass.bench.layers import ReadInBackward, train_step
 from normpass.measure import Ratio, ratios
-from normpass.measure.timing import Clock, alternate
+from normpass.measure.timing import alternate
 from normpass.recipe.notes import recording
 from normpass.runtime.sample_norms import (
     FunctionalGroupNorm,
@@ -89,7 +89,7 @@ def bench_sample_norm(layer: str, shape: Shape, layout: str, rounds: int) -> Sam
         "kept": lambda x: ReadInBackward.apply(fused_sample_norm_act(called, x, None, activation, args)),
         "eager": lambda x: ReadInBackward.apply(plain(x)),
     }
-    steps = {name: partial(_step, run, list(norm.parameters()), pairs) for name, run in functions.items()}
+    steps = {name: partial(train_step, run, list(norm.parameters()), pairs) for name, run in functions.items()}
     times = {name: taken[-1] for name, taken in alternate(steps, torch.device("cpu"), rounds).items()}
     medians = times["ours"].median, times["eager"].median
     compared = ratios(times, "eager")
@@ -121,19 +121,3 @@ def _layer(name: str, shape: Shape) -> tuple[nn.Module, Callable[[Tensor], Tenso
 def _laid_out(x: Tensor, layout: str) -> Tensor:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return x if layout == "contiguous" or last is None else x.contiguous(memory_format=last)
-
-
-def _step(
-    run: Callable[[Tensor], Tensor],
-    parameters: list[Tensor],
-    pairs: list[tuple[Tensor, Tensor]],
-    turn: int,
-    clock: Clock,
-) -> None:
-    x, grad = pairs[turn % len(pairs)]
-    leaf = x.detach().requires_grad_()
-    clock.lap()
-    z = run(leaf)
-    clock.lap()
-    torch.autograd.grad(z, [leaf, *parameters], grad)
-    clock.lap()
