@@ -15,7 +15,7 @@ from torch import Tensor
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Norm, SampleNorms
 
-from .operands import PLAIN_TYPES, norm_operand
+from .operands import norm_operand
 
 Differentiable = Callable[..., Tensor]
 """x, residual, weight, bias -> z, in ATen's operators."""
@@ -27,13 +27,10 @@ def sample_norms_of(device: str | None) -> SampleNorms | None:
     return None if kernels is None else kernels.sample_norms
 
 
-def can_normalize(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether kernels can take these as they are: plain tensors on one device, `x` not empty."""
+def on_one_device(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether plain tensors of one device type (see `eager_device`) are on the same device."""
     device = x.get_device()
-    for t in (x, *others):
-        if t is not None and (type(t) not in PLAIN_TYPES or t.get_device() != device or t.is_neg()):
-            return False
-    return x.numel() > 0
+    return all([t is None or t.get_device() == device for t in others])
 
 
 def norm_of(

@@ -31,7 +31,7 @@ from normpass.ops.group_norm_act import (
 )
 from normpass.ops.layout import is_dense_in_both
 from normpass.ops.row_norm_act import RowNormOptions, rebuild_row_norm_act, row_norm_act_on
-from normpass.ops.sample_norm import can_normalize, sample_norms_of
+from normpass.ops.sample_norm import on_one_device, sample_norms_of
 from normpass.recipe.notes import copied, copying, notes_now, tag
 from normpass.runtime.functional import dtypes_fit, plain_norm_act
 
@@ -179,7 +179,7 @@ SampleNorm = FunctionalGroupNorm | FunctionalRowNorm
 
 def fused_sample_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x. residual: like x."""
-    device = _fusible_on(norm, x, residual, activation, sum_into)
+    device = _fusible_on(norm, x, residual, activation)
     if device is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     with copying(None if activation == "identity" else norm.bias):
@@ -188,7 +188,7 @@ def fused_sample_norm_act(norm, x, residual=None, activation="identity", activat
 
 def split_sample_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x; who saves the result saves its recipe instead."""
-    device = _fusible_on(norm, x, residual, activation, sum_into)
+    device = _fusible_on(norm, x, residual, activation)
     if device is None:
         return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
     notes = notes_now()
@@ -202,12 +202,12 @@ def split_sample_norm_act(norm, x, residual=None, activation="identity", activat
     return z
 
 
-def _fusible_on(norm: SampleNorm, x: Tensor, residual: Tensor | None, activation: str, sum_into: str) -> str | None:
+def _fusible_on(norm: SampleNorm, x: Tensor, residual: Tensor | None, activation: str) -> str | None:
     """The device whose kernels run; None where the plain functions must."""
     device = eager_device(x, residual, norm.weight, norm.bias)
     if device is None or sample_norms_of(device) is None or not is_fusible(norm, x, residual, activation):
         return None
-    return device if can_normalize(x, residual, norm.weight, norm.bias) else None
+    return device if on_one_device(x, residual, norm.weight, norm.bias) else None
 
 
 def is_fusible(norm: SampleNorm, x: Any, residual: Any, activation: str) -> bool:
