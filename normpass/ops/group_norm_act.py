@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +27,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from normpass.kernels.contract import Groups, SampleNorms
 
 from .activation import activate
-from .eager import eager_device, no_gradients
-from .layout import is_dense_in_both, statistics_dtype, suggested_format
+from .eager import eager_device
+from .layout import is_dense_in_both, suggested_format
 from .operands import dense, in_dtype_of, new_like, new_per_channel
-from .sample_norm import differentiable_gradients, keep, kept, norm_of, sample_norms_of
+from .sample_norm import Moments, new_moments, norm_of, normalized, sample_norms_of
 
 
 @dataclass(slots=True)  # no tuple: recipes look for tensors in those
@@ -46,6 +45,59 @@ class GroupNormOptions:
     is_instance_norm: bool
     """whether the result is contiguous, as ATen's instance norm gives it, whatever x is"""
 
+    def computed(
+        self,
+        kernels: SampleNorms,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        moments: Moments | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z and the moments of x, (N, groups) each."""
+        mean, var = new_moments(x, (x.shape[0], self.groups)) if moments is None else moments
+        memory_format = format_of(x, self)
+        z = torch.empty_like(x, memory_format=result_format(x, self))
+        norm = norm_of(weight, bias, mean, var, self.eps, self.activation, self.activation_args)
+        operands = dense(x, memory_format), dense(residual, memory_format)
+        groups = _groups_of(x, self.groups, memory_format)
+        kernels.group_norm_act(z, *operands, norm, moments is not None, groups)
+        return z, mean, var
+
+    def gradients(
+        self,
+        kernels: SampleNorms,
+        grad: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Of x, residual, weight and bias; None for what is not needed."""
+        memory_format = format_of(x, self)
+        dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
+        dweight, dbias = new_per_channel(weight, mean.dtype, needs[2]), new_per_channel(bias, mean.dtype, needs[3])
+        kernels.group_norm_act_backward(
+            dx,
+            dresidual,
+            dweight,
+            dbias,
+            dense(grad, memory_format),
+            dense(x, memory_format),
+            dense(residual, memory_format),
+            norm_of(weight, bias, mean, var, self.eps, self.activation, self.activation_args),
+            _groups_of(x, self.groups, memory_format),
+        )
+        return [dx, dresidual, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)]
+
+    def formula(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """z in ATen's operators."""
+        y = F.group_norm(x, self.groups, weight, bias, self.eps)
+        return activate(y if residual is None else y + residual, self.activation, self.activation_args)
+
 
 def group_norm_act_on(
     kernels: SampleNorms,
@@ -53,7 +105,7 @@ def group_norm_act_on(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: tuple[Tensor, Tensor] | None,
+    moments: Moments | None,
     options: GroupNormOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """act(norm(x) + residual), and the mean and biased variance of each group, (N, groups), which have no gradient.
@@ -65,11 +117,7 @@ def group_norm_act_on(
         weight, bias: None or (C,).
         moments: those of x, where they are known: z is made again.
     """
-    mean, var = (None, None) if moments is None else moments
-    if torch.is_grad_enabled():
-        z, mean, var = GroupNormAct.apply(x, residual, weight, bias, mean, var, kernels, options)
-        return z, mean, var
-    return _computed(kernels, x, residual, weight, bias, mean, var, options)
+    return normalized(kernels, x, residual, weight, bias, moments, options)
 
 
 def rebuild_group_norm_act(
@@ -84,7 +132,7 @@ def rebuild_group_norm_act(
     """z again, bit for bit: what a recipe calls."""
     kernels = sample_norms_of(eager_device(x, residual))
     if kernels is None:  # switched off meanwhile
-        return _formula(options, x, residual, weight, bias)
+        return options.formula(x, residual, weight, bias)
     return group_norm_act_on(kernels, x, residual, weight, bias, (mean, var), options)[0]
 
 
@@ -117,106 +165,3 @@ def _groups_of(x: Tensor, groups: int, memory_format: torch.memory_format) -> Gr
     samples, channels = x.shape[:2]
     spatial = x.numel() // (samples * channels)
     return Groups(samples, groups, channels, spatial, memory_format is not torch.contiguous_format or spatial == 1)
-
-
-def _computed(
-    kernels: SampleNorms,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    options: GroupNormOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    is_given = mean is not None
-    if mean is None or var is None:
-        mean = x.new_empty((x.shape[0], options.groups), dtype=statistics_dtype(x))
-        var = torch.empty_like(mean)
-    memory_format = format_of(x, options)
-    z = torch.empty_like(x, memory_format=result_format(x, options))
-    norm = norm_of(weight, bias, mean, var, options.eps, options.activation, options.activation_args)
-    groups = _groups_of(x, options.groups, memory_format)
-    kernels.group_norm_act(z, dense(x, memory_format), dense(residual, memory_format), norm, is_given, groups)
-    return z, mean, var
-
-
-class GroupNormAct(torch.autograd.Function):
-    """z and the moments of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        kernels: SampleNorms,
-        options: GroupNormOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        is_given = mean is not None
-        z, mean, var = _computed(kernels, x, residual, weight, bias, mean, var, options)
-        ctx.kernels, ctx.options, ctx.bias_shape = kernels, options, (x.shape[1],)
-        keep(ctx, options.activation, x, residual, weight, bias, mean, var)
-        if is_given:
-            mean, var = mean.view_as(mean), var.view_as(var)
-        ctx.mark_non_differentiable(mean, var)
-        return z, mean, var
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return no_gradients(ctx)
-        needs, options, tensors = ctx.needs_input_grad[:4], ctx.options, kept(ctx)
-        if torch.is_grad_enabled():
-            if tensors[1] is None and needs[1]:  # the identity does not need it: any value will do
-                tensors[1] = torch.zeros_like(tensors[0]).requires_grad_()
-            found = differentiable_gradients(lambda *t: _formula(options, *t), tensors[:4], grad, needs)
-            return *found, *[None] * 4
-        is_sum = needs[1] and options.activation == "identity"  # then the residual's gradient is `grad` itself
-        x, residual, weight, bias, mean, var = tensors
-        needs = needs[0], needs[1] and not is_sum, *needs[2:]
-        found = _gradients(ctx.kernels, grad, x, residual, weight, bias, mean, var, options, needs)
-        return found[0], grad if is_sum else found[1], *found[2:], *[None] * 4
-
-
-def _gradients(
-    kernels: SampleNorms,
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    options: GroupNormOptions,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Of x, residual, weight and bias; None for what is not needed."""
-    memory_format = format_of(x, options)
-    dx, dresidual = new_like(x, memory_format, needs[0]), new_like(x, memory_format, needs[1])
-    dweight, dbias = new_per_channel(weight, mean.dtype, needs[2]), new_per_channel(bias, mean.dtype, needs[3])
-    kernels.group_norm_act_backward(
-        dx,
-        dresidual,
-        dweight,
-        dbias,
-        dense(grad, memory_format),
-        dense(x, memory_format),
-        dense(residual, memory_format),
-        norm_of(weight, bias, mean, var, options.eps, options.activation, options.activation_args),
-        _groups_of(x, options.groups, memory_format),
-    )
-    return [dx, dresidual, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)]
-
-
-def _formula(
-    options: GroupNormOptions, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """z in ATen's operators."""
-    y = F.group_norm(x, options.groups, weight, bias, options.eps)
-    y = y if residual is None else y + residual
-    return activate(y, options.activation, options.activation_args)
