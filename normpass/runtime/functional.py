@@ -13,6 +13,7 @@ op goes through the dispatcher, and the running statistics are written where the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_from_vectors, rebuild_norm_act
 from normpass.ops.running_stats import move_running_stats, update_running_stats
 from normpass.ops.vectors import Vectors
-from normpass.recipe.notes import copied, copying, notes_now, tag, unread
+from normpass.recipe.notes import call_rebuilt, call_rebuilt_in_place, copied, copying, notes_now, tag, unread
 
 _DIMS = (2, 3, 4, 5)
 _PARAMETER_DTYPES = {
@@ -108,6 +109,21 @@ def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> 
     return activate(y, activation, activation_args)
 
 
+def noted_norm_act(split, norm, x, residual, activation, activation_args, sum_into) -> Tensor:
+    """`plain_norm_act` where `split` cannot take all at once: each layer notes how its result is made again."""
+    if residual is None and activation == "identity":
+        z: Tensor = norm(x)
+        return z
+    y = split(norm, x)
+    if residual is not None:
+        first, second = (residual, y) if sum_into.startswith("residual") else (y, residual)
+        if sum_into in ("norm", "residual"):
+            y = call_rebuilt_in_place(Tensor.add_, 0, (), first, second)
+        else:
+            y = call_rebuilt(operator.add, (), first, second)
+    return y if activation == "identity" else call_rebuilt(activate, (), y, activation, activation_args)
+
+
 def fused_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x. x: (N, C, *); residual like x."""
     if not is_fusible(norm, x, residual, activation, sum_into):
@@ -121,7 +137,7 @@ def fused_norm_act(norm, x, residual=None, activation="identity", activation_arg
 def split_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):
     """act(norm(x) + residual) in one op that keeps x; who saves the result saves its recipe instead."""
     if not is_fusible(norm, x, residual, activation, sum_into):
-        return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
+        return noted_norm_act(split_norm_act, norm, x, residual, activation, activation_args, sum_into)
     device = eager_device(x, residual)
     args = op_args(device, norm, x, residual, activation, activation_args)
     notes = notes_now()

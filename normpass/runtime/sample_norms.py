@@ -33,7 +33,7 @@ from normpass.ops.layout import is_dense_in_both
 from normpass.ops.row_norm_act import RowNormOptions, rebuild_row_norm_act, row_norm_act_on
 from normpass.ops.sample_norm import on_one_device, sample_norms_of
 from normpass.recipe.notes import copied, copying, notes_now, tag
-from normpass.runtime.functional import dtypes_fit, plain_norm_act
+from normpass.runtime.functional import dtypes_fit, noted_norm_act, plain_norm_act
 
 Run = tuple[Tensor, Callable[..., Tensor], tuple]
 """z, and the function and the arguments that make it again."""
@@ -190,7 +190,7 @@ def split_sample_norm_act(norm, x, residual=None, activation="identity", activat
     """act(norm(x) + residual) in one op that keeps x; who saves the result saves its recipe instead."""
     device = _fusible_on(norm, x, residual, activation)
     if device is None:
-        return plain_norm_act(norm, x, residual, activation, activation_args, sum_into)
+        return noted_norm_act(split_sample_norm_act, norm, x, residual, activation, activation_args, sum_into)
     notes = notes_now()
     if notes is not None:
         notes.begin()
