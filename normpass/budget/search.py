@@ -4,7 +4,9 @@ Every value that may be rebuilt saves its bytes and costs the seconds of making 
 (each is made at most once in a backward). So kept bytes alone are a covering knapsack: values are taken by seconds per
 byte, the cheapest first, until the budget is met; then those that turn out not to be needed are put back, the dearest
 first. What a value is made from has to be there, though, and may itself be kept or rebuilt; so every step of the search
-is judged by `normpass.budget.liveness` and not by a sum.
+is judged by `normpass.budget.liveness` and not by a sum. A sum behind a convolution saves nothing alone, for the
+convolution's result would be kept instead: such a value is taken together with what it is made from, back to what the
+default keeps.
 
 The peak is brought down afterwards, by cutting chains (see `normpass.budget.liveness`): one of the values that are
 alive at the peak is kept instead, and what that costs in bytes is saved elsewhere. The cut that saves most bytes a
@@ -14,7 +16,7 @@ second is taken, until the peak is low enough or no cut helps.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from normpass.budget.liveness import Demand, Use, Walker
@@ -53,13 +55,25 @@ class Search:
         self.values, self.steps = (possible.default | possible.extra) - possible.forced, possible.replayable
         record, maker = walker.record, walker.maker
         items: list[tuple[float, int, Chosen]] = []
+        kept = self.demand(self.default).kept_values()
         for value in self.values:
-            rate = walker.seconds[maker[value]] / max(record.sizes[value], 1)
-            items.append((rate, maker[value], Chosen(frozenset({value}), frozenset())))
+            for taken in {frozenset({value}), self._with_makers(value, kept)}:
+                seconds = sum(walker.seconds[step] for step in {maker[v] for v in taken})
+                items.append((seconds / max(record.sizes[value], 1), maker[value], Chosen(taken, frozenset())))
         for step in self.steps:
             rate = walker.seconds[step] / max(record.steps[step].internals, 1)
             items.append((rate, step, Chosen(frozenset(), frozenset({step}))))
         self._items = [item for *_, item in sorted(items, key=lambda entry: entry[:2])]
+
+    def _with_makers(self, value: int, kept: Collection[int]) -> frozenset[int]:
+        """`value` and what it is made from, as far as that is neither kept nor made again by default."""
+        taken, waiting = {value}, list(self.walker.made_from[value])
+        while waiting:
+            source = waiting.pop()
+            if source in self.values and source not in kept and source not in self.default.rebuilt | taken:
+                taken.add(source)
+                waiting += self.walker.made_from[source]
+        return frozenset(taken)
 
     def smallest(self) -> int:
         """The fewest bytes that can be kept."""
@@ -102,12 +116,13 @@ class Search:
         while grown and demand.kept > budget:
             grown = False
             for item in self._items:
-                if item.rebuilt & refused or _holds(demand, item):
+                new = Chosen(item.rebuilt - demand.rebuilt, item.replayed - demand.replayed)
+                if item.rebuilt & refused or not (new.rebuilt or new.replayed):
                     continue
                 before = demand.kept
-                flip(demand, item)
+                flip(demand, new)
                 if demand.kept >= before:
-                    flip(demand, item)
+                    flip(demand, new)
                     continue
                 grown = True
                 if demand.kept <= budget:
@@ -153,10 +168,6 @@ def flip(demand: Demand, item: Chosen) -> None:
         demand.flip(value)
     for step in item.replayed:
         demand.flip_internals(step)
-
-
-def _holds(demand: Demand, item: Chosen) -> bool:
-    return item.rebuilt <= demand.rebuilt and item.replayed <= demand.replayed
 
 
 def _choice(demand: Demand) -> Chosen:

@@ -68,6 +68,19 @@ def test_the_cheapest_bytes_go_first_and_the_dearest_come_back():
     assert search.smallest() == 10
 
 
+def test_what_saves_nothing_alone_is_taken_with_what_it_is_made_from():
+    """A sum behind a convolution, which nobody saves: instead of the sum its result would be kept."""
+    facts = chain(3)
+    facts.steps[2] = Step(None, "conv", makes=(2,), reads=(1,), read_sizes=(100,), saves=(1,), differentiable=True)
+    facts.steps[3] = Step(None, "add", makes=(3,), reads=(2,), read_sizes=(100,), differentiable=True)
+    facts.steps.append(step("norm", makes=4, reads=3, size=100, saves=3))
+    facts.sizes.append(100)
+    facts.outputs = frozenset({4})
+    search = Search(Walker(facts, one_second), Selectable(NONE, frozenset({2, 3}), NONE))
+    assert [search.kept(Chosen(frozenset(taken), NONE)) for taken in ((), (2,), (3,), (2, 3))] == [300, 300, 300, 200]
+    assert search.within(200) == Chosen(frozenset({2, 3}), NONE)
+
+
 def test_indices_may_be_looked_for_again():
     facts = chain(2)
     facts.steps[1].internals = 500
