@@ -19,6 +19,7 @@ from normpass import passes
 from normpass.analysis.facts import Facts
 from normpass.analysis.fake_inputs import FakeInputs
 from normpass.analysis.fake_run import facts_of
+from normpass.analysis.lifetimes import lifetimes
 from normpass.analysis.minimum_cut import Possible, minimum_cut, needed_values, possible
 from normpass.analysis.stand_ins import STAND_INS
 from normpass.graph.nodes import copy_graph, give_keys
@@ -128,6 +129,7 @@ def note_recipes(rewritten: Rewritten, request: Request) -> None:
         rewritten.blocks = request.serialize.apply(runs.graph, facts)
     for joining in () if decisions.leaves_all else passes.JOINS:
         joining.apply(runs.graph, facts)
+    passes.ReleaseValues(lifetimes(rewritten.found, rewritten.again)).apply(runs.graph)
     for node in list(runs.graph.find_nodes(op="call_function", target=F.batch_norm)):
         node.target = batch_norm
     runs.recompile()

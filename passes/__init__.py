@@ -18,6 +18,7 @@ from normpass.passes.graph.fuse_norm_convolution import FuseNormConvolution
 from normpass.passes.graph.join_norms import JoinNorms
 from normpass.passes.graph.normal_form import DropUnread, SpellPlainly, WriteOutOfPlace
 from normpass.passes.graph.rebuild_values import RebuildValues
+from normpass.passes.graph.release_values import ReleaseValues
 from normpass.passes.graph.serialize_minibatch import SerializeMinibatch
 from normpass.passes.graph.serialize_norms import SerializeNorms
 from normpass.passes.graph.two_readers import TwoReaders
@@ -61,6 +62,7 @@ __all__ = [
     "Kalman",
     "LeakyReLU",
     "RebuildValues",
+    "ReleaseValues",
     "SerializeMinibatch",
     "SerializeNorms",
     "ShareStatistics",

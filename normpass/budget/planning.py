@@ -15,9 +15,10 @@ from torch import nn
 
 from normpass import passes
 from normpass.analysis.facts import Facts, Step
+from normpass.analysis.lifetimes import made_apart
+from normpass.analysis.liveness import Demand, Seconds, Use, Walker
 from normpass.analysis.minimum_cut import Possible, joined, minimum_cut
 from normpass.budget import cost, tune
-from normpass.budget.liveness import Demand, Seconds, Use, Walker
 from normpass.budget.search import Chosen, Search, Selectable, flip
 from normpass.budget.step_plan import INDICES, Row, StepPlan, parse_budget
 from normpass.collect import captured_graphs
@@ -114,10 +115,16 @@ def plan_facts(
         _decisions(walker, chosen, default, given),
         tuple(_rows(walker, search, chosen)),
         unchanged,
-        search.use(default),
-        search.use(chosen),
+        _use(walker, found, default),
+        _use(walker, found, chosen),
         str(memory_budget),
     )
+
+
+def _use(walker: Walker, found: Possible, chosen: Chosen) -> Use:
+    """What a step takes that makes again what is `chosen`, as it runs."""
+    apart = made_apart(walker, found.cheap, chosen.rebuilt, chosen.replayed)
+    return walker.walk(chosen.rebuilt, chosen.replayed, apart)
 
 
 # --- capturing ------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ Every value that may be rebuilt saves its bytes and costs the seconds of making 
 (each is made at most once in a backward). So kept bytes alone are a covering knapsack: values are taken by seconds per
 byte, the cheapest first, until the budget is met; then those that turn out not to be needed are put back, the dearest
 first. What a value is made from has to be there, though, and may itself be kept or rebuilt; so every step of the search
-is judged by `normpass.budget.liveness` and not by a sum. A sum behind a convolution saves nothing alone, for the
+is judged by `normpass.analysis.liveness` and not by a sum. A sum behind a convolution saves nothing alone, for the
 convolution's result would be kept instead: such a value is taken together with what it is made from, back to what the
 default keeps.
 
-The peak is brought down afterwards, by cutting chains (see `normpass.budget.liveness`): one of the values that are
+The peak is brought down afterwards, by cutting chains (see `normpass.analysis.liveness`): one of the values that are
 alive at the peak is kept instead, and what that costs in bytes is saved elsewhere. The cut that saves most bytes a
 second is taken, until the peak is low enough or no cut helps.
 """
@@ -19,7 +19,7 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from normpass.budget.liveness import Demand, Use, Walker
+from normpass.analysis.liveness import Demand, Use, Walker
 
 _SEARCH_SECONDS = 2.0
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normpass.analysis.liveness import Use
 from normpass.budget import entries
-from normpass.budget.liveness import Use
 from normpass.errors import InvalidInputError
 from normpass.files import path_of, write_json
 from normpass.measure import format_bytes

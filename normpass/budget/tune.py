@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from normpass.analysis.liveness import Seconds
 from normpass.budget import cost
-from normpass.budget.liveness import Seconds
 from normpass.collect import captured_graphs
 from normpass.copies.trial import Arguments
 from normpass.environment import device_name

@@ -314,6 +314,19 @@ def call_kept(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def call_released(function: Callable, made_apart: bool, lets_go: bool, *args: Any, **kwargs: Any) -> Any:
+    """Call a `function` that notes recipes itself, and say when in backward what they make and need is freed."""
+    result = function(*args, **kwargs)
+    notes = notes_now()
+    if notes is not None:
+        recipes = {notes.recipe_of(t) for t in (result if isinstance(result, (tuple, list)) else (result,))}
+        for recipe in recipes - {None}:
+            recipe.lets_go = lets_go
+            if made_apart:
+                recipe.make_apart()
+    return result
+
+
 class _Write:
     """A function in place, on the part of a storage that it wrote to in forward."""
 

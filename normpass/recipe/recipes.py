@@ -3,12 +3,15 @@
 A consumer of z = act(norm(x)) (a convolution, a product, a pooling) saves z for its own backward. z is a cheap
 function of tensors that are kept anyway, so the saved z is replaced by a *recipe*: the function and its inputs, kept
 tensors or other recipes. The first reader in backward makes z again, bit for bit (same function, same inputs), the
-others get the same tensor, and after the last reader it is freed. `normpass.recipe.notes` puts them in place.
+others get the same tensor, and after the last reader it is freed; where the readers are far from each other each may
+make its own. `normpass.recipe.notes` puts them in place.
 
 Rules that keep it right:
   * What recipes read is compared with the version it had: autograd's own check is off under hooks, so it is done here,
     with autograd's words. Vectors of a few thousand numbers that autograd would not keep are copied instead.
   * A recipe has tensors and functions of them, never a module: no hook runs again, no parameter is looked up again.
+  * A recipe may let go of what it is made from when the last reader of a backward that keeps no graph has it. Autograd
+    frees the reader's saved tensors only when its node is done, with the gradients and copies that the node makes.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from normpass.ops.vectors import Vectors
 from normpass.recipe.autocast import autocast_state, same_autocast
 
 _graph_task = torch._C._current_graph_task_id
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # type: ignore[attr-defined]
 
 
 class Rebuilds:
@@ -155,7 +159,9 @@ class Recipe:
         "autocast",
         "function",
         "geometry",
+        "is_made_apart",
         "kwargs",
+        "lets_go",
         "made",
         "readers",
         "select",
@@ -179,13 +185,25 @@ class Recipe:
         """the value, and the CUDA stream that it was made on; together, for another thread may look at any time"""
         self.readers = 0  # saved tensors and recipes that will ask for the value in one backward
         self.waiting = 0  # how many of them have not asked yet
+        self.is_made_apart = False
+        """whether each reader makes its own"""
+        self.lets_go = False
+        """whether all readers ask once, so that after the last one nothing is needed any more"""
+
+    def make_apart(self) -> None:
+        """Each reader, of those that there are and that come, makes its own."""
+        for _ in range(1, self.readers):
+            self._ask_for_sources()
+        self.is_made_apart = True
 
     def add_reader(self) -> None:
-        """One more will ask for the value. With the first this one will itself ask for what it is made from."""
+        """One more will ask for the value. Whoever makes it will itself ask for what it is made from."""
         self.readers += 1
         self.waiting += 1
-        if self.readers > 1:
-            return
+        if self.readers == 1 or self.is_made_apart:
+            self._ask_for_sources()
+
+    def _ask_for_sources(self) -> None:
         for value in (*self.args, *self.kwargs.values()):
             if type(value) not in CONSTANTS:
                 _add_readers(value)
@@ -201,9 +219,17 @@ class Recipe:
         if self.waiting <= 0:
             self.made = None
             self.waiting = self.readers
+            if self.lets_go and not _keeps_graph():
+                self._let_go()
         elif found is None and _forget_after_backward(self):
-            self.made = value, _stream_of(value)
+            self.made = None if self.is_made_apart else (value, _stream_of(value))
+        elif found is None:
+            self.waiting += 1  # outside of a backward: it is not one of the readers
         return value
+
+    def _let_go(self) -> None:
+        """The backward that had them all frees its graph: nobody will ask again."""
+        self.function, self.args, self.kwargs, self.written = _freed, (), {}, None
 
     def _build(self) -> Tensor:
         if Rebuilds._active is not None:
@@ -231,6 +257,14 @@ class Recipe:
 
 
 # --- details --------------------------------------------------------------------------------------
+
+
+def _freed(*args: Any, **kwargs: Any) -> Tensor:
+    raise RuntimeError(
+        "Trying to backward through the graph a second time, or a tensor that it saved was read more than once: what "
+        "that is made from has been freed. Specify retain_graph=True if you need to access saved tensors after "
+        "calling backward."
+    )
 
 
 def geometry_of(tensor: Tensor) -> tuple:

@@ -28,6 +28,9 @@ from normpass.recipe.replay import call_replayed
 from normpass.runtime.functional import batch_norm
 from normpass.runtime.sharing import WITHOUT_RECIPE
 
+MADE_AGAIN = "normpass_made_again"
+"""in the meta of a node whose result is made again: the values that it makes"""
+
 
 @dataclass(frozen=True)
 class RebuildValues:
@@ -52,6 +55,7 @@ class RebuildValues:
                 node = _call(graph, node, function)
             if is_again:
                 names[node.name] = name_of(step.target)
+                node.meta[MADE_AGAIN] = step.makes
         return names
 
 

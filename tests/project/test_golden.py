@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 import normpass
 from normpass import kernels
+from normpass.analysis.liveness import Use
 from normpass.bench.convolutions import ConvolutionRow
 from normpass.bench.layers import LayerRow, Phase
 from normpass.bench.networks import Row
 from normpass.bench.norm_bytes import ByteRow
 from normpass.bench.ops import KernelRow
 from normpass.bench.tables import byte_table, convolution_table, kernel_table, layer_table, network_table
-from normpass.budget.liveness import Use
 from normpass.budget.step_plan import StepPlan
 from normpass.cli import main as cli
 from normpass.measure import Ratio

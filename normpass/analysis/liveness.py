@@ -8,7 +8,10 @@
 A rebuilt value is made when backward first reads it, with all it is made from, and lives until its last reader in
 backward is done (`normpass.recipe.recipes`). So a chain of residual joins, each made from the one before it, comes
 back to life as a whole when its end is read: few bytes are kept, and the peak is high. A value kept in its middle
-cuts it.
+cuts it; or a value is made for each reader anew (`made_apart`), and does not live in between.
+
+A kept value lives until the last node that saved it is done, and until nobody has a recipe that it is in: that is until
+who saved the rebuilt value is done, or, where only `reads_once` nodes did, until it is made for the last of them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from normpass.analysis.facts import Facts, Step
+from normpass.graph.operators import is_producer
 
 Seconds = Callable[[Step, "Facts"], float]
 
@@ -53,16 +57,54 @@ class Walker:
         self.made_from = [record.steps[index].reads for index in self.maker]
         self.apart = {v for step in record.steps if step.gradients_apart for v in step.makes}
         """values of which two gradients are there at one time"""
+        self.savers: list[list[int]] = [[] for _ in record.sizes]
+        """the steps that save each value, each once"""
+        for index, step in enumerate(record.steps):
+            for value in set(step.saves):
+                self.savers[value].append(index)
         self._last_read = self._last_reads()
 
-    def walk(self, rebuilt: Iterable[int], replayed: frozenset[int] = frozenset()) -> Use:
-        """Kept bytes, peak and seconds of one choice."""
+    def walk(
+        self,
+        rebuilt: Iterable[int],
+        replayed: frozenset[int] = frozenset(),
+        made_apart: frozenset[int] = frozenset(),
+    ) -> Use:
+        """Kept bytes, peak and seconds of one choice; `made_apart`: rebuilt values that each reader makes anew."""
         demand = Demand(self, rebuilt, replayed)
-        walk = _Walk(self, demand.kept_values(), demand.used(), replayed)
+        walk = _Walk(self, demand.kept_values(), demand.used(), replayed, made_apart)
+        seconds = demand.seconds() + sum(self.seconds[self.maker[v]] * (n - 1) for v, n in walk.times.items())
         walk.forward()
         middle = len(walk.timeline)
         walk.backward()
-        return Use(demand.kept, walk.peak, demand.seconds(), frozenset(walk.at_peak), tuple(walk.timeline), middle)
+        return Use(demand.kept, walk.peak, seconds, frozenset(walk.at_peak), tuple(walk.timeline), middle)
+
+    def readers(self, rebuilt: Iterable[int]) -> dict[int, int]:
+        """How many steps and values that are made again ask for each value that is."""
+        used = Demand(self, rebuilt).used()
+        readers = {value: len(self.savers[value]) for value in used}
+        for value in used:
+            for read in self.made_from[value]:
+                if read in used:
+                    readers[read] += 1
+        return readers
+
+    def let_go(self, used: Iterable[int]) -> set[int]:
+        """Which of the values that are made again need nothing any more once the last reader of a backward has them.
+
+        Those that are saved by nodes of PyTorch's own, which read once what they saved, and by no others, nor by
+        others through what is made from them.
+        """
+        read_more: set[int] = set(self.record.outputs)
+        once: set[int] = set()
+        for value in sorted(used, key=lambda v: -self.maker[v]):  # who is made from it comes first
+            steps = [self.record.steps[index] for index in self.savers[value]]
+            known = all(s.node is not None and is_producer(s.node) and not s.is_foreign for s in steps)
+            if known and value not in read_more:
+                once.add(value)
+            else:
+                read_more.update(self.made_from[value])
+        return once
 
     def _last_reads(self) -> list[int]:
         """The last step of forward that makes or reads each value."""
@@ -140,28 +182,42 @@ class Demand:
 class _Walk:
     """One walk: what is alive, and the highest that was seen."""
 
-    def __init__(self, walker: Walker, kept: set[int], used: set[int], replayed: frozenset[int]):
+    def __init__(
+        self, walker: Walker, kept: set[int], used: set[int], replayed: frozenset[int], made_apart: frozenset[int]
+    ):
         self.walker, self.record = walker, walker.record
-        self.kept, self.used, self.replayed = kept, used, replayed
+        self.kept, self.used, self.replayed, self.made_apart = kept, used, replayed, made_apart
+        self.let_go = walker.let_go(used)
         self.live = self.peak = 0
         self.timeline: list[int] = []
         self.at_peak: set[int] = set()
         self.rebuilt: dict[int, int] = {}  # alive: how many of its readers are still to come
-        self.readers = self._readers()
         self.gradients: dict[int, int] = {}  # value: bytes of its gradient
+        self.readers: dict[int, int] = {}
+        """how many times each rebuilt value will be asked for"""
+        self.times: dict[int, int] = {}
+        """how many times it is yet to be made"""
+        self.ends: dict[int, list[int]] = {}
+        """step -> rebuilt values whose recipes go with its backward"""
+        self.holders: dict[int, int] = {}
+        """kept value -> how many steps and recipes have it"""
+        self._count()
 
-    def _readers(self) -> dict[int, int]:
-        """How many times each rebuilt value will be asked for."""
-        readers = dict.fromkeys(self.used, 0)
-        for step in self.record.steps:
-            for value in step.saves:
-                if value in readers:
-                    readers[value] += 1
-        for value in self.used:
-            for read in self.record.steps[self.walker.maker[value]].reads:
-                if read in readers:
-                    readers[read] += 1
-        return readers
+    def _count(self) -> None:
+        end: dict[int, int] = {}  # of each recipe: the step that has it longest, in backward
+        maker, steps = self.walker.maker, self.record.steps
+        self.readers = {value: len(self.walker.savers[value]) for value in self.used}
+        self.holders = {value: len(self.walker.savers[value]) for value in self.kept}
+        for value in sorted(self.used, key=lambda v: -maker[v]):  # who is made from it comes first
+            self.times[value] = self.readers[value] if value in self.made_apart else 1
+            end[value] = last = min([*self.walker.savers[value], end.get(value, maker[value] + len(steps))])
+            self.ends.setdefault(last, []).append(value)
+            for read in steps[maker[value]].reads:
+                if read in self.used:
+                    self.readers[read] += self.times[value]
+                    end[read] = min(end.get(read, last), last)
+                elif read in self.kept:
+                    self.holders[read] += 1
 
     def _move(self, size: int) -> None:
         self.live += size
@@ -181,23 +237,20 @@ class _Walk:
             self.timeline.append(self.live)
 
     def backward(self) -> None:
-        first_saver: dict[int, int] = {}  # in backward the last: then a kept value is free
-        for index in reversed(range(len(self.record.steps))):
-            for value in self.record.steps[index].saves:
-                first_saver[value] = index
         for value in self.record.outputs:
             self._add_gradient(value, self.record.sizes[value])
         for index in reversed(range(len(self.record.steps))):
             step = self.record.steps[index]
             if step.differentiable:
-                self._step_back(index, step, first_saver)
+                self._step_back(index, step)
             self.timeline.append(self.live)
 
-    def _step_back(self, index: int, step: Step, first_saver: dict[int, int]) -> None:
-        sizes = self.record.sizes
-        for value in step.saves:
+    def _step_back(self, index: int, step: Step) -> None:
+        sizes, saves = self.record.sizes, sorted(set(step.saves))
+        for value in saves:
             if value in self.used:
                 self._rebuild(value)
+                self._hand_out(value)
         extra = 0 if index not in self.replayed else step.internals + sum(sizes[v] for v in step.makes)
         self._move(extra + step.scratch)
         if not step.passes:
@@ -205,11 +258,14 @@ class _Walk:
                 if self.record.steps[self.walker.maker[value]].differentiable:
                     self._add_gradient(value, size)
         self.live -= extra + step.scratch
-        for value in step.saves:
+        for value in saves:
             if value in self.used:
                 self._read(value)
-            elif first_saver[value] == index and value in self.kept:
-                self.live -= sizes[value]
+            else:
+                self._release(value)
+        for value in self.ends.get(index, ()):
+            if value not in self.let_go:
+                self._let_go(value)
         for value in step.makes:
             self.live -= self.gradients.pop(value, 0)
         self.live -= step.internals if index not in self.replayed else 0
@@ -226,23 +282,50 @@ class _Walk:
         stack = [value]
         while stack:
             top = stack[-1]
-            if top in self.rebuilt:
+            if top in self.rebuilt and top not in self.made_apart:
                 stack.pop()
                 continue
-            reads = self.record.steps[self.walker.maker[top]].reads
-            missing = [v for v in reads if v in self.used and v not in self.rebuilt]
+            reads = [v for v in self.record.steps[self.walker.maker[top]].reads if v in self.used]
+            missing = [v for v in reads if v not in self.rebuilt and v not in self.made_apart]
             if missing:
                 stack.extend(missing)
                 continue
             stack.pop()
-            self.rebuilt[top] = self.readers[top]
-            self._move(self.record.sizes[top])
+            for own in [v for v in reads if v in self.made_apart]:  # made from what is kept
+                self._make(own)
+            self._make(top)
             for read in reads:
-                if read in self.used:
-                    self._read(read)
+                self._hand_out(read)
+                self._read(read)
+
+    def _make(self, value: int) -> None:
+        self.times[value] -= 1
+        is_apart = value in self.made_apart
+        self.rebuilt[value] = self.rebuilt.get(value, 0) + 1 if is_apart else self.readers[value]
+        self._move(self.record.sizes[value])
+
+    def _hand_out(self, value: int) -> None:
+        """The next reader has it."""
+        if value in self.let_go and self.rebuilt[value] == 1 and not self.times[value]:
+            self._let_go(value)
 
     def _read(self, value: int) -> None:
         self.rebuilt[value] -= 1
-        if self.rebuilt[value] <= 0:
+        is_last = not self.rebuilt[value]
+        if is_last:
             del self.rebuilt[value]
+        if is_last or value in self.made_apart:
+            self.live -= self.record.sizes[value]
+
+    def _let_go(self, value: int) -> None:
+        """Nobody needs what `value` is made from for it any more."""
+        for read in self.record.steps[self.walker.maker[value]].reads:
+            if read not in self.used:
+                self._release(read)
+
+    def _release(self, value: int) -> None:
+        if value not in self.holders:
+            return
+        self.holders[value] -= 1
+        if not self.holders[value]:
             self.live -= self.record.sizes[value]

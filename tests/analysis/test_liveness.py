@@ -3,7 +3,7 @@
 import pytest
 
 from normpass.analysis.facts import Facts, Step
-from normpass.budget.liveness import Demand, Walker
+from normpass.analysis.liveness import Demand, Walker
 from normpass.budget.search import Chosen, Search, Selectable
 
 NONE: frozenset[int] = frozenset()
