@@ -8,12 +8,15 @@ a floor, where the inverse is clamped to stay finite. `include/activation.h` has
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 
@@ -55,6 +58,30 @@ def _elu_inverse(z: Tensor, alpha: float, scale: float, input_scale: float) -> T
     return negative.add_(z.clamp(min=0), alpha=1 / scale)  # one of the two is 0
 
 
+def _softsign_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """grad/d − grad·|y|/d², d = 1 + |y|, rounded as autograd rounds the quotient's."""
+    divisor = y.abs().add_(1)
+    through_divisor = (y / divisor).div_(divisor).abs_().mul_(grad)
+    return (grad / divisor).sub_(through_divisor)
+
+
+def _squared_relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    return aten.threshold_backward(F.relu(y).mul_(2).mul_(grad), y, 0)
+
+
+def _is_within(y: Tensor, low: float, high: float) -> Tensor:
+    return (y >= low) & (y <= high)
+
+
+def _is_inside(y: Tensor, low: float, high: float) -> Tensor:
+    above = y > low if low > -math.inf else ~y.isnan()
+    return above & (y < high) if high < math.inf else above
+
+
+def _none(grad: Tensor, *args: float) -> Tensor:
+    return torch.zeros_like(grad)
+
+
 RULES: dict[str, Rule] = {
     "identity": Rule(
         forward=lambda y: y,
@@ -74,7 +101,7 @@ RULES: dict[str, Rule] = {
         forward_=aten.hardtanh_,
         backward=aten.hardtanh_backward,
         constraint=("min <= max", lambda low, high: low <= high),
-        two_slopes=TwoSlopes(lambda y, low, high: ~((y <= low) | (y >= high)), lambda g, *args: torch.zeros_like(g)),
+        two_slopes=TwoSlopes(lambda y, low, high: ~((y <= low) | (y >= high)), _none),
     ),
     "leaky_relu": Rule(
         arguments=("slope",),
@@ -131,4 +158,57 @@ RULES: dict[str, Rule] = {
         constraint=("beta > 0", lambda beta, threshold: beta > 0),
     ),
     "mish": Rule(forward=F.mish, forward_=aten.mish_, backward=aten.mish_backward),
+    "softsign": Rule(forward=F.softsign, backward=_softsign_backward),
+    "log_sigmoid": Rule(
+        forward=F.logsigmoid,
+        backward=lambda g, y: aten.log_sigmoid_backward(g, y, aten.log_sigmoid_forward(y)[1]),
+    ),
+    "hardshrink": Rule(
+        arguments=("lambd",),
+        forward=F.hardshrink,
+        backward=aten.hardshrink_backward,
+        two_slopes=TwoSlopes(lambda y, lambd: (y < -lambd) | (y > lambd), _none),
+    ),
+    "softshrink": Rule(
+        arguments=("lambd",),
+        forward=F.softshrink,
+        backward=aten.softshrink_backward,
+        constraint=("lambd >= 0", lambda lambd: lambd >= 0),
+        two_slopes=TwoSlopes(lambda y, lambd: (y < -lambd) | (y > lambd), _none),
+    ),
+    "tanhshrink": Rule(
+        forward=F.tanhshrink,
+        backward=lambda g, y: aten.tanh_backward(-g, torch.tanh(y)).add_(g),
+    ),
+    "clamp": Rule(  # an infinite bound is none
+        arguments=("min", "max"),
+        forward=torch.clamp,
+        forward_=torch.clamp_,
+        backward=lambda g, y, low, high: torch.where(_is_within(y, low, high), g, 0),
+        two_slopes=TwoSlopes(_is_within, _none),
+    ),
+    "open_clamp": Rule(  # the gradient at a bound is 0
+        arguments=("min", "max"),
+        forward=torch.clamp,
+        forward_=torch.clamp_,
+        backward=lambda g, y, low, high: torch.where(_is_inside(y, low, high), g, 0),
+        two_slopes=TwoSlopes(_is_inside, _none),
+    ),
+    "threshold": Rule(
+        arguments=("threshold", "value"),
+        forward=F.threshold,
+        forward_=aten.threshold_,
+        backward=lambda g, y, threshold, value: aten.threshold_backward(g, y, threshold),
+        two_slopes=TwoSlopes(lambda y, threshold, value: ~(y <= threshold), _none),
+    ),
+    "squared_relu": Rule(forward=lambda y: F.relu(y).square(), backward=_squared_relu_backward),
 }
+
+
+@functools.cache
+def clamp_of_torch() -> str:
+    """Which of the two clamps is `torch.clamp`: where y is one of the bounds versions of torch differ."""
+    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
+        y = torch.zeros(1, device="cpu", requires_grad=True)
+        (at_bound,) = torch.autograd.grad(torch.clamp(y, 0.0, 1.0), y)
+    return "clamp" if at_bound.item() else "open_clamp"

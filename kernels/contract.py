@@ -10,7 +10,8 @@ from torch import Tensor
 
 ACTIVATIONS = (
     "identity relu hardtanh leaky_relu elu selu celu silu gelu gelu_tanh "
-    "hardswish hardsigmoid sigmoid tanh softplus mish"
+    "hardswish hardsigmoid sigmoid tanh softplus mish "
+    "softsign log_sigmoid hardshrink softshrink tanhshrink clamp open_clamp threshold squared_relu"
 ).split()
 """In the order of the codes in `include/activation.h`."""
 
@@ -75,6 +76,8 @@ class Norm(NamedTuple):
     eps: float
     activation: str
     activation_args: Sequence[float]
+    slope: Tensor | None = None
+    """(C,): a PReLU stands for the activation, for kernels that have `takes_slopes`; then there is no residual"""
 
 
 class Depthwise(Protocol):
@@ -183,6 +186,7 @@ class SampleNorms(Protocol):
         residual: Tensor | None,
         norm: Norm,
         groups: Groups,
+        dslope: Tensor | None = None,
     ) -> None: ...
 
     def row_norm_act(self, z: Tensor, x: Tensor, norm: Norm, is_given: bool, rows: Rows) -> None: ...
@@ -247,6 +251,8 @@ class Kernels(Protocol):
     """whether `norm_act_backward` takes a gradient in two parts, `grad` and `other`"""
     masks: frozenset[str]
     """activations for which `norm_act` writes a mask of a residual join, and `norm_act_backward` reads it"""
+    takes_slopes: bool
+    """whether the norms of batches and of groups may have a `slope`, and their backward gives its gradient"""
     normalizes_residuals: bool
     """whether `norm_act` takes a residual that a norm makes as that norm's input"""
 
@@ -289,6 +295,7 @@ class Kernels(Protocol):
         layout: Layout,
         other: Tensor | None = None,
         mask: Tensor | None = None,
+        dslope: Tensor | None = None,
     ) -> None:
         """`other` for kernels that have `adds_gradients` alone: like `grad`, whose sum is rounded as if stored.
 

@@ -25,7 +25,7 @@ from normpass.analysis.stand_ins import STAND_INS
 from normpass.graph.nodes import copy_graph, give_keys
 from normpass.nn import NORM_NODES
 from normpass.passes import ConvolutionKernels, SerializeMinibatch, SerializeNorms
-from normpass.passes.graph.normal_form import dropout
+from normpass.passes.graph.normal_form import dropout, rrelu
 from normpass.passes.graph.serialize_minibatch import Regions
 from normpass.passes.graph.serialize_norms import Blocked
 from normpass.rewrite.choices import DEFAULT, Choice, Decisions, choose_rewrites
@@ -34,7 +34,7 @@ from normpass.rewrite.sites import find_sites
 from normpass.runtime.functional import batch_norm
 from normpass.runtime.sharing import WITHOUT_RECIPE
 
-NOTES_ITSELF = frozenset({*WITHOUT_RECIPE, *NORM_NODES, dropout})
+NOTES_ITSELF = frozenset({*WITHOUT_RECIPE, *NORM_NODES, dropout, rrelu})
 """Functions that note themselves how their result is made again."""
 
 
@@ -159,7 +159,7 @@ def will_differentiate(inputs: Iterable[Any]) -> bool:
 def _rewrite_sites(graph: fx.Graph, facts: Facts, inputs: Sequence[Any], request: Request) -> tuple[Choice, ...]:
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     values = dict(zip(placeholders, inputs, strict=True))
-    sites = find_sites(graph, facts, values, NORM_NODES, needed_values(_possible(facts)))
+    sites = find_sites(graph, facts, values, NORM_NODES, needed_values(_possible(facts)), not request.is_compiled)
     rewrites = [r for r in passes.SITES if r.of_batch_norms or not request.is_compiled]
     choices = choose_rewrites(sites, rewrites, request.allow_lossy, request.decisions)
     by_name = {rewrite.name: rewrite for rewrite in passes.SITES}

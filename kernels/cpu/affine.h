@@ -8,11 +8,12 @@ namespace normpass {
 
 template <class A> struct Affine {
   Values<A> mean, scale, shift;
+  Values<A> slope;  // below 0, of a PReLU; empty where there is none
 
   // `group`: channels that have one mean and one variance.
   Affine(int64_t width, int64_t channels, const A* weight, const A* bias, const A* mean_of, const A* var, double eps,
-         int64_t group = 1)
-      : mean(width), scale(width), shift(width) {
+         int64_t group = 1, const A* slope_of = nullptr)
+      : mean(width), scale(width), shift(width), slope(slope_of == nullptr ? 0 : width) {
     for (int64_t c = 0; c < channels; ++c) {
       mean[c] = mean_of[c / group];
       scale[c] = (weight == nullptr ? A(1) : weight[c]) / std::sqrt(var[c / group] + static_cast<A>(eps));
@@ -23,6 +24,7 @@ template <class A> struct Affine {
       scale[i] = scale[i - channels];
       shift[i] = shift[i - channels];
     }
+    for (int64_t i = 0; i < static_cast<int64_t>(slope.size()); ++i) slope[i] = slope_of[i % channels];
   }
 };
 
@@ -46,10 +48,11 @@ template <class A> struct AffineValues {
   NORMPASS_ALWAYS_INLINE A value(A centred) const { return multiply_add(centred, scale, shift); }
 };
 
-// The vectors of a norm as a caller gives them: (C,), of the wide type; weight and bias may be null.
+// The vectors of a norm as a caller gives them: (C,), of the wide type; weight, bias and slope may be null.
 struct NormVectors {
   const void *weight, *bias, *mean, *var;
   double eps;
+  const void* slope = nullptr;
 };
 
 // Calls f(a null pointer to the storage type, walk, affine) for a tensor of this dtype and layout.
@@ -59,7 +62,8 @@ template <class F> int with_affine(int dtype, const Layout& layout, const NormVe
     auto wide = [](const void* values) { return static_cast<const A*>(values); };
     with_layout(layout, [&](const auto& walk) {
       f(storage, walk,
-        Affine<A>(walk.width(), layout.channels, wide(of.weight), wide(of.bias), wide(of.mean), wide(of.var), of.eps));
+        Affine<A>(walk.width(), layout.channels, wide(of.weight), wide(of.bias), wide(of.mean), wide(of.var), of.eps, 1,
+                  wide(of.slope)));
     });
   });
 }

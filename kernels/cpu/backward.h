@@ -3,6 +3,8 @@
 //   reduce   sum_dy = Σdy      sum_dy_c = Σ dy·c
 //   apply    dx = scale·dy + B·c + C, per channel; scale·dy for running statistics
 //
+// A source that `has_slope` calls back a second time in the first pass, with values of which the sum alone is wanted.
+//
 // A source calls back for each tile of each pass with the gradients of its values: `channel(i)`, what those of value i
 // of every run have in common, its scale too, and `at(channel, run, i)`, dy and c; where `writes`, the first pass
 // writes `written(channel, dy, run, i)` to `target`. So each pass is one loop over a tile. The sums are taken in the
@@ -14,8 +16,15 @@
 namespace normpass {
 
 struct Sums {
-  std::vector<double> dy, dy_centred;
+  std::vector<double> dy, dy_centred, dslope;
   explicit Sums(int64_t channels = 0) : dy(channels, 0.0), dy_centred(channels, 0.0) {}
+};
+
+template <class Source> constexpr bool has_slope = false;
+template <class Gradients> constexpr bool is_of_slope = false;
+
+struct NoSums {
+  template <class Walk> explicit NoSums(const Walk&) {}
 };
 
 // What a source gives for one value.
@@ -185,21 +194,29 @@ template <class S, class Walk, class Source> Sums reduce(const Walk& walk, const
   {
     TileBuffers<A> buffers;
     auto sums = accumulator_for<A>(walk);
+    std::conditional_t<has_slope<Source>, decltype(sums), NoSums> slope_sums(walk);
     int thread = omp_get_thread_num();
     walk.template groups<S>(thread, omp_get_num_threads(), [&](const Tile& tile, auto runs) {
       source.template first_pass<runs.value>(walk, buffers, tile, [&](const auto& gradients) NORMPASS_INLINED_LAMBDA {
-        sums.template add<runs.value>(gradients, tile.n, tile.position);
+        if constexpr (is_of_slope<std::decay_t<decltype(gradients)>>)
+          slope_sums.template add<runs.value>(gradients, tile.n, tile.position);
+        else
+          sums.template add<runs.value>(gradients, tile.n, tile.position);
       });
     });
     source.end_of_first_pass();
     shares[thread] = sums.total();
+    if constexpr (has_slope<Source>) shares[thread].dslope = slope_sums.total().dy;
   }
   Sums total(walk.layout().channels);
-  for (const Sums& share : shares)
+  if (has_slope<Source>) total.dslope.resize(total.dy.size());
+  for (const Sums& share : shares) {
     for (size_t c = 0; c < share.dy.size(); ++c) {
       total.dy[c] += share.dy[c];
       total.dy_centred[c] += share.dy_centred[c];
     }
+    for (size_t c = 0; c < share.dslope.size(); ++c) total.dslope[c] += share.dslope[c];
+  }
   return total;
 }
 

@@ -30,7 +30,7 @@ template <class S> struct Tensors {
 
 template <class S>
 void group_norm_act(const Groups& all, const Tensors<S>& tensors, Wide<S>* mean, Wide<S>* var, bool is_given,
-                    const Wide<S>* weight, const Wide<S>* bias, double eps, const Activated<Wide<S>>& activated,
+                    const Wide<S>* slope, const Wide<S>* weight, const Wide<S>* bias, double eps, const Activated<Wide<S>>& activated,
                     int threads) {
   using A = Wide<S>;
   const bool streamed = is_streamed<S>(all);
@@ -38,7 +38,7 @@ void group_norm_act(const Groups& all, const Tensors<S>& tensors, Wide<S>* mean,
     with_layout(unit.layout, [&](const auto& walk) {
       const S *x = tensors.x + unit.offset, *residual = tensors.residual;
       if (!is_given) store_moments(all, unit, x, mean + unit.first_group, var + unit.first_group, of_unit);
-      const Affine<A> affine = affine_of(all, unit, walk.width(), weight, bias, mean, var, eps);
+      const Affine<A> affine = affine_of(all, unit, walk.width(), weight, bias, mean, var, eps, slope);
       norm_act<S>(walk, tensors.z + unit.offset, x, residual == nullptr ? nullptr : residual + unit.offset, affine,
                   activated, streamed, of_unit);
     });
@@ -48,8 +48,8 @@ void group_norm_act(const Groups& all, const Tensors<S>& tensors, Wide<S>* mean,
 }  // namespace
 }  // namespace normpass
 
-NORMPASS_EXPORT int normpass_group_norm_act(void* z, const void* x, const void* residual, const void* weight,
-                                            const void* bias, void* mean, void* var, double eps, int activation,
+NORMPASS_EXPORT int normpass_group_norm_act(void* z, const void* x, const void* residual, const void* slope,
+                                            const void* weight, const void* bias, void* mean, void* var, double eps, int activation,
                                             double arg0, double arg1, int is_given, int64_t samples, int64_t groups,
                                             int64_t channels, int64_t spatial, int is_rows, int dtype, int threads) {
   using namespace normpass;
@@ -58,7 +58,8 @@ NORMPASS_EXPORT int normpass_group_norm_act(void* z, const void* x, const void* 
     using A = Wide<S>;
     group_norm_act<S>({samples, groups, channels, spatial, is_rows != 0},
                       {static_cast<S*>(z), static_cast<const S*>(x), static_cast<const S*>(residual)},
-                      static_cast<A*>(mean), static_cast<A*>(var), is_given != 0, static_cast<const A*>(weight),
+                      static_cast<A*>(mean), static_cast<A*>(var), is_given != 0, static_cast<const A*>(slope),
+                      static_cast<const A*>(weight),
                       static_cast<const A*>(bias), eps, Activated<A>({activation, arg0, arg1}), threads);
   });
 }

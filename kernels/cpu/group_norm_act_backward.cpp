@@ -6,6 +6,7 @@
 // The passes over a unit are those of norm_act_backward.
 #include "from_input.h"
 #include "groups.h"
+#include "prelu.h"
 
 namespace normpass {
 namespace {
@@ -36,8 +37,8 @@ Coefficients<A> coefficients_of_groups(const Groups& all, const Unit& unit, cons
 
 // The sums of every channel of every sample, for the gradients of the weight and the bias.
 struct ChannelSums {
-  std::vector<double> dy, dy_normalized;
-  explicit ChannelSums(int64_t count) : dy(count), dy_normalized(count) {}
+  std::vector<double> dy, dy_normalized, dslope;
+  explicit ChannelSums(int64_t count) : dy(count), dy_normalized(count), dslope(count) {}
 
   template <class A>
   void keep(const Groups& all, const Unit& unit, const Sums& sums, const A* var, double eps) {
@@ -46,6 +47,7 @@ struct ChannelSums {
       const double variance = var[unit.first_group + c / all.channels_of_group()];
       dy[first + c] = sums.dy[c];
       dy_normalized[first + c] = sums.dy_centred[c] / std::sqrt(variance + eps);
+      if (!sums.dslope.empty()) dslope[first + c] = sums.dslope[c];
     }
   }
 };
@@ -64,8 +66,8 @@ template <class S> struct Tensors {
 };
 
 template <class S>
-void backward(const Groups& all, const Tensors<S>& tensors, void* dweight, void* dbias, const Wide<S>* weight,
-              const Wide<S>* bias, const Wide<S>* mean, const Wide<S>* var, double eps,
+void backward(const Groups& all, const Tensors<S>& tensors, void* dweight, void* dbias, void* dslope,
+              const Wide<S>* slope, const Wide<S>* weight, const Wide<S>* bias, const Wide<S>* mean, const Wide<S>* var, double eps,
               const Activated<Wide<S>>& activated, int threads) {
   using A = Wide<S>;
   const bool streamed = is_streamed<S>(all);
@@ -73,27 +75,32 @@ void backward(const Groups& all, const Tensors<S>& tensors, void* dweight, void*
   each_unit(all, threads, [&](const Unit& unit, int of_unit) {
     auto at = [&](auto* values) { return values == nullptr ? nullptr : values + unit.offset; };
     with_layout(unit.layout, [&](const auto& walk) {
-      const Affine<A> affine = affine_of(all, unit, walk.width(), weight, bias, mean, var, eps);
+      const Affine<A> affine = affine_of(all, unit, walk.width(), weight, bias, mean, var, eps, slope);
+      auto passes = [&](const auto& source, bool is_streamed) {
+        const Sums sums = reduce<S>(walk, source, of_unit);
+        channel_sums.keep(all, unit, sums, var, eps);
+        if (tensors.dx == nullptr) return;
+        const auto coefficients = coefficients_of_groups(all, unit, weight, var, eps, sums, walk.width());
+        apply<S>(walk, source, coefficients, at(tensors.dx), is_streamed, of_unit);
+      };
+      if (slope != nullptr) return passes(FromPrelu<S>{at(tensors.grad), at(tensors.x), affine}, streamed);
       FromInput<S> source{at(tensors.grad), at(tensors.x), at(tensors.residual), at(tensors.dresidual), affine,
                           activated, false};
       if (source.dresidual == nullptr && is_written<S>(activated)) source.dresidual = at(tensors.dx);
-      const Sums sums = reduce<S>(walk, source, of_unit);
-      channel_sums.keep(all, unit, sums, var, eps);
-      if (tensors.dx == nullptr) return;
-      const auto coefficients = coefficients_of_groups(all, unit, weight, var, eps, sums, walk.width());
-      apply<S>(walk, source, coefficients, at(tensors.dx), streamed && source.dresidual != at(tensors.dx), of_unit);
+      passes(source, streamed && source.dresidual != at(tensors.dx));
     });
   });
   store_over_samples<A>(channel_sums.dy_normalized, all, dweight);
   store_over_samples<A>(channel_sums.dy, all, dbias);
+  store_over_samples<A>(channel_sums.dslope, all, dslope);
 }
 
 }  // namespace
 }  // namespace normpass
 
 NORMPASS_EXPORT int normpass_group_norm_act_backward(void* dx, void* dresidual, void* dweight, void* dbias,
-                                                     const void* grad, const void* x, const void* residual,
-                                                     const void* weight, const void* bias, const void* mean,
+                                                     void* dslope, const void* grad, const void* x,
+                                                     const void* residual, const void* slope, const void* weight, const void* bias, const void* mean,
                                                      const void* var, double eps, int activation, double arg0,
                                                      double arg1, int64_t samples, int64_t groups, int64_t channels,
                                                      int64_t spatial, int is_rows, int dtype, int threads) {
@@ -104,7 +111,7 @@ NORMPASS_EXPORT int normpass_group_norm_act_backward(void* dx, void* dresidual, 
     backward<S>({samples, groups, channels, spatial, is_rows != 0},
                 {static_cast<S*>(dx), static_cast<S*>(dresidual), static_cast<const S*>(grad),
                  static_cast<const S*>(x), static_cast<const S*>(residual)},
-                dweight, dbias, static_cast<const A*>(weight), static_cast<const A*>(bias),
+                dweight, dbias, dslope, static_cast<const A*>(slope), static_cast<const A*>(weight), static_cast<const A*>(bias),
                 static_cast<const A*>(mean), static_cast<const A*>(var), eps, Activated<A>({activation, arg0, arg1}),
                 threads);
   });

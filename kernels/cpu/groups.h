@@ -53,10 +53,10 @@ template <class S> bool is_streamed(const Groups& all) {
 // Per-channel values of one group have one mean and variance.
 template <class A>
 Affine<A> affine_of(const Groups& all, const Unit& unit, int64_t width, const A* weight, const A* bias, const A* mean,
-                    const A* var, double eps) {
+                    const A* var, double eps, const A* slope) {
   auto from = [&](const A* values) { return values == nullptr ? nullptr : values + unit.first_channel; };
   return Affine<A>(width, unit.layout.channels, from(weight), from(bias), mean + unit.first_group,
-                   var + unit.first_group, eps, all.channels_of_group());
+                   var + unit.first_group, eps, all.channels_of_group(), from(slope));
 }
 
 }  // namespace normpass

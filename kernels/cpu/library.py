@@ -35,8 +35,8 @@ _ACTIVATION = (_INT, _DOUBLE, _DOUBLE)
 _END = (_LONG, _LONG, _LONG, _INT, _INT)  # layout, dtype, threads
 _SIGNATURES = {
     "moments": (*[_POINTER] * 3, *_END),
-    "norm_act": (*[_POINTER] * 7, _DOUBLE, *_ACTIVATION, *_END),
-    "norm_act_backward": (*[_POINTER] * 11, _DOUBLE, _INT, *_ACTIVATION, *_END),
+    "norm_act": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, *_END),
+    "norm_act_backward": (*[_POINTER] * 13, _DOUBLE, _INT, *_ACTIVATION, *_END),
     "cat_norm_act": (*[_POINTER] * 3, _LONG, *[_POINTER] * 4, _DOUBLE, *_ACTIVATION, *_END),
     "cat_norm_act_backward": (*[_POINTER] * 8, _LONG, *[_POINTER] * 4, _DOUBLE, *_ACTIVATION, *_END),
     "add_statistics_gradient": (*[_POINTER] * 4, *_END),
@@ -45,8 +45,8 @@ _SIGNATURES = {
     "depthwise_conv2d": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 3),
     "depthwise_weight_gradient": (*[_POINTER] * 3, *[_LONG] * 12, *[_INT] * 3),
     "norm_act_depthwise_backward": (*[_POINTER] * 11, _DOUBLE, _INT, *_ACTIVATION, *[_LONG] * 12, *[_INT] * 2),
-    "group_norm_act": (*[_POINTER] * 7, _DOUBLE, *_ACTIVATION, _INT, *[_LONG] * 4, *[_INT] * 3),
-    "group_norm_act_backward": (*[_POINTER] * 11, _DOUBLE, *_ACTIVATION, *[_LONG] * 4, *[_INT] * 3),
+    "group_norm_act": (*[_POINTER] * 8, _DOUBLE, *_ACTIVATION, _INT, *[_LONG] * 4, *[_INT] * 3),
+    "group_norm_act_backward": (*[_POINTER] * 13, _DOUBLE, *_ACTIVATION, *[_LONG] * 4, *[_INT] * 3),
     "row_norm_act": (*[_POINTER] * 6, _DOUBLE, *_ACTIVATION, _INT, *[_LONG] * 2, *[_INT] * 3),
     "row_norm_act_backward": (*[_POINTER] * 9, _DOUBLE, *_ACTIVATION, *[_LONG] * 2, *[_INT] * 3),
     "winograd_conv2d": (*[_POINTER] * 5, *[_LONG] * 10, *[_INT] * 5),
@@ -59,6 +59,7 @@ class CpuKernels:
 
     most_pieces = 1 << 31
     adds_gradients = False
+    takes_slopes = True
     normalizes_residuals = False
     masks: frozenset[str] = frozenset()  # to read the residual again costs little here: not measured to pay
     failures = ()  # they are compiled when the package is installed
@@ -121,6 +122,7 @@ class CpuKernels:
             z.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
+            _pointer(norm.slope),
             *_norm(norm),
             *_end(x, layout),
         )
@@ -137,16 +139,22 @@ class CpuKernels:
         norm: Norm,
         batch_statistics: bool,
         layout: Layout,
+        other: Tensor | None = None,
+        mask: Tensor | None = None,
+        dslope: Tensor | None = None,
     ) -> None:
+        assert other is None and mask is None
         *values, code, first, second = _norm(norm)
         self._norm_act_backward(
             _pointer(dx),
             _pointer(dresidual),
             _pointer(dweight),
             _pointer(dbias),
+            _pointer(dslope),
             grad.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
+            _pointer(norm.slope),
             *values,
             batch_statistics,
             code,
@@ -288,7 +296,7 @@ NormArguments = tuple["int | None", "int | None", int, int, float, int, float, f
 
 
 def _norm(norm: Norm) -> NormArguments:
-    weight, bias, mean, var, eps, activation, args = norm
+    weight, bias, mean, var, eps, activation, args, _ = norm
     assert mean is not None  # it would be read at address 0
     scale, shift = None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr()
     return scale, shift, mean.data_ptr(), var.data_ptr(), eps, *_activation(activation, args)

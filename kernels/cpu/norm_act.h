@@ -1,7 +1,9 @@
-// z = act((x − mean)·a + bias + residual), with a = weight/sqrt(var + eps): one read of each input, one write.
+// z = act((x − mean)·a + bias + residual), with a = weight/sqrt(var + eps): one read of each input, one write. For an
+// affine with slopes a PReLU stands for the activation, and there is no residual.
 #pragma once
 
 #include "activate.h"
+#include "prelu.h"
 
 namespace normpass {
 
@@ -17,7 +19,8 @@ void norm_act(const Walk& walk, S* z, const S* x, const S* residual, const Affin
       if (residual != nullptr) added = read_tile(residual, 0, wide_residual, tile);
       Target<A> target = target_of(z, 0, buffer, tile, streamed);
       auto at = affine_at(walk, affine, tile.position);
-      activated.value(from, added, target, 1, tile.n, at);
+      if (affine.slope.empty()) activated.value(from, added, target, 1, tile.n, at);
+      else prelu(from, target, tile.n, at, walk.at(affine.slope, tile.position));
       finish_tile(z, target, tile);
     });
     if (streamed) end_of_stream();

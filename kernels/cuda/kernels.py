@@ -30,6 +30,7 @@ class CudaKernels:
 
     most_pieces = PIECES[-1]
     adds_gradients = normalizes_residuals = True
+    takes_slopes = False
     masks = frozenset(name for name, rule in RULES.items() if rule.two_slopes is not None)
 
     def __init__(self, device: Device):

@@ -38,6 +38,7 @@ class GuardedKernels:
         self._run_by |= {name: getattr(kernels.sample_norms, name) for name in OF_SAMPLES}
         self._failures: dict[str, None] = {}
         self.most_pieces, self.adds_gradients, self.masks = kernels.most_pieces, kernels.adds_gradients, kernels.masks
+        self.takes_slopes = kernels.takes_slopes
         self.normalizes_residuals, self.supports = kernels.normalizes_residuals, kernels.supports
 
     @property

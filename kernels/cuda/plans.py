@@ -160,7 +160,7 @@ def pointer(tensor: Tensor | None) -> int:
 
 def site_arguments(norm: Norm) -> tuple[float, ...]:
     """Ends the kernels' pointers and begins their numbers."""
-    weight, bias, mean, var, eps, _, args = norm
+    weight, bias, mean, var, eps, _, args, _ = norm
     scale, shift = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
     first, second, *_ = *args, 0.0, 0.0
     return scale, shift, 0 if mean is None else mean.data_ptr(), var.data_ptr(), eps, float(first), float(second)

@@ -232,6 +232,116 @@ template <class T> struct Mish {
   NORMPASS_INLINE T inverse(T z) const { return z; }
 };
 
+// Not 0 but NaN where y is infinite, as in ATen: z is ∞/∞ there.
+template <class T> struct Softsign {
+  static constexpr bool is_costly = false;
+  NORMPASS_INLINE explicit Softsign(double, double) {}
+  static NORMPASS_INLINE T divisor(T y) { return T(1) + (y < T(0) ? -y : y); }
+  NORMPASS_INLINE T value(T y) const { return y / divisor(y); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T share = T(1) / divisor(y), z = y * share;
+    return g * share * (share + (z - z));
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct LogSigmoid {
+  static constexpr bool is_costly = true;
+  NORMPASS_INLINE explicit LogSigmoid(double, double) {}
+  static NORMPASS_INLINE T decay(T y) { return exponential(y < T(0) ? y : -y); }  // exp(−|y|)
+  NORMPASS_INLINE T value(T y) const { return (y < T(0) ? y : T(0)) - logarithm_of_1_plus(decay(y)); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T e = decay(y), share = e / (T(1) + e);
+    return g * (y < T(0) ? T(1) - share : share);
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+// What both shrinking functions let through.
+template <class T> struct Shrink {
+  static constexpr bool is_costly = false;
+  T lambd;
+  NORMPASS_INLINE explicit Shrink(double lambd) : lambd(T(lambd)) {}
+  NORMPASS_INLINE bool passes(T y) const { return (y < -lambd) | (y > lambd); }
+  NORMPASS_INLINE T gradient(T g, T y) const { return passes(y) ? g : T(0); }
+  NORMPASS_INLINE T gradient_if(bool passes, T g) const { return passes ? g : T(0); }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Hardshrink : Shrink<T> {
+  NORMPASS_INLINE explicit Hardshrink(double lambd, double) : Shrink<T>(lambd) {}
+  NORMPASS_INLINE T value(T y) const { return (y >= -this->lambd) & (y <= this->lambd) ? T(0) : y; }
+};
+
+template <class T> struct Softshrink : Shrink<T> {
+  NORMPASS_INLINE explicit Softshrink(double lambd, double) : Shrink<T>(lambd) {}
+  NORMPASS_INLINE T value(T y) const {
+    T above = y - this->lambd, below = y + this->lambd, inside = y * T(0);
+    return y > this->lambd ? above : (y < -this->lambd ? below : inside);
+  }
+};
+
+template <class T> struct Tanhshrink {
+  static constexpr bool is_costly = true;
+  NORMPASS_INLINE explicit Tanhshrink(double, double) {}
+  NORMPASS_INLINE T value(T y) const { return y - hyperbolic_tangent(y); }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T t = hyperbolic_tangent(y);
+    return g - g * (T(1) - t * t);
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+// A bound that is infinite is none.
+template <class T> struct Clamp {
+  static constexpr bool is_costly = false;
+  T low, high;
+  NORMPASS_INLINE explicit Clamp(double low, double high) : low(T(low)), high(T(high)) {}
+  NORMPASS_INLINE T value(T y) const { return clamped(y, low, high); }
+  NORMPASS_INLINE bool passes(T y) const { return (y >= low) & (y <= high); }
+  NORMPASS_INLINE T gradient(T g, T y) const { return passes(y) ? g : T(0); }
+  NORMPASS_INLINE T gradient_if(bool passes, T g) const { return passes ? g : T(0); }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+// The same, but where y is one of the bounds the gradient is 0.
+template <class T> struct OpenClamp {
+  static constexpr bool is_costly = false;
+  T low, high, above, below;
+  NORMPASS_INLINE explicit OpenClamp(double low, double high)
+      : low(T(low)), high(T(high)), above(T(low + (low - low))), below(T(high + (high - high))) {}  // ∞ − ∞ is NaN
+  NORMPASS_INLINE T value(T y) const { return clamped(y, low, high); }
+  NORMPASS_INLINE bool passes(T y) const { return (y == y) & !(y <= above) & !(y >= below); }
+  NORMPASS_INLINE T gradient(T g, T y) const { return passes(y) ? g : T(0); }
+  NORMPASS_INLINE T gradient_if(bool passes, T g) const { return passes ? g : T(0); }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct Threshold {
+  static constexpr bool is_costly = false;
+  T threshold, below;
+  NORMPASS_INLINE explicit Threshold(double threshold, double below) : threshold(T(threshold)), below(T(below)) {}
+  NORMPASS_INLINE T value(T y) const { return y <= threshold ? below : y; }
+  NORMPASS_INLINE bool passes(T y) const { return !(y <= threshold); }
+  NORMPASS_INLINE T gradient(T g, T y) const { return y <= threshold ? T(0) : g; }
+  NORMPASS_INLINE T gradient_if(bool passes, T g) const { return passes ? g : T(0); }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
+template <class T> struct SquaredRelu {
+  static constexpr bool is_costly = false;
+  NORMPASS_INLINE explicit SquaredRelu(double, double) {}
+  NORMPASS_INLINE T value(T y) const {
+    T above = y < T(0) ? T(0) : y;
+    return above * above;
+  }
+  NORMPASS_INLINE T gradient(T g, T y) const {
+    T above = T(2) * y * g;
+    return y <= T(0) ? T(0) : above;
+  }
+  NORMPASS_INLINE T inverse(T z) const { return z; }
+};
+
 }  // namespace normpass
 
 // The code of each activation in a kernel's arguments; the names are Python's.
@@ -251,4 +361,13 @@ template <class T> struct Mish {
   X(12, sigmoid, Sigmoid)               \
   X(13, tanh, Tanh)                     \
   X(14, softplus, Softplus)             \
-  X(15, mish, Mish)
+  X(15, mish, Mish)                     \
+  X(16, softsign, Softsign)             \
+  X(17, log_sigmoid, LogSigmoid)        \
+  X(18, hardshrink, Hardshrink)         \
+  X(19, softshrink, Softshrink)         \
+  X(20, tanhshrink, Tanhshrink)         \
+  X(21, clamp, Clamp)                   \
+  X(22, open_clamp, OpenClamp)          \
+  X(23, threshold, Threshold)           \
+  X(24, squared_relu, SquaredRelu)

@@ -20,7 +20,7 @@ from normpass.ops.norm_act import has_mask
 from normpass.ops.operands import layout_of
 from normpass.ops.pieces import are_pieces, channels_of, memory_format_of_pieces, new_concatenation
 from normpass.recipe.notes import copying
-from normpass.runtime import sample_norms
+from normpass.runtime import prelu, sample_norms
 from normpass.runtime.functional import (
     FunctionalBatchNorm,
     is_fusible,
@@ -97,6 +97,20 @@ def _sample_norm_act(
         return _Keeps.apply((True, rebuilds_y, True, rebuilds_y, True), result, *tensors), norm.moved
 
 
+def _norm_prelu(norm: prelu.Norm, x: Tensor, slope: Tensor) -> tuple[Tensor, Sequence[Tensor]] | None:
+    if not prelu.is_fusible(norm, x, slope):
+        return None
+    if isinstance(norm, FunctionalBatchNorm):
+        statistics, moved = _statistics(norm, x, x.shape[1]), _moved(norm)
+        result = functools.partial(new_result, x, prelu.PLACEHOLDER[0])
+    else:
+        moved, result = norm.moved, functools.partial(norm.new_result, x, prelu.PLACEHOLDER[0])
+        statistics = (torch.empty(2 * norm.count_of_moments(x), dtype=statistics_dtype(x), device=x.device),)
+    tensors = (x, norm.weight, norm.bias, slope, *statistics)
+    with copying(norm.bias):
+        return _Keeps.apply([True] * len(tensors), result, *tensors), moved
+
+
 def _mask(x: Tensor, residual: Tensor | None, activation: str) -> tuple[Tensor, ...]:
     """What backward reads in the place of the residual; nothing where it reads that."""
     if not has_mask(kernels_for(x.device.type), x, residual, activation):
@@ -128,4 +142,5 @@ STAND_INS: dict[Any, StandIn] = {
     shared_norm_act: _shared_norm_act,
     producer_statistics: _producer_statistics,
     sample_norms.split_sample_norm_act: _sample_norm_act,
+    prelu.split_norm_prelu: _norm_prelu,
 }

@@ -1,4 +1,4 @@
-"""The operators that the library knows by name: norms, activations, additions, concatenations, producers.
+"""The operators that the library knows by name: norms, additions, concatenations, producers.
 
 One table for all: whoever recognizes something in a graph asks here. What aliases, writes or saves is in no table:
 see `normpass.analysis.facts`.
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import fx
 
 from normpass.graph.nodes import bound, name_of
-from normpass.ops.activation import Activation
 
 BATCH_NORM = frozenset({F.batch_norm, torch.batch_norm})
 NORMS: dict[Any, str] = {
@@ -65,7 +64,9 @@ KINDS: dict[str, str] = {
     **_each("weighted", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"),
     **_each("norm", "batch_norm group_norm layer_norm instance_norm"),
     **_each("one bit", "relu relu6 leaky_relu hardtanh dropout dropout1d dropout2d dropout3d alpha_dropout"),
+    **_each("one bit", "hardshrink softshrink threshold"),
     **_each("activation", "elu selu celu silu gelu hardswish hardsigmoid sigmoid tanh softplus mish rrelu log_sigmoid"),
+    **_each("activation", "softsign tanhshrink"),
     **_each("sum", "add iadd sub isub"),
     **_each("product", "mul imul div truediv itruediv"),
     **_each("elementwise", "neg clamp exp square sqrt abs contiguous"),
@@ -103,74 +104,6 @@ def other_operand(add: fx.Node, operand: fx.Node) -> fx.Node:
 def sums_in_place(add: fx.Node) -> bool:
     """Whether the result of an addition has its first operand's dtype, as `a += b` has."""
     return add.target in (operator.iadd, "add_")
-
-
-# --- activations ------------------------------------------------------------------------------------
-
-# function or method -> (name, the names of its arguments that the activation needs)
-_ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    F.relu: ("relu", ()),
-    torch.relu: ("relu", ()),
-    torch.relu_: ("relu", ()),
-    F.relu_: ("relu", ()),
-    F.relu6: ("relu6", ()),
-    F.hardtanh: ("hardtanh", ("min_val", "max_val")),
-    F.hardtanh_: ("hardtanh", ("min_val", "max_val")),
-    F.leaky_relu: ("leaky_relu", ("negative_slope",)),
-    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
-    F.elu: ("elu", ("alpha",)),
-    F.elu_: ("elu", ("alpha",)),
-    F.selu: ("selu", ()),
-    F.celu: ("celu", ("alpha",)),
-    F.silu: ("silu", ()),
-    F.gelu: ("gelu", ("approximate",)),
-    F.hardswish: ("hardswish", ()),
-    F.hardsigmoid: ("hardsigmoid", ()),
-    F.sigmoid: ("sigmoid", ()),
-    torch.sigmoid: ("sigmoid", ()),
-    torch.sigmoid_: ("sigmoid", ()),
-    F.tanh: ("tanh", ()),
-    torch.tanh: ("tanh", ()),
-    torch.tanh_: ("tanh", ()),
-    F.softplus: ("softplus", ("beta", "threshold")),
-    F.mish: ("mish", ()),
-}
-_ACTIVATION_METHODS = frozenset({"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"})
-_DEFAULTS = {
-    "min_val": -1.0,
-    "max_val": 1.0,
-    "negative_slope": 0.01,
-    "alpha": 1.0,
-    "approximate": "none",
-    "beta": 1.0,
-    "threshold": 20.0,
-}
-
-
-def activation_of(node: fx.Node) -> Activation | None:
-    """The activation that `node` applies to one tensor, in any spelling; None if it is none known."""
-    if node.op == "call_method":
-        plain = node.target in _ACTIVATION_METHODS and len(node.args) == 1 and not node.kwargs
-        return Activation(str(node.target).removesuffix("_")) if plain else None
-    known = _ACTIVATIONS.get(node.target) if node.op == "call_function" else None
-    if known is None or len(node.all_input_nodes) != 1 or "out" in node.kwargs:
-        return None
-    name, wanted = known
-    arguments = _activation_arguments(node, wanted)
-    if arguments is None:
-        return None
-    if name == "gelu":
-        return Activation("gelu_tanh" if arguments == ("tanh",) else "gelu")
-    if name == "relu6":
-        return Activation("hardtanh", (0.0, 6.0))
-    return Activation(name, tuple(float(a) for a in arguments))
-
-
-def _activation_arguments(node: fx.Node, wanted: tuple[str, ...]) -> tuple | None:
-    """The values of `wanted`, given by name or in that order after the input; built-ins have no signature."""
-    positional = dict(zip(wanted, node.args[1:], strict=False))
-    values = [node.kwargs.get(name, positional.get(name, _DEFAULTS[name])) for name in wanted]
-    return None if any(isinstance(v, fx.Node) for v in values) else tuple(values)
 
 
 # --- producers --------------------------------------------------------------------------------------
@@ -211,7 +144,6 @@ __all__ = [
     "MAX_POOLS",
     "MOVES_STATISTICS",
     "NORMS",
-    "activation_of",
     "bound",
     "is_add",
     "is_producer",

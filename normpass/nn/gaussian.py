@@ -34,7 +34,7 @@ def activated_moments(mean: Tensor, var: Tensor, name: str, args: Sequence[float
         return first, (square - first.square()).clamp(min=0)
     if name == "leaky_relu":
         return _leaky(mean, sigma, args[0])
-    if name == "hardtanh":
+    if name in ("hardtanh", "clamp", "open_clamp") and -math.inf < args[0] <= args[1] < math.inf:
         return _clipped(mean, sigma, *args)
     return _integrated(mean, sigma, name, args)
 

@@ -60,7 +60,7 @@ class GroupNormOptions:
         z = torch.empty_like(x, memory_format=result_format(x, self))
         norm = norm_of(weight, bias, mean, var, self.eps, self.activation, self.activation_args)
         operands = dense(x, memory_format), dense(residual, memory_format)
-        groups = _groups_of(x, self.groups, memory_format)
+        groups = groups_of(x, self.groups, memory_format)
         kernels.group_norm_act(z, *operands, norm, moments is not None, groups)
         return z, mean, var
 
@@ -89,7 +89,7 @@ class GroupNormOptions:
             dense(x, memory_format),
             dense(residual, memory_format),
             norm_of(weight, bias, mean, var, self.eps, self.activation, self.activation_args),
-            _groups_of(x, self.groups, memory_format),
+            groups_of(x, self.groups, memory_format),
         )
         return [dx, dresidual, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias)]
 
@@ -161,7 +161,8 @@ def result_format(x: Tensor, options: GroupNormOptions) -> torch.memory_format:
     return format_of(x, options)
 
 
-def _groups_of(x: Tensor, groups: int, memory_format: torch.memory_format) -> Groups:
+def groups_of(x: Tensor, groups: int, memory_format: torch.memory_format) -> Groups:
+    """How x lies once it is dense in `memory_format`."""
     samples, channels = x.shape[:2]
     spatial = x.numel() // (samples * channels)
     return Groups(samples, groups, channels, spatial, memory_format is not torch.contiguous_format or spatial == 1)

@@ -73,7 +73,10 @@ Values = tuple["Tensor | None", "Tensor | None", Tensor, Tensor]
 
 
 def norm_operand(
-    values: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor], options: Options, dtype: torch.dtype
+    values: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor],
+    options: Options,
+    dtype: torch.dtype,
+    slope: Tensor | None = None,
 ) -> Norm:
     """A norm as kernels read it, in the statistics dtype `dtype`."""
     weight, bias, mean, var = values
@@ -88,6 +91,7 @@ def norm_operand(
             eps,
             activation,
             activation_args,
+            slope if slope is None else per_channel_operand(slope, dtype),
         ),
     )
 

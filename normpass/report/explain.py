@@ -67,6 +67,8 @@ def graph_rows(graph: Rewritten) -> Iterator[Row]:
         if rewrite is None and path in _again_keys(graph):
             rewrite = "rebuild_values"
             told = [f"rebuilt, not fused: {reason}" for reason in told]
+        if choice.site.left_alone:
+            told.append(choice.site.left_alone)
         if not _has_backward(choice, graph):
             told.append("no gradient goes through it")
         reason = "; ".join(dict.fromkeys(told))

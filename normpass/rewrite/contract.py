@@ -12,9 +12,9 @@ A Refusal is data, names the nodes that are the reason, and is shown in the repo
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -24,7 +24,9 @@ from normpass.graph.nodes import bound, called, inherit
 from normpass.graph.operators import other_operand, sums_in_place
 from normpass.rewrite.sample_norms import sample_norm_call
 from normpass.rewrite.sites import Site, input_of
-from normpass.runtime.functional import FunctionalBatchNorm
+from normpass.runtime.functional import FunctionalBatchNorm, fused_norm_act, split_norm_act
+from normpass.runtime.prelu import fused_norm_prelu, split_norm_prelu
+from normpass.runtime.sample_norms import split_sample_norm_act
 
 
 class Semantics(enum.Enum):
@@ -121,6 +123,8 @@ def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool =
     Without a residual the call stands at the norm's place, so that running statistics move in the same
     order as before; with one it stands at the addition's, where the residual exists.
     """
+    if site.slope is not None:
+        return _replace_prelu(graph, site, function)
     anchor = site.add if site.add is not None else site.norm
     activation = (site.activation.name, site.activation.args)
     # Read from the nodes, not from the site: an earlier replacement may have put another node there.
@@ -133,9 +137,29 @@ def replace_site(graph: fx.Graph, site: Site, function, *, with_residual: bool =
         else:
             args = (norm, x, *activation)
         fused = graph.call_function(function, args)
+    return _take_place(graph, site, fused)
+
+
+_WITH_PRELU: dict[Any, Callable[..., Any]] = {
+    split_norm_act: split_norm_prelu,
+    split_sample_norm_act: split_norm_prelu,
+    fused_norm_act: fused_norm_prelu,
+}
+"""what is called for a norm -> the same where a PReLU is behind it"""
+
+
+def _replace_prelu(graph: fx.Graph, site: Site, function: Any) -> fx.Node:
+    with graph.inserting_before(site.norm):
+        norm = norm_node(graph, site)
+        args: Any = (norm, input_of(site.norm), site.slope)
+        fused = graph.call_function(_WITH_PRELU[function], args)
+    return _take_place(graph, site, fused)
+
+
+def _take_place(graph: fx.Graph, site: Site, fused: fx.Node) -> fx.Node:
     inherit(fused, site.norm)
     site.out.replace_all_uses_with(fused)
-    for node in dict.fromkeys((site.out, site.add, site.norm)):
+    for node in dict.fromkeys((site.out, *reversed(site.within), site.add, site.norm)):
         if node is not None and not node.users:
             graph.erase_node(node)
     return fused

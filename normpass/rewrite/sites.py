@@ -18,21 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from normpass.analysis.facts import Facts
+from normpass.graph.activations import activation_of
 from normpass.graph.concatenation import NO_CONCATENATION, dissolved, pieces_of
 from normpass.graph.nodes import bound, called, module_of, name_of
 from normpass.graph.operators import (
     BATCH_NORM,
     NORMS,
-    activation_of,
     is_add,
     other_operand,
     producer_name,
     sums_in_place,
 )
+from normpass.graph.written_out import Form, forms_behind, is_of_one_kind, rounds_alike
 from normpass.ops.activation import Activation
 from normpass.ops.layout import activated_format, memory_format_of
 from normpass.ops.sample_norm import sample_norms_of
 from normpass.rewrite.sample_norms import ALWAYS_CONTIGUOUS, ROW_NORMS, SAMPLE_NORMS, sample_norm_call
+from normpass.runtime.functional import FunctionalBatchNorm
+from normpass.runtime.prelu import is_fusible as is_fusible_with_prelu
 from normpass.runtime.sample_norms import is_fusible
 
 IDENTITY = Activation("identity")
@@ -56,6 +59,12 @@ class Site:
     """the last node of norm, add, activation: its value is z"""
     residual: fx.Node | None = None
     add: fx.Node | None = None
+    left_alone: str = ""
+    """why what stands behind it is no part of it, where that is an activation all the same"""
+    slope: fx.Node | None = None
+    """that of a PReLU, which stands where the activation would"""
+    within: tuple[fx.Node, ...] = ()
+    """the nodes before `out` of an activation that is written out, in order"""
     written: fx.Node | None = None
     """the later node that changes z in place, if any"""
     gamma: Tensor | None = None
@@ -76,6 +85,7 @@ class Site:
         parts = [self.producer, self.kind]
         parts += ["add"] if self.residual is not None else []
         parts += [] if self.activation.name == "identity" else [self.activation.name]
+        parts += [] if self.slope is None else ["prelu"]
         return " → ".join(parts)
 
 
@@ -85,16 +95,18 @@ def find_sites(
     values: Mapping[fx.Node, Any],
     layers: Mapping[Any, str],
     there_anyway: Collection[int],
+    takes_slopes: bool = True,
 ) -> tuple[Site, ...]:
     """Every norm of the captured graph, in order.
 
     Args:
         there_anyway: the values that are kept or made again in backward without any rewrite: a norm takes only such
             a residual, which it keeps.
+        takes_slopes: whether a PReLU may be part of a site.
         values: the real inputs of the graph, by placeholder.
         layers: functions that are norms of this library's own, with the reason why each is no site.
     """
-    finder = _Finder(facts, values, layers, there_anyway)
+    finder = _Finder(facts, values, layers, there_anyway, takes_slopes)
     sites = [finder.site(node) for node in graph.nodes if node.target in NORMS or node.target in layers]
     norms = frozenset(site.norm for site in sites if _reads_pieces(site))
     return tuple(finder.with_concatenations(site, norms) for site in sites)
@@ -106,9 +118,15 @@ def _reads_pieces(site: Site) -> bool:
 
 class _Finder:
     def __init__(
-        self, facts: Facts, values: Mapping[fx.Node, Any], layers: Mapping[Any, str], there_anyway: Collection[int]
+        self,
+        facts: Facts,
+        values: Mapping[fx.Node, Any],
+        layers: Mapping[Any, str],
+        there_anyway: Collection[int],
+        takes_slopes: bool,
     ):
         self.facts, self.values, self.layers, self.there_anyway = facts, values, layers, there_anyway
+        self.takes_slopes = takes_slopes
         saved = frozenset(v for step in facts.steps for v in step.saves)
         self.doomed = saved & facts.overwritten  # backward is to raise, as it does without us
 
@@ -126,15 +144,21 @@ class _Finder:
         if reason is not None:
             return replace(start, refused=reason, refused_at=at)
         add, residual = self._residual(norm, x)
-        activation, out = self._activation(add if add is not None else norm, x)
+        last = norm if add is None else add
+        activation, nodes = self._activation(last, x)
+        out = nodes[-1] if nodes else last
         if residual is not None and self._would_move(norm, x, out):
             add, residual = None, None
-            activation, out = self._activation(norm, x)
+            activation, nodes = self._activation(norm, x)
+            out = nodes[-1] if nodes else norm
+        slope = self._slope(norm, x) if out is norm and self.takes_slopes else None
+        out = out if slope is None else next(iter(norm.users))
         written = self.facts.writer_after(out, out)
         arguments = bound(F.batch_norm, norm) if start.is_batch_norm else None
         weight = (arguments or {}).get("weight")
         gamma = self.values.get(weight) if isinstance(weight, fx.Node) else None
-        return replace(start, residual=residual, add=add, activation=activation, out=out, written=written, gamma=gamma)
+        around = replace(start, residual=residual, add=add, activation=activation, out=out, within=nodes[:-1])
+        return replace(around, written=written, gamma=gamma, slope=slope, left_alone=_left_alone(out))
 
     def with_concatenations(self, site: Site, norms: frozenset[fx.Node]) -> Site:
         """The site with the concatenations that it can do without, `norms` being all that might."""
@@ -155,6 +179,8 @@ class _Finder:
             if not self.facts.is_watched(piece):
                 reason = f"a tensor of its concatenation, `{called(piece)}`, may be changed by others before backward"
                 return replace(site, not_shared=reason)
+        if site.slope is not None:  # without it the concatenation need not be stored
+            site = replace(site, slope=None, out=site.norm, written=self.facts.writer_after(site.norm, site.norm))
         return replace(site, cats=cats)
 
     # --- the norm itself ---
@@ -227,7 +253,8 @@ class _Finder:
         into_residual = sums_in_place(add) and add.args[0] is not norm
         if into_residual and not (residual.target in _SITES and len(residual.users) == 1):
             return None, None  # it is the other operand that is written, and somebody else may see it
-        last = self._activation(add, x)[1] if into_residual else add  # what the site itself writes there is no more
+        own = self._activation(add, x)[1] if into_residual else ()
+        last = own[-1] if own else add  # what the site itself writes there is no more
         if self.facts.writer_after(residual, last) is not None:
             return None, None  # kept as the residual, it must not change later
         value = self.facts.value_of(residual)
@@ -241,19 +268,54 @@ class _Finder:
         """Of two norms added to each other the later one takes the other as its residual."""
         return node.target in _SITES and len(node.users) == 1 and norm < node
 
-    def _activation(self, last: fx.Node, x: fx.Node | None) -> tuple[Activation, fx.Node]:
-        """The activation that alone uses `last`, with its node; the identity and `last` if there is none."""
+    def _activation(self, last: fx.Node, x: fx.Node | None) -> tuple[Activation, tuple[fx.Node, ...]]:
+        """The activation of `last` that alone is read, with its nodes; the identity and none if there is none."""
         user = next(iter(last.users)) if len(last.users) == 1 else None
         activation = None if user is None else activation_of(user)
-        if user is None or activation is None or self.facts.value_of(user) in self.doomed:
-            return IDENTITY, last
-        if not self.facts.are_in_one_mode(last, user):
-            return IDENTITY, last
+        found = [] if user is None or activation is None else [Form(activation, (user,))]
+        found += [form for form in forms_behind(last) if len(form.nodes) > 1]
+        fitting = [form for form in found if self._takes_in(form, last, x)]
+        return (fitting[-1].activation, fitting[-1].nodes) if fitting else (IDENTITY, ())
+
+    def _slope(self, norm: fx.Node, x: fx.Node | None) -> fx.Node | None:
+        """The slope of a PReLU that alone uses the norm's result, where one op may stand for both."""
+        prelu = next(iter(norm.users)) if len(norm.users) == 1 else None
+        if prelu is None or name_of(prelu.target) != "prelu" or prelu.kwargs or prelu.args[:1] != (norm,):
+            return None
+        slope, given = prelu.args[1], self.facts.results.get(x) if x is not None else None
+        if not isinstance(slope, fx.Node) or slope.op != "placeholder" or slope is x:
+            return None
+        if self.facts.value_of(prelu) in self.doomed or not self.facts.are_in_one_mode(norm, prelu):
+            return None
+        if self.facts.toucher_between([slope], norm, prelu) is not None:
+            return None
+        call = self._call(norm)
+        fits = call is not None and is_fusible_with_prelu(call, given, self.facts.results[slope])
+        return slope if fits else None
+
+    def _call(self, norm: fx.Node) -> Any:
+        """What holds the arguments of a norm, with tensors without memory."""
+        if norm.target in SAMPLE_NORMS:
+            call = sample_norm_call(norm)
+            kind, arguments = (None, {}) if isinstance(call, str) else call
+        else:
+            kind, arguments = FunctionalBatchNorm, bound(F.batch_norm, norm) or {}
+            arguments.pop("input", None)
+        values = {name: self.facts.results.get(a, a) if isinstance(a, fx.Node) else a for name, a in arguments.items()}
+        return None if kind is None else kind(**values)
+
+    def _takes_in(self, form: Form, last: fx.Node, x: fx.Node | None) -> bool:
+        """Whether one op may stand for an activation and the norm, or the sum, before it."""
+        if any(self.facts.value_of(node) in self.doomed for node in form.nodes):
+            return False
+        if not self.facts.are_in_one_mode(last, *form.nodes):
+            return False
         given = None if x is None else self.facts.results.get(x)
-        norm_is_contiguous = last.target in ALWAYS_CONTIGUOUS
-        if self.facts.writer_after(last, last) is user and not (norm_is_contiguous or _is_activated_alike(given)):
-            return IDENTITY, last
-        return activation, user
+        lies_alike = last.target in ALWAYS_CONTIGUOUS or _is_activated_alike(given)
+        if len(form.nodes) > 1:
+            results = [self.facts.results.get(node) for node in (last, *form.nodes)]
+            return lies_alike and is_of_one_kind(results) and rounds_alike(form, results[0])
+        return lies_alike or self.facts.writer_after(last, last) is not form.nodes[0]
 
     def _would_move(self, norm: fx.Node, x: fx.Node | None, out: fx.Node) -> bool:
         """Whether a norm that runs where its residual is added would pass somebody who sees what it reads or moves."""
@@ -261,6 +323,15 @@ class _Finder:
             return True
         state = [node for node in norm.all_input_nodes if node is not x]
         return self.facts.toucher_between(state, norm, out) is not None
+
+
+def _left_alone(out: fx.Node) -> str:
+    """Why an activation behind a site is not part of it; empty where there is none."""
+    user = next(iter(out.users)) if len(out.users) == 1 else None
+    name = "" if user is None else name_of(user.target)
+    if name in ("run_custom_function", "autograd_function_apply"):
+        return "an autograd function of the model's own is behind it, which stays what it is"
+    return "the activation behind it draws random slopes, which are kept" if name.startswith("rrelu") else ""
 
 
 def _is_activated_alike(x: Any) -> bool:

@@ -59,7 +59,7 @@ class FunctionalGroupNorm:
 
     def is_fusible(self, x: Any, residual: Any, activation: str) -> bool:
         """Whether the kernels take these. x: a tensor, or a fake one."""
-        groups, shape = self._groups(x), x.shape
+        groups, shape = self.groups_of(x), x.shape
         if not 2 <= len(shape) <= 5 or x.numel() == 0 or groups <= 0 or shape[1] % groups or not self.eps > 0:
             return False
         if x.numel() == shape[0] * groups and (groups == 1 or self.groups is None):
@@ -87,7 +87,7 @@ class FunctionalGroupNorm:
 
     def count_of_moments(self, x: Any) -> int:
         """How many means there are."""
-        groups: int = x.shape[0] * self._groups(x)
+        groups: int = x.shape[0] * self.groups_of(x)
         return groups
 
     def new_result(self, x: Tensor, activation: str) -> Tensor:
@@ -99,17 +99,18 @@ class FunctionalGroupNorm:
     ) -> Run:
         options = self._options(x, activation, args)
         z, mean, var = group_norm_act_on(kernels, x, residual, self.weight, self.bias, None, options)
-        self._move(mean, var, x.numel() // mean.numel())
+        self.move(mean, var, x.numel() // mean.numel())
         return z, rebuild_group_norm_act, (x, residual, self.weight, self.bias, mean, var, options)
 
-    def _groups(self, x: Any) -> int:
+    def groups_of(self, x: Any) -> int:
+        """Of the channels of a sample."""
         channels: int = x.shape[1]
         return channels if self.groups is None else self.groups
 
     def _options(self, x: Any, activation: str, args: Sequence[float]) -> GroupNormOptions:
-        return GroupNormOptions(self._groups(x), self.eps, activation, tuple(args), self.groups is None)
+        return GroupNormOptions(self.groups_of(x), self.eps, activation, tuple(args), self.groups is None)
 
-    def _move(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def move(self, mean: Tensor, var: Tensor, count: int) -> None:
         """The running statistics, by the average over the samples."""
         if self.running_mean is None or self.running_var is None:
             return

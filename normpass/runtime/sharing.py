@@ -40,6 +40,7 @@ from normpass.runtime.functional import (
     split_norm_act,
     watch_running,
 )
+from normpass.runtime.prelu import fused_norm_prelu, split_norm_prelu
 from normpass.runtime.sample_norms import fused_sample_norm_act, split_sample_norm_act
 
 
@@ -103,6 +104,7 @@ WITHOUT_RECIPE: dict[Any, Callable[..., Tensor]] = {
     split_norm_act: fused_norm_act,
     shared_norm_act: kept_shared_norm_act,
     split_sample_norm_act: fused_sample_norm_act,
+    split_norm_prelu: fused_norm_prelu,
 }
 """What rebuilds its result -> the same that keeps it."""
 

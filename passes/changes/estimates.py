@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from normpass.graph.activations import activation_of
 from normpass.graph.nodes import is_in_place_call, name_of
-from normpass.graph.operators import CAT, activation_of, is_add, other_operand
+from normpass.graph.operators import CAT, is_add, other_operand
 from normpass.ops import Activation
 
 

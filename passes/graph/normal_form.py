@@ -3,6 +3,7 @@
     a result that nobody reads               ⇒  nothing: what it would keep is freed at once
     dropout(x, 0), dropout in eval mode      ⇒  x
     dropout(x, p)                            ⇒  one node that notes its result: x and the mask make it again
+    rrelu(x) in training                     ⇒  the same: x and the slopes make it again
     a += b, relu_(a), … that keep a copy     ⇒  a + b, relu(a), …: autograd keeps what they read, and no copy of it
     a batch norm with a cumulative average   ⇒  F.batch_norm with a momentum that is computed
     checkpoint(f, x, …)                      ⇒  torch.utils.checkpoint itself: the region is the user's
@@ -27,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from normpass.analysis.facts import Facts, Step
 from normpass.capture.cumulative_norm import cumulative_batch_norm, share_of_batch
 from normpass.copies.untouched import tensors_in
+from normpass.graph.activations import activation_of
 from normpass.graph.nodes import bound, called_on, function_of, is_in_place_call, key_of, name_of, replace_node
-from normpass.graph.operators import activation_of
 from normpass.ops.layout import lies_as_new
 from normpass.recipe.notes import tag
 
@@ -38,7 +39,7 @@ _CUSTOM_FUNCTION = "autograd_function_apply"
 
 @dataclass(frozen=True)
 class SpellPlainly:
-    """Dropout, cumulative averages, checkpoints and custom functions, each as one call that the facts can follow."""
+    """Dropout, RReLU, cumulative averages, checkpoints and custom functions, each as a call that facts can follow."""
 
     name: str = "spell_plainly"
 
@@ -48,6 +49,8 @@ class SpellPlainly:
         for node in list(graph.nodes):
             if node.target is F.dropout:
                 _simplify_dropout(graph, node)
+            elif node.target is F.rrelu:
+                _simplify_rrelu(graph, node)
             elif node.target is cumulative_batch_norm:
                 _expand_cumulative(graph, node)
             elif node.op == "call_function" and name_of(node.target) == _CHECKPOINT:
@@ -162,6 +165,39 @@ def _by_torch(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     result, mask = torch.native_dropout(x, p, True)
     tag(result, torch.ops.aten.native_dropout_backward.default, (x, mask, 1 / (1 - p)))
+    return result
+
+
+# --- RReLU ------------------------------------------------------------------------------------------
+
+
+SMALLEST_RANGE = 1e-6
+"""of the slopes, for ATen's backward to use them"""
+
+
+def _simplify_rrelu(graph: fx.Graph, node: fx.Node) -> None:
+    arguments = bound(F.rrelu, node)
+    if arguments is None or arguments["training"] is not True or arguments["inplace"] is not False:
+        return
+    x, lower, upper = (arguments[name] for name in ("input", "lower", "upper"))
+    if all(isinstance(b, (int, float)) for b in (lower, upper)) and upper - lower > SMALLEST_RANGE:
+        with graph.inserting_before(node):
+            new = graph.call_function(rrelu, (x, lower, upper))
+        replace_node(graph, node, new)
+
+
+def rrelu(x: Tensor, lower: float, upper: float) -> Tensor:
+    """`F.rrelu(x, lower, upper, True)`: the same draw and the same numbers; who saves the result keeps the slopes.
+
+    Backward reads these alone, and not x.
+    """
+    if torch.compiler.is_compiling() or x.numel() == 0 or not x.is_floating_point():
+        return F.rrelu(x, lower, upper, True)
+    slopes = torch.empty_like(x)
+    with torch.no_grad():
+        torch.ops.aten.rrelu_with_noise(x.detach(), slopes, lower, upper, True)
+    result = x * slopes
+    tag(result, torch.mul, (x, slopes))
     return result
 
 

@@ -40,6 +40,8 @@ class InplaceABN:
         return written_later(self.name, site) or Match(self.name, site, kept="z")
 
     def _reason(self, site: Site) -> str | None:
+        if site.slope is not None:
+            return "a PReLU has a slope of its own"
         if site.residual is not None:
             return "a residual is added before the activation"
         if not site.activation.invertible:

@@ -56,7 +56,7 @@ class ShareStatistics:
             shared = graph.call_function(shared_norm_act, args)
         inherit(shared, norm)
         site.out.replace_all_uses_with(shared)
-        for node in dict.fromkeys((site.out, norm)):
+        for node in dict.fromkeys((site.out, *reversed(site.within), norm)):
             graph.erase_node(node)
         for cat in site.cats:
             if not cat.users:

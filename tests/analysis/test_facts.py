@@ -24,6 +24,7 @@ from normpass.collect import captured_graphs
 from normpass.graph.nodes import is_state, name_of
 from normpass.pipeline import Request
 from normpass.runtime.functional import split_norm_act
+from normpass.runtime.prelu import split_norm_prelu
 from normpass.runtime.sample_norms import split_sample_norm_act
 from normpass.runtime.sharing import producer_statistics, shared_norm_act
 
@@ -147,7 +148,8 @@ def test_what_stands_for_our_functions_has_the_facts_of_these(make: type[nn.Modu
         node.meta.setdefault("key", node.name)
     assert {split_norm_act, producer_statistics, shared_norm_act} & {n.target for n in graph.nodes}
     # The last runs no kernel on fake tensors: what it keeps is measured in tests/runtime/test_sample_norms.py.
-    assert set(STAND_INS) == {split_norm_act, producer_statistics, shared_norm_act, split_sample_norm_act}
+    splits = {split_norm_act, split_sample_norm_act, split_norm_prelu}
+    assert set(STAND_INS) == {*splits, producer_statistics, shared_norm_act}
     stood, real = (facts_of(rewritten.graph_module, FakeInputs(inputs), stand_ins) for stand_ins in (STAND_INS, None))
     assert stood.plain_kept == real.plain_kept > 0
     for a, b in zip(stood.steps, real.steps, strict=True):

@@ -36,6 +36,15 @@ FORWARD: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
     "softplus": F.softplus,
     "mish": F.mish,
+    "softsign": F.softsign,
+    "log_sigmoid": F.logsigmoid,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "tanhshrink": F.tanhshrink,
+    "clamp": torch.clamp,
+    "open_clamp": torch.clamp,
+    "threshold": F.threshold,
+    "squared_relu": lambda y: F.relu(y) ** 2,
 }
 ARGUMENTS: dict[str, tuple[float, ...]] = {
     "hardtanh": (-1.0, 1.5),
@@ -43,6 +52,11 @@ ARGUMENTS: dict[str, tuple[float, ...]] = {
     "elu": (0.7,),
     "celu": (0.5,),
     "softplus": (2.0, 20.0),
+    "hardshrink": (1.0,),
+    "softshrink": (1.0,),
+    "clamp": (-1.0, 1.5),
+    "open_clamp": (-1.0, 1.5),
+    "threshold": (0.0, 1.5),
 }
 INVERTIBLE = ("identity", "leaky_relu", "elu", "selu", "celu")
 KINKS = (-3.0, -1.0, 0.0, 1.5, 3.0)

@@ -11,9 +11,19 @@ from normpass.ops.activation import RULES
 
 MEANS = torch.tensor([-8.0, -2.0, -0.3, 0.0, 0.4, 1.5, 7.0, 30.0], dtype=torch.float64)
 VARS = torch.tensor([1.0, 0.3, 2.0, 1.0, 0.01, 4.0, 9.0, 0.5], dtype=torch.float64)
-EXACT = {"identity": (), "relu": (), "leaky_relu": (0.1,), "hardtanh": (0.0, 6.0)}
+EXACT = {
+    "identity": (),
+    "relu": (),
+    "leaky_relu": (0.1,),
+    "hardtanh": (0.0, 6.0),
+    "clamp": (-0.5, 2.0),
+    "open_clamp": (0.1, 0.9),
+}
 INTEGRATED = {"silu": (), "gelu": (), "tanh": (), "sigmoid": (), "elu": (1.0,), "softplus": (1.0, 20.0), "mish": ()}
+INTEGRATED |= {"log_sigmoid": (), "tanhshrink": ()}
 KINKED = {"hardswish": (), "hardsigmoid": (), "selu": (), "celu": (2.0,), "gelu_tanh": ()}
+KINKED |= {"softshrink": (0.5,), "softsign": (), "squared_relu": ()}
+JUMPS = {"hardshrink": (0.5,), "threshold": (0.5, -0.2)}
 
 
 def summed(name, args):
@@ -31,6 +41,7 @@ def summed(name, args):
         *((name, args, 1e-8) for name, args in EXACT.items()),
         *((name, args, 2e-3) for name, args in INTEGRATED.items()),
         *((name, args, 2e-2) for name, args in KINKED.items()),
+        *((name, args, 1e-1) for name, args in JUMPS.items()),
     ],
 )
 def test_against_a_fine_sum(name, args, tolerance):
@@ -39,7 +50,7 @@ def test_against_a_fine_sum(name, args, tolerance):
 
 
 def test_every_activation_has_a_test():
-    assert set(EXACT) | set(INTEGRATED) | set(KINKED) == set(RULES)
+    assert set(EXACT) | set(INTEGRATED) | set(KINKED) | set(JUMPS) == set(RULES)
 
 
 @pytest.mark.parametrize("name, args", [*EXACT.items(), ("silu", ())])

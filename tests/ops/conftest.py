@@ -20,7 +20,7 @@ from normpass.ops.norm_act import rebuild_norm_act
 
 EPS = 1e-5
 
-SMOOTH = ("identity", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "softplus", "mish")
+SMOOTH = ("identity", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "softplus", "mish", "log_sigmoid", "tanhshrink")
 INVERTIBLE = [
     Activation("identity"),
     Activation("leaky_relu", (0.1,)),
@@ -45,6 +45,17 @@ ACTIVATIONS = [
     Activation("softplus", (1.0, 20.0)),
     Activation("softplus", (2.0, 20.0)),
     Activation("mish"),
+    Activation("softsign"),
+    Activation("log_sigmoid"),
+    Activation("hardshrink", (0.5,)),
+    Activation("softshrink", (0.5,)),
+    Activation("tanhshrink"),
+    Activation("clamp", (-1.01, 1.51)),
+    Activation("clamp", (0.01, float("inf"))),
+    Activation("open_clamp", (-1.01, 1.51)),
+    Activation("open_clamp", (-float("inf"), 0.51)),
+    Activation("threshold", (0.2, -1.0)),
+    Activation("squared_relu"),
 ]
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
@@ -66,6 +77,15 @@ FORMULAS = {
     "tanh": lambda y: 1 - 2 / ((2 * y).exp() + 1),
     "softplus": lambda y, beta, threshold: (1 + (beta * y).exp()).log() / beta,
     "mish": lambda y: y * torch.tanh((1 + y.exp()).log()),
+    "softsign": lambda y: y / (1 + y.abs()),
+    "log_sigmoid": lambda y: -(1 + (-y).exp()).log(),
+    "hardshrink": lambda y, lambd: torch.where(y.abs() > lambd, y, 0.0),
+    "softshrink": lambda y, lambd: torch.where(y.abs() > lambd, y - lambd * y.sign(), 0.0),
+    "tanhshrink": lambda y: y - torch.tanh(y),
+    "clamp": lambda y, low, high: torch.where(y < low, low, torch.where(y > high, high, y)),
+    "open_clamp": lambda y, low, high: torch.where(y < low, low, torch.where(y > high, high, y)),
+    "threshold": lambda y, threshold, value: torch.where(y > threshold, y, value),
+    "squared_relu": lambda y: torch.where(y > 0, y * y, 0.0),
 }
 
 

@@ -2,9 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normpass.graph import operators
+from normpass.graph import activations as spellings
+from normpass.graph.operators import KINDS
+from normpass.kernels.activations import clamp_of_torch
 from normpass.kernels.contract import ACTIVATIONS
-from normpass.ops import Activation, activate, activate_, activation_backward, deactivate
+from normpass.ops import Activation, activate, activate_, activation_backward, deactivate, norm_act
 from normpass.ops.activation import RULES
 
 EAGER = {
@@ -24,6 +26,15 @@ EAGER = {
     "tanh": torch.tanh,
     "softplus": F.softplus,
     "mish": F.mish,
+    "softsign": F.softsign,
+    "log_sigmoid": F.logsigmoid,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "tanhshrink": F.tanhshrink,
+    "clamp": torch.clamp,
+    "open_clamp": torch.clamp,
+    "threshold": F.threshold,
+    "squared_relu": lambda y: F.relu(y) ** 2,
 }
 
 
@@ -58,6 +69,20 @@ def test_numbers_are_eagers_to_the_bit(activation, dtype):
     assert torch.equal(activate_(y.clone(), name, args), z)
     assert torch.equal(activation_backward(grad, y, name, args), expected)
     assert torch.equal(activation_backward(grad, y.clone(), name, args, owns_y=True), expected)
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 2.0), (0.0, float("inf")), (-float("inf"), 0.5), (2.0, -1.0)])
+def test_the_gradient_at_the_bounds_of_a_clamp_is_that_of_this_torch(low, high):
+    y = torch.tensor([-float("inf"), -1.0, 0.0, 0.3, 0.5, 2.0, float("inf"), float("nan")], requires_grad=True)
+    bounds = [None if abs(bound) == float("inf") else bound for bound in (low, high)]
+    (expected,) = torch.autograd.grad(torch.clamp(y, *bounds).sum(), y)
+    found = activation_backward(torch.ones(8), y.detach(), clamp_of_torch(), (low, high))
+    assert torch.equal(found, expected)
+    kernel = y.detach().clone().repeat(4, 1).T.reshape(1, 1, 32).repeat(2, 3, 1).requires_grad_()
+    one = torch.ones(3)
+    z = norm_act(kernel, None, None, None, one - 1, one, 0.0, False, clamp_of_torch(), (low, high))
+    (found,) = torch.autograd.grad(z.sum(), kernel)
+    assert torch.equal(found[0, 0, ::4], expected)
 
 
 def test_backward_writes_to_nothing_it_does_not_own(activation):
@@ -108,6 +133,7 @@ def test_a_decreasing_branch_is_not_invertible(name, args):
         ("hardtanh", (1.0, -1.0), r"`hardtanh` needs min <= max, got hardtanh\(1, -1\)"),
         ("celu", (0.0,), r"`celu` needs alpha != 0"),
         ("softplus", (0.0, 20.0), r"`softplus` needs beta > 0"),
+        ("softshrink", (-0.5,), r"`softshrink` needs lambd >= 0"),
     ],
 )
 def test_what_is_not_an_activation_is_refused(name, args, message):
@@ -123,7 +149,7 @@ def test_an_activation_is_a_value():
 
 def test_every_rule_is_known_everywhere(activations):
     """To the kernels, to whoever reads a graph, to sub-batches, and to the tests of this folder."""
-    spelled = {name for name, _ in operators._ACTIVATIONS.values()} - {"relu6"}  # a hardtanh
-    assert spelled | {"identity", "gelu_tanh"} == set(RULES) == set(ACTIVATIONS)
-    assert spelled <= set(operators.KINDS)
+    spelled = {name for name, _ in spellings._ACTIVATIONS.values()} - {"relu6", "rrelu"}  # a hardtanh, a leaky ReLU
+    assert spelled | {"identity", "gelu_tanh", "clamp", "open_clamp", "squared_relu"} == set(RULES) == set(ACTIVATIONS)
+    assert spelled | {"clamp"} <= set(KINDS)
     assert {activation.name for activation in activations} == set(RULES)

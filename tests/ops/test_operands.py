@@ -22,7 +22,7 @@ NEEDS = (True, True, True, True)
 class CheckedKernels:
     """Computes by the references, and checks that every call keeps the contract."""
 
-    adds_gradients = normalizes_residuals = False
+    adds_gradients = normalizes_residuals = takes_slopes = False
     masks = frozenset()
 
     def __init__(self):

@@ -14,7 +14,8 @@ from torch import fx, nn
 from training import captures_of, collected
 
 import normpass
-from normpass.graph.operators import activation_of
+from normpass.graph.activations import activation_of
+from normpass.kernels.activations import clamp_of_torch
 from normpass.rewrite.sites import Site
 
 
@@ -48,6 +49,7 @@ def only_site(module: nn.Module, x: torch.Tensor = X) -> Site:
 
 # --- activations ----------------------------------------------------------------------------------
 
+INF = float("inf")
 ACTIVATIONS: list[tuple[Callable, str | None, tuple]] = [
     (torch.relu, "relu", ()),
     (lambda y: y.relu(), "relu", ()),
@@ -72,7 +74,23 @@ ACTIVATIONS: list[tuple[Callable, str | None, tuple]] = [
     (torch.tanh, "tanh", ()),
     (lambda y: F.softplus(y, 2.0), "softplus", (2.0, 20.0)),
     (F.mish, "mish", ()),
-    (lambda y: y.clamp(min=0), None, ()),
+    (lambda y: y.clamp(min=0), clamp_of_torch(), (0.0, INF)),
+    (lambda y: y.clamp(-1, 2), clamp_of_torch(), (-1.0, 2.0)),
+    (lambda y: torch.clip(y, max=2), clamp_of_torch(), (-INF, 2.0)),
+    (lambda y: y.clip(0.0, None), clamp_of_torch(), (0.0, INF)),
+    (lambda y: torch.clamp_min(y, 0.5), clamp_of_torch(), (0.5, INF)),
+    (lambda y: y.clamp_max(0.5), clamp_of_torch(), (-INF, 0.5)),
+    (lambda y: y.clamp_(max=1), clamp_of_torch(), (-INF, 1.0)),
+    (lambda y: y.clamp(torch.zeros(3)), None, ()),
+    (F.softsign, "softsign", ()),
+    (F.logsigmoid, "log_sigmoid", ()),
+    (lambda y: F.hardshrink(y, 0.3), "hardshrink", (0.3,)),
+    (F.softshrink, "softshrink", (0.5,)),
+    (F.tanhshrink, "tanhshrink", ()),
+    (lambda y: F.threshold(y, 0.1, 2.0), "threshold", (0.1, 2.0)),
+    (lambda y: F.threshold(y, 0.1, 2.0, inplace=True), "threshold", (0.1, 2.0)),
+    (lambda y: F.rrelu(y, 0.1, 0.3), "leaky_relu", (0.2,)),
+    (lambda y: F.rrelu(y, training=True), None, ()),
     (lambda y: F.relu(y, inplace=False) if y.dim() == 3 else y.neg(), None, ()),
     # layers
     (nn.ReLU(inplace=True), "relu", ()),
@@ -91,6 +109,13 @@ ACTIVATIONS: list[tuple[Callable, str | None, tuple]] = [
     (nn.Tanh(), "tanh", ()),
     (nn.Softplus(2, 10), "softplus", (2.0, 10.0)),
     (nn.Mish(), "mish", ()),
+    (nn.Softsign(), "softsign", ()),
+    (nn.LogSigmoid(), "log_sigmoid", ()),
+    (nn.Hardshrink(), "hardshrink", (0.5,)),
+    (nn.Softshrink(0.2), "softshrink", (0.2,)),
+    (nn.Tanhshrink(), "tanhshrink", ()),
+    (nn.Threshold(0.1, 0.0), "threshold", (0.1, 0.0)),
+    (nn.RReLU().eval(), "leaky_relu", ((1 / 8 + 1 / 3) / 2,)),
     (nn.PReLU(), None, ()),  # has a parameter: stays what it is
 ]
 

@@ -23,6 +23,7 @@ class PlainKernels:
 
     def __init__(self) -> None:
         self.adds_gradients = self.normalizes_residuals = True
+        self.takes_slopes = False
         self.masks = CudaKernels.masks
         self.calls: list[tuple[str, set[str]]] = []
 
