@@ -58,24 +58,55 @@ def _elu_inverse(z: Tensor, alpha: float, scale: float, input_scale: float) -> T
     return negative.add_(z.clamp(min=0), alpha=1 / scale)  # one of the two is 0
 
 
+@torch.no_grad()
 def _softsign_backward(grad: Tensor, y: Tensor) -> Tensor:
     """grad/d − grad·|y|/d², d = 1 + |y|, rounded as autograd rounds the quotient's."""
     divisor = y.abs().add_(1)
     through_divisor = (y / divisor).div_(divisor).abs_().mul_(grad)
-    return (grad / divisor).sub_(through_divisor)
+    return torch.div(grad, divisor, out=divisor).sub_(through_divisor)
 
 
+def _log_sigmoid_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """With exp(−|y|) as forward keeps it on a CPU."""
+    return aten.log_sigmoid_backward(grad, y, aten.log_sigmoid_forward(y)[1])
+
+
+@torch.no_grad()
+def _tanhshrink_backward(grad: Tensor, y: Tensor) -> Tensor:
+    through_tanh = aten.tanh_backward(grad, torch.tanh(y))
+    return torch.sub(grad, through_tanh, out=through_tanh)
+
+
+@torch.no_grad()
 def _squared_relu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    return aten.threshold_backward(F.relu(y).mul_(2).mul_(grad), y, 0)
+    scaled = F.relu(y).mul_(2).mul_(grad)
+    return aten.threshold_backward.grad_input(scaled, y, 0, grad_input=scaled)
+
+
+def _clamp(y: Tensor, low: float, high: float) -> Tensor:
+    return torch.clamp(y, *_bounds(low, high))
+
+
+def _clamp_(y: Tensor, low: float, high: float) -> Tensor:
+    return torch.clamp_(y, *_bounds(low, high))
+
+
+def _bounds(low: float, high: float) -> tuple[float | None, float | None]:
+    """An infinite bound is none: ATen lets no gradient through where y is such a bound."""
+    return None if low == -math.inf else low, None if high == math.inf else high
+
+
+def _has_bound(low: float, high: float) -> bool:
+    return math.isfinite(low) or math.isfinite(high)
 
 
 def _is_within(y: Tensor, low: float, high: float) -> Tensor:
-    return (y >= low) & (y <= high)
+    return (y >= low).logical_and_(y <= high)
 
 
 def _is_inside(y: Tensor, low: float, high: float) -> Tensor:
     above = y > low if low > -math.inf else ~y.isnan()
-    return above & (y < high) if high < math.inf else above
+    return above.logical_and_(y < high) if high < math.inf else above
 
 
 def _none(grad: Tensor, *args: float) -> Tensor:
@@ -159,10 +190,7 @@ RULES: dict[str, Rule] = {
     ),
     "mish": Rule(forward=F.mish, forward_=aten.mish_, backward=aten.mish_backward),
     "softsign": Rule(forward=F.softsign, backward=_softsign_backward),
-    "log_sigmoid": Rule(
-        forward=F.logsigmoid,
-        backward=lambda g, y: aten.log_sigmoid_backward(g, y, aten.log_sigmoid_forward(y)[1]),
-    ),
+    "log_sigmoid": Rule(forward=F.logsigmoid, backward=_log_sigmoid_backward),
     "hardshrink": Rule(
         arguments=("lambd",),
         forward=F.hardshrink,
@@ -176,21 +204,20 @@ RULES: dict[str, Rule] = {
         constraint=("lambd >= 0", lambda lambd: lambd >= 0),
         two_slopes=TwoSlopes(lambda y, lambd: (y < -lambd) | (y > lambd), _none),
     ),
-    "tanhshrink": Rule(
-        forward=F.tanhshrink,
-        backward=lambda g, y: aten.tanh_backward(-g, torch.tanh(y)).add_(g),
-    ),
-    "clamp": Rule(  # an infinite bound is none
+    "tanhshrink": Rule(forward=F.tanhshrink, backward=_tanhshrink_backward),
+    "clamp": Rule(
         arguments=("min", "max"),
-        forward=torch.clamp,
-        forward_=torch.clamp_,
+        forward=_clamp,
+        forward_=_clamp_,
+        constraint=("a finite bound", _has_bound),
         backward=lambda g, y, low, high: torch.where(_is_within(y, low, high), g, 0),
         two_slopes=TwoSlopes(_is_within, _none),
     ),
     "open_clamp": Rule(  # the gradient at a bound is 0
         arguments=("min", "max"),
-        forward=torch.clamp,
-        forward_=torch.clamp_,
+        forward=_clamp,
+        forward_=_clamp_,
+        constraint=("a finite bound", _has_bound),
         backward=lambda g, y, low, high: torch.where(_is_inside(y, low, high), g, 0),
         two_slopes=TwoSlopes(_is_inside, _none),
     ),

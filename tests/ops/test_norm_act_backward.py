@@ -56,7 +56,8 @@ def test_two_temporaries_beside_the_result(activation, expanded, layout, make_si
     if activation.name == "identity":
         assert live.peak == 1 + expanded
     else:
-        assert live.peak <= 2  # y and dy, then dy and dx
+        more = activation.name in "softsign log_sigmoid tanhshrink clamp open_clamp".split()  # as ATen's backward has
+        assert live.peak <= 2 + more  # y and dy, then dy and dx
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

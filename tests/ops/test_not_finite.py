@@ -143,7 +143,8 @@ def test_far_from_zero(size, activation):
             y, None, None, None, torch.zeros(3), torch.ones(3), 0.0, False, activation.name, activation.args
         )
         (dy,) = torch.autograd.grad(z.sum(), y)
-        expected = RULES[activation.name].forward(y, *activation.args)
+        given = y.double() if activation.name == "softsign" else y  # of which autograd's gradient cancels
+        expected = RULES[activation.name].forward(given, *activation.args).float()
         (expected_dy,) = torch.autograd.grad(expected.sum(), y)
         torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-37, equal_nan=True)
         torch.testing.assert_close(dy, expected_dy, rtol=1e-6, atol=1e-37, equal_nan=True)

@@ -64,13 +64,13 @@ class CheckedKernels:
         running.var.data.copy_(new[1])
 
     def norm_act(self, z, x, residual, norm, layout):
-        values, (eps, *activation) = norm[:4], norm[4:]
+        values, (eps, *activation) = norm[:4], norm[4:7]
         self._note("norm_act", layout, (z,), (x, residual), values)
         with kernels.disabled(), torch.no_grad():
             z.copy_(ops.norm_act(x, residual, *values, eps, False, *activation))
 
     def norm_act_backward(self, dx, dresidual, dweight, dbias, grad, x, residual, norm, batch_statistics, layout):
-        values, (eps, *activation) = norm[:4], norm[4:]
+        values, (eps, *activation) = norm[:4], norm[4:7]
         self._note("backward", layout, (dx, dresidual), (grad, x, residual), (dweight, dbias, *values))
         results = (dx, dresidual, dweight, dbias)
         needs = [t is not None for t in results]
@@ -81,7 +81,7 @@ class CheckedKernels:
                 result.copy_(value)
 
     def inplace_abn_backward(self, dx, dweight, dbias, grad, z, norm, batch_statistics, layout):
-        weight, bias, mean, var, eps, *activation = norm
+        weight, bias, mean, var, eps, *activation = norm[:7]
         assert mean is None
         self._note("inplace_abn_backward", layout, (dx,), (grad, z), (dweight, dbias, weight, bias, var))
         results = (dx, dweight, dbias)
