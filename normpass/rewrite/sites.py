@@ -328,7 +328,7 @@ class _Finder:
 def _left_alone(out: fx.Node) -> str:
     """Why an activation behind a site is not part of it; empty where there is none."""
     user = next(iter(out.users)) if len(out.users) == 1 else None
-    name = "" if user is None else name_of(user.target)
+    name = "" if user is None else name_of(user.target).removeprefix("as_first_")
     if name in ("run_custom_function", "autograd_function_apply"):
         return "an autograd function of the model's own is behind it, which stays what it is"
     return "the activation behind it draws random slopes, which are kept" if name.startswith("rrelu") else ""

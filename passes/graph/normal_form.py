@@ -180,10 +180,14 @@ def _simplify_rrelu(graph: fx.Graph, node: fx.Node) -> None:
     if arguments is None or arguments["training"] is not True or arguments["inplace"] is not False:
         return
     x, lower, upper = (arguments[name] for name in ("input", "lower", "upper"))
-    if all(isinstance(b, (int, float)) for b in (lower, upper)) and upper - lower > SMALLEST_RANGE:
+    if _has_range(lower, upper):
         with graph.inserting_before(node):
             new = graph.call_function(rrelu, (x, lower, upper))
         replace_node(graph, node, new)
+
+
+def _has_range(lower: Any, upper: Any) -> bool:
+    return all(isinstance(b, (int, float)) for b in (lower, upper)) and upper - lower > SMALLEST_RANGE
 
 
 def rrelu(x: Tensor, lower: float, upper: float) -> Tensor:
@@ -242,7 +246,9 @@ def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> None:
     assert function is not None  # `_lies_as_first` has looked
     with graph.inserting_before(node):
         new = graph.call_function(function, args, kwargs)
-    if activation_of(new) is None:  # which has the dtype of its argument, and rewrites look for it
+    if name_of(function) == "rrelu" and args[3:] == (True,) and not kwargs and _has_range(*args[1:3]):
+        new.target, new.args = rrelu, args[:3]
+    elif activation_of(new) is None:  # which has the dtype of its argument, and rewrites look for it
         new.target = called_on(as_first, function)
     replace_node(graph, node, new)
 
