@@ -144,6 +144,28 @@ def test_other_norms_end_as_standard_operators(tmp_path, change, pair, left):
     assert largest_error(model.eval()(x), run_onnx(tmp_path / "net.onnx", x)) < 1e-4
 
 
+class WrittenOut(nn.Module):
+    def forward(self, y):
+        return (y * torch.sigmoid(y)).clamp(-1, 1) - torch.relu(y) ** 2
+
+
+def test_activations_end_as_standard_operators(tmp_path):
+    acts = [
+        nn.PReLU(4),
+        nn.Softsign(),
+        nn.LogSigmoid(),
+        nn.Hardshrink(),
+        nn.Softshrink(),
+        nn.Tanhshrink(),
+        WrittenOut(),
+    ]
+    model = nn.Sequential(*[layer for act in acts for layer in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act)])
+    x = torch.randn(2, 4, 8, 8)
+    found = normpass.convert(normpass.optimize(model), tmp_path / "model.onnx", x)
+    assert (found.folded, len(found.left)) == (7, 0) and found.agreement.largest_error < 1e-5
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
+
+
 class Left(nn.Module):
     """Norms that cannot be folded: read twice, of the batch, over the wrong axis, with a computed weight."""
 
