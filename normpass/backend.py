@@ -30,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from normpass.budget.planning import plan_graphs
 from normpass.budget.step_plan import parse_budget
+from normpass.capture import sync_norm
 from normpass.capture.dynamo import is_raising
 from normpass.errors import InvalidInputError
 from normpass.graph.nodes import copy_graph
@@ -69,6 +70,7 @@ _REGIONS: dict[Any, Any] = {
 }
 """what runs a region in eager mode -> the operator that a compiler knows"""
 _log = logging.getLogger(__name__)
+sync_norm.register()  # torch imports this file when it is told the backend's name, and asks again once it has a graph
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normpass.copies.alone import leave_alone
 from normpass.copies.shared_copy import shared_copy
 from normpass.copies.untouched import untouched
 
@@ -31,7 +32,10 @@ def call_arguments(example_inputs: Any) -> Arguments:
 
 
 def trial_copy(model: nn.Module) -> nn.Module:
-    """A copy around the same parameters and buffers, with Python state of its own as far as that can be copied."""
+    """A copy around the same parameters and buffers, with Python state of its own as far as that can be copied.
+
+    Its SyncBatchNorms ask no other process.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):  # whose copy has parameters of its own
@@ -39,9 +43,9 @@ def trial_copy(model: nn.Module) -> nn.Module:
         tensors = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
         memo.update((id(t), t) for t in tensors if isinstance(t, Tensor))
     try:
-        return copy.deepcopy(model, memo)
+        return leave_alone(copy.deepcopy(model, memo))
     except Exception:  # a lock, an activation in a list: shared then
-        return shared_copy(model)
+        return leave_alone(shared_copy(model))
 
 
 def copied_inputs(arguments: Arguments) -> Arguments:

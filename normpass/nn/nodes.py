@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 
+from normpass.capture import sync_norm
 from normpass.capture.cumulative_norm import cumulative_batch_norm
 from normpass.nn.kalman import kalman_norm
 from normpass.nn.switchable import instance_norm, layer_norm, mixed_norm, switchable_norm
@@ -37,3 +38,4 @@ def register_with_dynamo() -> None:
     # Here, since an import of torch._dynamo takes as long as one of torch.
     for function in (*NORM_NODES, cumulative_batch_norm):
         torch.compiler.allow_in_graph(function)
+    sync_norm.register()

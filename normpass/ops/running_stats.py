@@ -51,7 +51,7 @@ def move_running_stats(running: Running, mean: Tensor, var: Tensor, count: int) 
     """The running statistics after one more batch, through the dispatcher."""
     old_mean, old_var, momentum = running
     new = torch.ops.normpass.updated_running_stats.default(old_mean, old_var, mean, var, momentum, count)
-    _write(running, new[0], new[1])
+    write_running_stats(running, new[0], new[1])
 
 
 def update_running_stats(kernels: Kernels | None, running: Running, mean: Tensor, var: Tensor, count: int) -> None:
@@ -64,10 +64,10 @@ def update_running_stats(kernels: Kernels | None, running: Running, mean: Tensor
         return
     new_mean, new_var = _reference(running.mean, running.var, mean, var, running.momentum, count)
     with torch.no_grad():
-        _write(running, new_mean, new_var)
+        write_running_stats(running, new_mean, new_var)
 
 
-def _write(running: Running, mean: Tensor, var: Tensor) -> None:
+def write_running_stats(running: Running, mean: Tensor, var: Tensor) -> None:
     if torch.compiler.is_compiling():  # nobody watches there, and a compiler knows no locks
         running.mean.copy_(mean)
         running.var.copy_(var)

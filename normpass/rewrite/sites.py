@@ -10,6 +10,7 @@ A norm that cannot be rewritten at all is a site too, with the reason in `refuse
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ from normpass.graph.written_out import Form, forms_behind, is_of_one_kind, round
 from normpass.ops.activation import Activation
 from normpass.ops.layout import activated_format, memory_format_of
 from normpass.ops.sample_norm import sample_norms_of
+from normpass.ops.sync_statistics import synced_statistics
 from normpass.rewrite.sample_norms import ALWAYS_CONTIGUOUS, ROW_NORMS, SAMPLE_NORMS, sample_norm_call
 from normpass.runtime.functional import FunctionalBatchNorm
 from normpass.runtime.prelu import is_fusible as is_fusible_with_prelu
@@ -79,6 +81,8 @@ class Site:
     """why this norm cannot do with the pieces of a concatenation"""
     is_batch_norm: bool = True
     """whether the statistics are over samples: else each sample has its own"""
+    is_synced: bool = False
+    """whether the statistics are those of all processes: what takes them keeps x for backward"""
 
     @property
     def pattern(self) -> str:
@@ -135,11 +139,12 @@ class _Finder:
         known = kind is not None and kind.__module__ != "torch.nn.modules.container"
         label = kind.__name__ if known and kind is not None else name_of(norm.target)
         x = _input_of(norm)
-        producer = "?" if x is None else producer_name(x)
+        is_synced = _is_synced(x)
+        producer = "?" if x is None else producer_name(x.all_input_nodes[0].all_input_nodes[0] if is_synced else x)
         start = Site(
             path=called(norm) or path, kind=label, norm=norm, x=x, producer=producer, activation=IDENTITY, out=norm
         )
-        start = replace(start, is_batch_norm=norm.target not in SAMPLE_NORMS)
+        start = replace(start, is_batch_norm=norm.target not in SAMPLE_NORMS, is_synced=is_synced)
         reason, at = self._refusal(norm, x)
         if reason is not None:
             return replace(start, refused=reason, refused_at=at)
@@ -337,6 +342,11 @@ def _left_alone(out: fx.Node) -> str:
 def _is_activated_alike(x: Any) -> bool:
     """Whether an activation behind a norm of `x` lies alike in place and out of place."""
     return not isinstance(x, Tensor) or (x.numel() > 0 and activated_format(x, "relu") is memory_format_of(x))
+
+
+def _is_synced(x: fx.Node | None) -> bool:
+    """Whether a norm's input comes with the statistics of all processes."""
+    return x is not None and x.target is operator.getitem and x.all_input_nodes[0].target is synced_statistics
 
 
 def _is_computed(argument: Any) -> bool:

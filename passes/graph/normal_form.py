@@ -6,6 +6,7 @@
     rrelu(x) in training                     ⇒  the same: x and the slopes make it again
     a += b, relu_(a), … that keep a copy     ⇒  a + b, relu(a), …: autograd keeps what they read, and no copy of it
     a batch norm with a cumulative average   ⇒  F.batch_norm with a momentum that is computed
+    a SyncBatchNorm                          ⇒  the statistics of all processes, and F.batch_norm with these fixed
     checkpoint(f, x, …)                      ⇒  torch.utils.checkpoint itself: the region is the user's
     a custom autograd function               ⇒  one that keeps what it saves where others do, checked by version; its
                                                 backward can be differentiated (Dynamo's operator does neither)
@@ -16,6 +17,7 @@ An operation in place that autograd can differentiate without a copy stays as it
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,10 +29,12 @@ from torch.utils.checkpoint import checkpoint
 
 from normpass.analysis.facts import Facts, Step
 from normpass.capture.cumulative_norm import cumulative_batch_norm, share_of_batch
+from normpass.capture.sync_norm import sync_batch_norm
 from normpass.copies.untouched import tensors_in
 from normpass.graph.activations import activation_of
-from normpass.graph.nodes import bound, called_on, function_of, is_in_place_call, key_of, name_of, replace_node
+from normpass.graph.nodes import bound, called_on, function_of, inherit, is_in_place_call, key_of, name_of, replace_node
 from normpass.ops.layout import lies_as_new
+from normpass.ops.sync_statistics import synced_statistics
 from normpass.recipe.notes import tag
 
 _CHECKPOINT = "tag_activation_checkpoint"
@@ -39,7 +43,7 @@ _CUSTOM_FUNCTION = "autograd_function_apply"
 
 @dataclass(frozen=True)
 class SpellPlainly:
-    """Dropout, RReLU, cumulative averages, checkpoints and custom functions, each as a call that facts can follow."""
+    """Dropout, RReLU, norms of several calls, checkpoints, custom functions: each as calls that facts can follow."""
 
     name: str = "spell_plainly"
 
@@ -53,6 +57,8 @@ class SpellPlainly:
                 _simplify_rrelu(graph, node)
             elif node.target is cumulative_batch_norm:
                 _expand_cumulative(graph, node)
+            elif node.target is sync_batch_norm:
+                _expand_sync(graph, node)
             elif node.op == "call_function" and name_of(node.target) == _CHECKPOINT:
                 _call_instead(graph, node, run_checkpoint)
             elif name_of(node.target) == _CUSTOM_FUNCTION and "saved_for_backward_idx" in node.kwargs:
@@ -111,6 +117,17 @@ def _expand_cumulative(graph: fx.Graph, node: fx.Node) -> None:
         share = graph.call_function(share_of_batch, (counter,))
         new = graph.call_function(F.batch_norm, (*tensors, True, share, eps))
     share.meta["key"] = f"{key_of(node)}.share"
+    replace_node(graph, node, new)
+
+
+def _expand_sync(graph: fx.Graph, node: fx.Node) -> None:
+    eps = node.args[7]
+    with graph.inserting_before(node):
+        statistics = graph.call_function(synced_statistics, node.args)
+        same, mean, var, weight, bias = (graph.call_function(operator.getitem, (statistics, i)) for i in range(5))
+        new = graph.call_function(F.batch_norm, (same, mean, var, weight, bias, False, 0.0, eps))
+    inherit(statistics, node)
+    statistics.meta["key"] += ".statistics"
     replace_node(graph, node, new)
 
 
@@ -282,8 +299,6 @@ def _functional(node: fx.Node) -> Callable | None:
     if is_in_place_call(node):
         return function_of(node)
     if name in _OPERATORS:
-        import operator
-
         found: Callable = getattr(operator, _OPERATORS[name])
         return found
     if not name.endswith("_") or name.endswith("__"):

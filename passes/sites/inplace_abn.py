@@ -44,6 +44,8 @@ class InplaceABN:
             return "a PReLU has a slope of its own"
         if site.residual is not None:
             return "a residual is added before the activation"
+        if site.is_synced:
+            return "its statistics are those of all processes, and their gradient needs its input"
         if not site.activation.invertible:
             return f"{site.activation.name} has no inverse"
         gamma = site.gamma
