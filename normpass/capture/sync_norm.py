@@ -105,7 +105,10 @@ def _is_ours(translator: Any) -> bool:
     if output.export:
         return False
     backend = getattr(output.compiler_fn, "_torchdynamo_orig_backend", output.compiler_fn)
-    if getattr(backend, "compiler_name", None) == "normpass" or getattr(backend, "__module__", "") == "normpass.backend":
+    if (
+        getattr(backend, "compiler_name", None) == "normpass"
+        or getattr(backend, "__module__", "") == "normpass.backend"
+    ):
         return True
     frame = translator
     while frame is not None and frame.f_globals.get("__name__") != _MODELS:

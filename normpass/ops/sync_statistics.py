@@ -78,7 +78,8 @@ def synced_statistics(
         mean, var = mean.to(statistics_dtype(x)), var.to(statistics_dtype(x))
         _refuse_one_value(x, count)
         if running_mean is not None and running_var is not None:
-            _move(running_mean, running_var, mean, var, count, counter if momentum is None else momentum)
+            running = Running(running_mean, running_var, momentum or 0.0)
+            _move(running, mean, var, count, counter if momentum is None else None)
     same, weight, bias = WithStatistics.apply(x, weight, bias, mean, var, count, eps, group)
     return same, mean, var, weight, bias
 
@@ -126,23 +127,22 @@ def _refuse_one_value(x: Tensor, count: Tensor) -> None:
         )
 
 
-def _move(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, share: Tensor | float
-) -> None:
-    """Move running statistics by the unbiased variance; not by an empty batch."""
-    if isinstance(share, Tensor):
-        share = 1 / share.double()
-    new = []
-    for old, value in ((running_mean, mean.double()), (running_var, var.double() * (count / (count - 1)))):
-        new.append(torch.where(count > 0, old * (1 - share) + share * value, old).to(old.dtype))
-    write_running_stats(Running(running_mean, running_var, 0.0), new[0], new[1])
+def _move(running: Running, mean: Tensor, var: Tensor, count: Tensor, counter: Tensor | None) -> None:
+    """Move running statistics by the unbiased variance; not by an empty batch. `counter`: for the cumulative mean."""
+    share = running.momentum if counter is None else 1 / counter.double()
+    values = mean.double(), var.double() * (count / (count - 1))
+    new = [
+        torch.where(count > 0, old * (1 - share) + share * value, old).to(old.dtype)
+        for old, value in zip(running[:2], values, strict=True)
+    ]
+    write_running_stats(running, new[0], new[1])
 
 
 def size_of(group: str) -> int:
     """How many processes there are in a group."""
     from torch.distributed.distributed_c10d import _get_group_size_by_name  # a build may have none
 
-    return int(_get_group_size_by_name(group))
+    return int(_get_group_size_by_name(group))  # type: ignore[arg-type]
 
 
 # --- backward ---------------------------------------------------------------------------------------
@@ -231,5 +231,6 @@ def _with_statistics(dx: Tensor, x: Tensor, mean: Tensor, total: Tensor, may_wri
 
 def _refusing_a_gradient(gradient: Tensor) -> Tensor:
     """`gradient`, of which the gradient cannot be computed: that raises."""
-    refused: Tensor = torch._C._functions.DelayedError(_TWICE, 1)(gradient.detach().requires_grad_())
+    refuse: Any = torch._C._functions.DelayedError(_TWICE, 1)
+    refused: Tensor = refuse(gradient.detach().requires_grad_())
     return refused

@@ -1,4 +1,4 @@
-"""One of some processes that train a network with SyncBatchNorm: `run_processes("sync_networks.py", …, NAME, SIZES)`."""
+"""One of some processes with a network of SyncBatchNorms: `run_processes("sync_networks.py", …, NAME, SIZES)`."""
 
 from __future__ import annotations
 

@@ -130,7 +130,11 @@ def check_dtypes(rank: int, sizes: Sizes) -> None:
     x, first = image(sum(sizes), 3, 6, 6), sum(sizes[:rank])
     mine = slice(first, first + sizes[rank])
     whole = _one_step(net(), x, slice(0, len(x)), len(x))
-    for dtype, autocast, limit in ((torch.float32, False, 1e-5), (torch.bfloat16, False, 0.1), (torch.float32, True, 0.1)):
+    for dtype, autocast, limit in (
+        (torch.float32, False, 1e-5),
+        (torch.bfloat16, False, 0.1),
+        (torch.float32, True, 0.1),
+    ):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             own = _one_step(optimized(net().to(dtype)), x[mine].to(dtype), mine, len(x))
         for found, expected, part in zip(own, whole, (mine, mine, slice(None)), strict=True):
@@ -236,7 +240,7 @@ def check_converted_later(rank: int, sizes: Sizes) -> None:
 
 
 def check_ddp(rank: int, sizes: Sizes) -> None:
-    """Under DistributedDataParallel, whose gradients are means. On a CPU it takes no SyncBatchNorm: converted inside."""
+    """Under DistributedDataParallel, whose gradients are means; converted later, since on a CPU it refuses the layer."""
     x = image(sum(sizes), 3, 6, 6)
     whole = trained(net(), x, sizes, None, steps=1)
     for unused in (False, True):
@@ -248,7 +252,9 @@ def check_ddp(rank: int, sizes: Sizes) -> None:
             summed(ddp(x[mine]), mine, len(x)).backward()
             for name, p in ddp.module.named_parameters():
                 expected = whole[f"0 gradient {name.removeprefix('0.')}"]
-                torch.testing.assert_close(p.grad * len(sizes), expected, rtol=0, atol=1e-9 * float(expected.abs().max() + 1))
+                torch.testing.assert_close(
+                    p.grad * len(sizes), expected, rtol=0, atol=1e-9 * float(expected.abs().max() + 1)
+                )
 
 
 def check_compiled(rank: int, sizes: Sizes) -> None:
