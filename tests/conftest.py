@@ -17,6 +17,7 @@ from normpass.capture.dynamo import raising
 PACKAGES = ("torch", "torchvision", "timm")
 LONGEST = """
 whole/test_random_graphs.py
+whole/test_sync_norm.py
 kernels/test_cuda_emulated.py
 kernels/test_cuda_compile.py
 passes/test_share_statistics.py

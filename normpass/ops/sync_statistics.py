@@ -27,7 +27,7 @@ from normpass.kernels import kernels_for
 from normpass.kernels.contract import Running
 
 from .eager import eager_device
-from .layout import in_statistics_dtype, memory_format_of, per_channel, statistics_dtype
+from .layout import memory_format_of, per_channel, statistics_dtype
 from .moments import moments_with_update
 from .operands import can_run, layout_of
 from .running_stats import write_running_stats
@@ -182,14 +182,14 @@ class WithStatistics(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         is_differentiated = torch.is_grad_enabled()
         with torch.no_grad():
-            own = [torch.zeros_like(mean) if s is None else s.to(mean.dtype) for s in (dbias, dweight)]
-            sums = _summed(torch.cat(own), ctx.group)
-            if dx is not None and x.numel() > 0:
-                total = _coefficients(sums, weight, var, count, ctx.eps)
-                dx = _with_statistics(dx, x, mean, total, may_write=not is_differentiated)
-        given = [(dweight, ctx.dtypes[0]), (dbias, ctx.dtypes[1])]
-        gradients = [dx, *(None if s is None or d is None else s.to(d) for s, d in given)]
-        gradients = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
+            if ctx.needs_input_grad[0]:
+                own = [torch.zeros_like(mean) if s is None else s.to(mean.dtype) for s in (dbias, dweight)]
+                sums = _summed(torch.cat(own), ctx.group)  # of an empty batch as well: the others wait
+                if dx is not None and x.numel() > 0:
+                    total = _coefficients(sums, weight, var, count, ctx.eps)
+                    dx = _with_statistics(dx, x, mean, total, may_write=not is_differentiated)
+            vectors = zip((dweight, dbias), ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
+            gradients = [dx, *(s.to(dtype) if s is not None and needed else None for s, dtype, needed in vectors)]
         if is_differentiated:
             gradients = [None if g is None else _refusing_a_gradient(g) for g in gradients]
         return *gradients, *[None] * 5
@@ -197,7 +197,8 @@ class WithStatistics(torch.autograd.Function):
 
 def _as_wide(vector: Tensor, x: Tensor) -> Tensor:
     """A weight or bias in which the sums lose nothing: float32 where x has 16 bits."""
-    return in_statistics_dtype(vector, x) if vector.dtype == x.dtype != statistics_dtype(x) else vector.detach()
+    own = vector.detach()
+    return own.to(statistics_dtype(x)) if own.dtype == x.dtype else own
 
 
 def _summed(values: Tensor, group: str) -> Tensor:

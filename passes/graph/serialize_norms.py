@@ -33,6 +33,7 @@ from torch import fx
 from normpass.analysis.facts import Facts
 from normpass.errors import InvalidInputError
 from normpass.graph.nodes import bound, inherit, key_of
+from normpass.ops.sync_statistics import synced_statistics
 from normpass.rewrite.contract import Refusal, Semantics, is_alone
 from normpass.runtime.convolution import convolution_function
 from normpass.runtime.functional import split_norm_act
@@ -113,6 +114,8 @@ def _reason_against(norm: fx.Node, conv: fx.Node, facts: Facts) -> str | None:
     if not all(_are_numbers(arguments[name]) for name in ("stride", "padding", "dilation", "groups")):
         return f"its padding {arguments['padding']!r} is no number, or its stride or dilation is computed"
     readers = list(conv.users)
+    if any(reader.target is synced_statistics for reader in readers):
+        return "the norm that reads its result has the statistics of all processes"
     if len(readers) != 1 or readers[0].target is not split_norm_act or readers[0].args[1] is not conv:
         return "no batch norm alone reads its result"
     if len({facts.modes.get(node) for node in (norm, conv, readers[0])}) > 1:

@@ -14,7 +14,7 @@ from torch import nn
 
 import normpass
 
-TIMEOUT = 4.0
+TIMEOUT = 3.0
 """seconds, of the process group"""
 
 

@@ -23,8 +23,10 @@ from training import spread
 import normpass
 from normpass import kernels
 from normpass.capture.dynamo import raising
+from normpass.collect import captured_graphs
 from normpass.measure.memory import profiled
-from normpass.passes import SerializeMinibatch
+from normpass.passes import SerializeMinibatch, SerializeNorms
+from normpass.pipeline import Request
 
 C = 4
 Sizes = Sequence[int]
@@ -70,12 +72,12 @@ def collectives_of(call: Callable[[], object]) -> list[tuple[str, int]]:
 def check_networks(rank: int, sizes: Sizes) -> None:
     """Activations, and what a norm may be without."""
     x = image(sum(sizes), 3, 6, 6)
-    for act in (nn.ReLU(), nn.SiLU(), nn.LeakyReLU(0.1), nn.Hardswish(), nn.ELU(), nn.Softplus(), nn.Identity()):
-        check(net(act), x, sizes, rank)
-    for options in ({"momentum": None}, {"affine": False}, {"track_running_stats": False}):
-        check(net(**options), x, sizes, rank)
-    check(net().requires_grad_(False), x.clone().requires_grad_(), sizes, rank)
-    check(net(), x.to(memory_format=torch.channels_last).requires_grad_(), sizes, rank)
+    check(net(), x, sizes, rank)
+    check(net(nn.SiLU(), momentum=None), x, sizes, rank)
+    check(net(nn.ELU(), affine=False), x, sizes, rank)
+    check(net(nn.LeakyReLU(0.1), track_running_stats=False), x, sizes, rank)
+    check(net(nn.Hardswish()).requires_grad_(False), x.clone().requires_grad_(), sizes, rank)
+    check(net(nn.Softplus()), x.to(memory_format=torch.channels_last).requires_grad_(), sizes, rank)
 
 
 def check_dimensions(rank: int, sizes: Sizes) -> None:
@@ -166,6 +168,21 @@ def check_around(rank: int, sizes: Sizes) -> None:
         check(net(), x, sizes, rank, lambda m, s=serialize: normpass.optimize(synced(m), serialize=s))
 
 
+def check_options(rank: int, sizes: Sizes) -> None:
+    """What keeps z alone, and what needs the moments block by block, leave the norm to others and say why."""
+    x = image(sum(sizes), 3, 8, 8)
+    lossy = lambda m: normpass.optimize(synced(m), allow_lossy=True)  # noqa: E731
+    check(net(nn.LeakyReLU(0.1)), x, sizes, rank, lossy)
+    rows = captured_graphs(synced(net(nn.LeakyReLU(0.1))), ((x,), {}), Request(allow_lossy=True)).graphs[0].choices
+    assert [c.rewrite for c in rows] == ["split_bn"] * 3, rows
+    reason = "its statistics are those of all processes, and their gradient needs its input"
+    assert [r.reason for c in rows for r in c.refusals if r.rewrite == "inplace_abn"].count(reason) == 2
+    layers = net().stem, nn.Conv2d(C, C, 3), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, 2, 1)
+    model = synced(nn.Sequential(*layers).double())
+    text = str(normpass.explain(model, x, serialize=SerializeNorms(paths=("1",))))
+    assert "1 runs whole: the norm that reads its result has the statistics of all processes" in text, text
+
+
 class Readers(nn.Module):
     """A norm whose input is its residual too, and read by a convolution."""
 
@@ -240,7 +257,7 @@ def check_converted_later(rank: int, sizes: Sizes) -> None:
 
 
 def check_ddp(rank: int, sizes: Sizes) -> None:
-    """Under DistributedDataParallel, whose gradients are means; converted later, since on a CPU it refuses the layer."""
+    """Under DistributedDataParallel, whose gradients are means; converted later: on a CPU it refuses the layer."""
     x = image(sum(sizes), 3, 6, 6)
     whole = trained(net(), x, sizes, None, steps=1)
     for unused in (False, True):
