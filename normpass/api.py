@@ -42,6 +42,8 @@ def optimize(
     objects: an optimizer built before stays valid); `model` itself is not touched. Only rewrites that are
     exact up to rounding are made, unless others are asked for.
 
+    With SyncBatchNorms all processes have to call this with the same model and arguments. Nothing is communicated here.
+
     Args:
         model: any `nn.Module`. What cannot be captured or rewritten is left as it is; `explain` says why.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model accepts: checked, and what a budget
