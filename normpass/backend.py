@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import CheckpointPolicy
 
+from normpass.analysis.facts import Step
 from normpass.budget.planning import plan_graphs
 from normpass.budget.step_plan import parse_budget
 from normpass.capture import sync_norm
@@ -194,7 +195,7 @@ def _mark_recomputed(rewritten: Rewritten, replayed: frozenset[str], has_plain: 
     assert found is not None
     in_two = _PLAIN_IN_TWO if has_plain else _IN_TWO
     for step in found.facts.steps:
-        node, is_again = step.node, any(v in rewritten.again for v in step.makes)
+        node, is_again = step.node, any(v in rewritten.again for v in step.makes or _viewed(step))
         if node.target in _REGIONS:
             node.target = _REGIONS[node.target]
         elif node.target in in_two and is_again:
@@ -210,6 +211,11 @@ def _mark_recomputed(rewritten: Rewritten, replayed: frozenset[str], has_plain: 
         elif (is_again and node.target not in NOTES_ITSELF) or step.key in replayed:
             _mark(node)
     rewritten.graph_module.recompile()
+
+
+def _viewed(step: Step) -> tuple[int, ...]:
+    """What a view shows: where that is made again a compiler must not keep the view in its place."""
+    return step.reads if step.passes and not step.writes and len(step.reads) == 1 else ()
 
 
 def _mark(node: fx.Node) -> None:
