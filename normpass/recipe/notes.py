@@ -319,8 +319,9 @@ def call_released(function: Callable, made_apart: bool, lets_go: bool, *args: An
     result = function(*args, **kwargs)
     notes = notes_now()
     if notes is not None:
-        recipes = {notes.recipe_of(t) for t in (result if isinstance(result, (tuple, list)) else (result,))}
-        for recipe in recipes - {None}:
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        for recipe in {notes.recipe_of(t) for t in results if isinstance(t, Tensor)} - {None}:
+            assert recipe is not None
             recipe.lets_go = lets_go
             if made_apart:
                 recipe.make_apart()
