@@ -207,17 +207,19 @@ def _has_range(lower: Any, upper: Any) -> bool:
     return all(isinstance(b, (int, float)) for b in (lower, upper)) and upper - lower > SMALLEST_RANGE
 
 
-def rrelu(x: Tensor, lower: float, upper: float) -> Tensor:
+def rrelu(x: Tensor, lower: float, upper: float, inplace: bool = False) -> Tensor:
     """`F.rrelu(x, lower, upper, True)`: the same draw and the same numbers; who saves the result keeps the slopes.
 
-    Backward reads these alone, and not x.
+    Backward reads these alone, and not x. Torch draws in the order of contiguous values, whatever the layout of x, and
+    returns such a tensor; where it would have written to x, the result lies as x does.
     """
     if torch.compiler.is_compiling() or x.numel() == 0 or not x.is_floating_point():
-        return F.rrelu(x, lower, upper, True)
-    slopes = torch.empty_like(x)
+        drawn = F.rrelu(x, lower, upper, True)
+        return torch.empty_like(x).copy_(drawn) if inplace and drawn.stride() != x.stride() else drawn
+    slopes = torch.empty_like(x, memory_format=torch.contiguous_format)
     with torch.no_grad():
         torch.ops.aten.rrelu_with_noise(x.detach(), slopes, lower, upper, True)
-    result = x * slopes
+    result = (x if inplace else x.contiguous()) * slopes
     tag(result, torch.mul, (x, slopes))
     return result
 
@@ -264,7 +266,7 @@ def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         new = graph.call_function(function, args, kwargs)
     if name_of(function) == "rrelu" and args[3:] == (True,) and not kwargs and _has_range(*args[1:3]):
-        new.target, new.args = rrelu, args[:3]
+        new.target, new.args = rrelu, (*args[:3], True)
     elif activation_of(new) is None:  # which has the dtype of its argument, and rewrites look for it
         new.target = called_on(as_first, function)
     replace_node(graph, node, new)

@@ -56,6 +56,27 @@ def test_it_trains_alike_and_explain_says_why_it_is_left(name: str) -> None:
     assert_trains_alike(model, x)  # the same draws: a seed is set before each step
 
 
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rrelu_draws_and_lies_as_torchs_in_every_layout(layout: str, inplace: bool) -> None:
+    for first in (nn.Identity(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)):
+        model, results = nn.Sequential(first, nn.RReLU(inplace=inplace)).double(), []
+        for m in (copy.deepcopy(model), normpass.optimize(model)):
+            x = LAYOUTS[layout](image(2, 4, 5, 6)).requires_grad_()
+            torch.manual_seed(0)
+            z = m(x * 1)
+            results.append((z, *torch.autograd.grad(z.square().sum(), x)))
+        torch.testing.assert_close(*results, rtol=0, atol=1e-13)
+        assert results[0][0].stride() == results[1][0].stride()
+
+
 def test_rrelu_keeps_its_slopes_and_no_result() -> None:
     for inplace in (False, True):
         model, x = chain(nn.RReLU(inplace=inplace)), torch.randn(2, 8, 32, 32)
