@@ -88,7 +88,7 @@ def sum_lies_as_norm(x: Tensor, residual: Tensor, sum_into: str) -> bool:
     if sum_into == "norm" or (residual.is_contiguous(memory_format=memory_format) and 1 not in x.shape):
         return True
     if sum_into == "residual":
-        return _is_canonical(residual, memory_format)
+        return is_canonical(residual, memory_format)
     shape, strides = tuple(x.shape), residual.stride()
     if all([type(n) is int for n in (*shape, *strides)]):
         return _sum_is_canonical(shape, strides, memory_format, sum_into == "residual +")
@@ -98,10 +98,10 @@ def sum_lies_as_norm(x: Tensor, residual: Tensor, sum_into: str) -> bool:
 def lies_as_new(t: Tensor) -> bool:
     """Whether a pointwise function of ATen lays out its result as `t`, as far as `t` is dense in a memory format."""
     memory_format = memory_format_of(t)
-    return not t.is_contiguous(memory_format=memory_format) or _is_canonical(t, memory_format)
+    return not t.is_contiguous(memory_format=memory_format) or is_canonical(t, memory_format)
 
 
-def _is_canonical(t: Tensor, memory_format: torch.memory_format) -> bool:
+def is_canonical(t: Tensor, memory_format: torch.memory_format) -> bool:
     """Whether the strides of `t` are those of a new tensor, along dimensions of one value too."""
     is_last = memory_format is not torch.contiguous_format
     new = make_channels_last_strides_for(t.shape) if is_last else make_contiguous_strides_for(t.shape)

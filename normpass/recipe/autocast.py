@@ -20,8 +20,9 @@ def autocast_state(args: tuple) -> tuple[str, torch.dtype] | str | None:
 
 def _first_tensor(values: Any) -> Tensor | None:
     for value in values:
-        if isinstance(value, Tensor):
-            return value
+        held = getattr(value, "tensor", None)  # of what is copied or kept already
+        if isinstance(value, Tensor) or isinstance(held, Tensor):
+            return value if isinstance(value, Tensor) else held
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
         found = _first_tensor(inner) if inner else None
         if found is not None:

@@ -29,7 +29,7 @@ from normpass.ops.group_norm_act import (
     rebuild_group_norm_act,
     result_format,
 )
-from normpass.ops.layout import is_dense_in_both
+from normpass.ops.layout import is_canonical, is_dense_in_both
 from normpass.ops.row_norm_act import RowNormOptions, rebuild_row_norm_act, row_norm_act_on
 from normpass.ops.sample_norm import on_one_device, sample_norms_of
 from normpass.recipe.notes import copied, copying, notes_now, tag
@@ -229,5 +229,9 @@ def _has_dtypes_of_aten(x: Any, *parameters: Tensor | None) -> bool:
 
 
 def _adds_alike(x: Any, residual: Any, memory_format: torch.memory_format) -> bool:
-    """Whether the norm's result plus `residual` lies as the norm's result."""
-    return 1 not in x.shape and bool(residual.is_contiguous(memory_format=memory_format))
+    """Whether the norm's result plus `residual` lies as the norm's result, along dimensions of one value too."""
+    if 1 not in x.shape:
+        return bool(residual.is_contiguous(memory_format=memory_format))
+    if memory_format is not torch.contiguous_format and is_dense_in_both(x.shape):
+        return False  # which of the two formats the sum has depends on both
+    return is_canonical(residual, memory_format)

@@ -287,3 +287,17 @@ def test_odd_networks(make):
     plan = normpass.plan(network.build().double().train(), x.double(), 0.5)
     assert plan.planned.kept <= 0.5 * plan.plain.kept
     train_with(network.build, plan, network.make_inputs)
+
+
+def test_a_convolution_is_made_again_under_the_autocast_of_forward():
+    """Of a small network every argument is a copy, and backward runs outside of autocast."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)]
+    plain = nn.Sequential(*layers, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    x, gradients = torch.randn(2, 3, 16, 16), []
+    for model in (plain, normpass.optimize(plain, x, memory_budget=0.4)):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model(x)
+        gradients.append(torch.autograd.grad(z.float().square().sum(), list(model.parameters())))
+    largest = max(float(g.abs().max()) for g in gradients[0])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0.02 * largest)
