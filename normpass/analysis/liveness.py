@@ -11,7 +11,7 @@ back to life as a whole when its end is read: few bytes are kept, and the peak i
 cuts it; or a value is made for each reader anew (`made_apart`), and does not live in between.
 
 A kept value lives until the last node that saved it is done, and until nobody has a recipe that it is in: that is until
-who saved the rebuilt value is done, or, where only `reads_once` nodes did, until it is made for the last of them.
+who saved the rebuilt value is done, or, where its recipe may `let_go`, until it is made for the last of them.
 """
 
 from __future__ import annotations

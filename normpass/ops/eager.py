@@ -8,6 +8,7 @@ ops do the same from Python in a tenth of the time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,3 +57,24 @@ def no_gradients(ctx: Any) -> tuple[None, ...]:
     A function of the user's may return None; who says `ctx.set_materialize_grads(False)` gets that, and no zeros.
     """
     return (None,) * len(ctx.needs_input_grad)
+
+
+def gradients_of(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Any],
+    grad: Tensor,
+    needs: Sequence[bool],
+    allow_unused: bool = False,
+) -> list[Tensor | None]:
+    """What a backward gives by differentiating `function(*inputs)`, where gradients are on with a graph of their own.
+
+    None for what is no tensor or is not needed.
+    """
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        roots = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
+        is_source = [needed and isinstance(t, Tensor) for t, needed in zip(roots, needs, strict=True)]
+        sources = [t for t, wanted in zip(roots, is_source, strict=True) if wanted]
+        result = function(*roots)
+        found = iter(torch.autograd.grad(result, sources, grad, create_graph=keeps_graph, allow_unused=allow_unused))
+    return [next(found) if wanted else None for wanted in is_source]

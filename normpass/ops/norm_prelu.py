@@ -10,6 +10,7 @@ An autograd function and no operator of `torch.ops`: it runs in eager mode alone
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from torch import Tensor
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Norm
 
-from .eager import eager_device, no_gradients
+from .eager import eager_device, gradients_of, no_gradients
 from .group_norm_act import GroupNormOptions, format_of, groups_of, result_format
 from .layout import memory_format_of, new_result, statistics_dtype
 from .norm_act_backward import norm_act_formula
@@ -174,7 +175,8 @@ class NormPrelu(torch.autograd.Function):
         x, weight, bias, slope, mean, var = ctx.saved_tensors
         is_switched_off = kernels_for(ctx.device) is None
         if torch.is_grad_enabled() or is_switched_off:
-            found = _differentiable_gradients(ctx.call, (x, weight, bias, slope), mean, var, grad, needs)
+            formula = functools.partial(_formula, ctx.call, mean, var)
+            found = gradients_of(formula, (x, weight, bias, slope), grad, needs)
         else:
             found = _gradients(ctx.device, ctx.call, grad, x, (weight, bias, mean, var), slope, needs)
         return *found, *[None] * 4
@@ -211,8 +213,13 @@ def rebuild_norm_prelu(
     """z again, bit for bit: what a recipe calls."""
     device = eager_device(x, slope)
     if device is None or not takes(device, x, slope, isinstance(call, GroupNormCall)):  # switched off meanwhile
-        return F.prelu(call.formula(x, (weight, bias, mean, var)), slope)
+        return _formula(call, mean, var, x, weight, bias, slope)
     return norm_prelu_on(device, x, weight, bias, slope, mean, var, call)[0]
+
+
+def _formula(call: Call, mean: Tensor, var: Tensor, x: Tensor, weight: Vector, bias: Vector, slope: Tensor) -> Tensor:
+    """z in differentiable operations."""
+    return F.prelu(call.formula(x, (weight, bias, mean, var)), slope)
 
 
 def _kernels(device: str) -> Any:
@@ -244,17 +251,3 @@ def _gradients(
     if dslope is not None and slope.numel() == 1:
         dslope = dslope.sum(0, keepdim=True)
     return [dx, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias), in_dtype_of(slope, dslope)]
-
-
-def _differentiable_gradients(
-    call: Call, tensors: Sequence[Vector], mean: Tensor, var: Tensor, grad: Tensor, needs: Sequence[bool]
-) -> list[Vector]:
-    """The gradients of x, weight, bias and slope, where gradients are on with a graph of their own."""
-    keeps_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x, weight, bias, slope = inputs = [t if t is None else t.view_as(t) for t in tensors]
-        assert x is not None and slope is not None
-        z = F.prelu(call.formula(x, (weight, bias, mean, var)), slope)
-        sources = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
-        found = iter(torch.autograd.grad(z, sources, grad, create_graph=keeps_graph))
-    return [next(found) if needed and t is not None else None for t, needed in zip(inputs, needs, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from normpass.kernels import kernels_for
 from normpass.kernels.contract import Norm, SampleNorms
 
-from .eager import no_gradients
+from .eager import gradients_of, no_gradients
 from .layout import statistics_dtype
 from .operands import norm_operand
 
@@ -139,22 +139,12 @@ class SampleNormAct(torch.autograd.Function):
         if torch.is_grad_enabled():
             if residual is None and needs[1]:  # the identity does not need it: any value will do
                 residual = torch.zeros_like(x).requires_grad_()
-            found = _differentiable_gradients(options, (x, residual, weight, bias), grad, needs)
+            found = gradients_of(options.formula, (x, residual, weight, bias), grad, needs)
             return *found, *[None] * 4
         is_sum = needs[1] and options.activation == "identity"  # then the residual's gradient is `grad` itself
         needs = needs[0], needs[1] and not is_sum, *needs[2:]
         found = options.gradients(ctx.kernels, grad, x, residual, weight, bias, mean, var, needs)
         return found[0], grad if is_sum else found[1], *found[2:], *[None] * 4
-
-
-def _differentiable_gradients(
-    options: Options, tensors: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of `tensors` with a graph of their own."""
-    inputs: list[Any] = [t if t is None else t.view_as(t) for t in tensors]
-    sources = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
-    found = iter(torch.autograd.grad(options.formula(*inputs), sources, grad, create_graph=True))
-    return [next(found) if needed and t is not None else None for t, needed in zip(inputs, needs, strict=True)]
 
 
 def _keep(

@@ -104,7 +104,7 @@ def plain_norm_act(norm, x, residual, activation, activation_args, sum_into) -> 
     """
     y = norm(x)
     if residual is not None:
-        first, second = (residual, y) if sum_into.startswith("residual") else (y, residual)
+        first, second = _terms(y, residual, sum_into)
         y = first.add_(second) if sum_into in ("norm", "residual") else first + second
     return activate(y, activation, activation_args)
 
@@ -116,12 +116,17 @@ def noted_norm_act(split, norm, x, residual, activation, activation_args, sum_in
         return z
     y = split(norm, x)
     if residual is not None:
-        first, second = (residual, y) if sum_into.startswith("residual") else (y, residual)
+        first, second = _terms(y, residual, sum_into)
         if sum_into in ("norm", "residual"):
             y = call_rebuilt_in_place(Tensor.add_, 0, (), first, second)
         else:
             y = call_rebuilt(operator.add, (), first, second)
     return y if activation == "identity" else call_rebuilt(activate, (), y, activation, activation_args)
+
+
+def _terms(y: Tensor, residual: Tensor, sum_into: str) -> tuple[Tensor, Tensor]:
+    """Of the sum, in the model's order."""
+    return (residual, y) if sum_into.startswith("residual") else (y, residual)
 
 
 def fused_norm_act(norm, x, residual=None, activation="identity", activation_args=(), sum_into=""):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normpass.kernels import kernels_for
-from normpass.ops.eager import eager_device
+from normpass.ops.eager import eager_device, gradients_of
 from normpass.ops.layout import empty_for_blocks, memory_format_of, statistics_dtype
 from normpass.ops.moments import moments_with_update
 from normpass.ops.norm_act import norm_act, norm_act_on, rebuild_norm_act
@@ -273,13 +273,14 @@ def _gradients(ctx: Any, dc: Tensor) -> list[Tensor | None]:
 
 def _differentiable(ctx: Any, dc: Tensor) -> list[Tensor | None]:
     """The same gradients, whole and with a graph of their own."""
-    inputs: list[Any] = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
-    x, norm_weight, norm_bias, mean, var, weight, bias = inputs
-    z = norm_act(x, None, norm_weight, norm_bias, mean.detach(), var.detach(), *ctx.options)
-    c = _vendors(z.dim())(z, weight, bias, *ctx.geometry.args)
-    sources = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    found = iter(torch.autograd.grad(c, sources, dc, create_graph=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:7]]
+
+    def formula(x: Tensor, *others: Any) -> Tensor:
+        norm_weight, norm_bias, mean, var, weight, bias = others
+        z = norm_act(x, None, norm_weight, norm_bias, mean.detach(), var.detach(), *ctx.options)
+        c: Tensor = _vendors(z.dim())(z, weight, bias, *ctx.geometry.args)
+        return c
+
+    return gradients_of(formula, ctx.saved_tensors, dc, ctx.needs_input_grad[:7])
 
 
 def _convolve(z: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from normpass.onlookers import is_compiling, is_exporting, is_traced, under_other_derivatives
-from normpass.ops.eager import no_gradients
+from normpass.ops.eager import gradients_of, no_gradients
 from normpass.recipe.autocast import autocast_state, same_autocast
 from normpass.recipe.notes import copying
 
@@ -138,8 +138,4 @@ def _differentiable(
     region: Region, x: Tensor, extras: Sequence[Any], grad: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients, with a graph of their own: keeps what plain layers keep."""
-    inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in (x, *extras)]
-    y = region.part(*inputs)
-    sources = [t for t, needed in zip(inputs, needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, sources, grad, create_graph=True, allow_unused=True))
-    return [next(found) if needed else None for needed in needs]
+    return gradients_of(region.part, (x, *extras), grad, needs, allow_unused=True)
